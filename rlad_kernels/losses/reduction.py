@@ -1,0 +1,99 @@
+"""Reductions as token weights: loss = Σ weight·token_loss, so that a fused sweep can use them before the losses are known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlad_kernels.losses.metrics import MetricSums
+from rlad_kernels.settings import settings
+
+REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
+
+
+class LossOutput(NamedTuple):
+    """A reduced loss.
+
+    Attributes:
+        loss: 0-dim, the one to call ``backward()`` on.
+        token_loss: unreduced, detached, in the target's shape, exactly 0 at masked tokens.
+        metrics: detached 0-dim tensors, means over kept tokens (``*_max``: maxima).
+    """
+
+    loss: Tensor
+    token_loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def keep_mask(name: str, mask: Tensor | None, like: Tensor) -> Tensor:
+    """The mask as bool in ``like``'s shape; None keeps all.
+
+    Raises:
+        ValueError: for another shape, or a numeric value other than 0 and 1 (on CUDA with ``set_checks(True)``).
+    """
+    if mask is None:
+        return torch.ones_like(like, dtype=torch.bool)
+    if mask.shape != like.shape:
+        raise ValueError(f"{name}: mask has shape {tuple(mask.shape)}, wanted {tuple(like.shape)}")
+    if mask.dtype == torch.bool:
+        return mask
+    if (settings.checks or not mask.is_cuda) and not torch.compiler.is_compiling():
+        wrong = (mask != 0) & (mask != 1)
+        if bool(wrong.any()):
+            raise ValueError(f"{name}: mask must hold bools, or numbers equal to 0 or 1, got {mask[wrong][0].item()}")
+    return mask != 0
+
+
+def token_weights(
+    name: str, keep: Tensor, reduction: str, seq_ids: Tensor | None, denominator: float | Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Weights in ``keep``'s shape with loss = Σ weight·token_loss; 0 at masked tokens.
+
+    token-mean: 1/count. seq-mean-token-mean: 1/(tokens of the sequence)/(sequences with a kept token).
+    seq-mean-token-sum: 1/(sequences with a kept token). ``denominator`` replaces the last divisor. Sequences are the
+    last dimension's rows of ``(B, T)``, or runs of equal ``seq_ids (N,)`` in a packed call.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{name}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if denominator is not None and not isinstance(denominator, Tensor) and not denominator > 0:
+        raise ValueError(f"{name}: denominator must be positive, got {denominator!r}")
+    kept = keep.to(dtype)
+    if reduction == "token-mean":
+        per_sequence, divisor = kept, kept.sum()
+    else:
+        counts, sequences = _sequence_counts(name, keep, reduction, seq_ids)
+        divisor = sequences.to(dtype)
+        per_sequence = kept / counts.clamp_min(1) if reduction == "seq-mean-token-mean" else kept
+    return per_sequence / (divisor.clamp_min(1) if denominator is None else denominator)
+
+
+def _sequence_counts(name: str, keep: Tensor, reduction: str, seq_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Kept tokens of each token's sequence, in a shape that broadcasts with ``keep``, and the number of sequences with one."""
+    if keep.dim() > 1:
+        if seq_ids is not None:
+            raise ValueError(f"{name}: seq_ids goes with packed (N,) tokens, got tokens of shape {tuple(keep.shape)}")
+        counts = keep.sum(-1, keepdim=True)
+        return counts, (counts > 0).sum()
+    if seq_ids is None:
+        raise ValueError(f"{name}: reduction {reduction!r} of packed (N,) tokens needs seq_ids (N,), got None")
+    if seq_ids.shape != keep.shape or seq_ids.is_floating_point() or seq_ids.dtype == torch.bool:
+        raise ValueError(
+            f"{name}: seq_ids must be integers of shape {tuple(keep.shape)}, got {seq_ids.dtype} {tuple(seq_ids.shape)}"
+        )
+    if (settings.checks or not seq_ids.is_cuda) and not torch.compiler.is_compiling() and bool((seq_ids.diff() < 0).any()):
+        raise ValueError(f"{name}: seq_ids must be non-decreasing")
+    place = torch.zeros_like(seq_ids, dtype=torch.int64)
+    place[1:] = (seq_ids[1:] != seq_ids[:-1]).cumsum(0)
+    counts = torch.zeros_like(place).scatter_add_(0, place, keep.long())  # integers: the order of adding does not matter
+    return counts[place], (counts > 0).sum()
+
+
+def reduce(token_loss: Tensor, weights: Tensor, keep: Tensor, metrics: Mapping[str, Tensor]) -> LossOutput:
+    """Close a loss: weigh, sum, and average the metrics."""
+    token_loss = torch.where(keep, token_loss, 0)
+    sums = MetricSums()
+    sums.add(metrics, keep)
+    return LossOutput((weights * token_loss).sum(), token_loss.detach(), sums.result(keep.sum()))

@@ -1,0 +1,87 @@
+"""From the running statistics of a sweep to log-probs, entropy and masses.
+
+A sweep keeps, per row, the maximum m and sums over the *rest*: the columns outside the row's slots (target and support).
+Slots are added back here one by one, so that neither log p near 0 nor the tail mass suffers from cancellation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Stats(NamedTuple):
+    """Rows of the ``(5, N)`` statistics tensor that the fold kernels update, over columns seen so far."""
+
+    max: Tensor  # m = max z, slot columns included
+    rest: Tensor  # Σ e^{z−m} outside the slots
+    restz: Tensor  # Σ e^{z−m}(z−m) outside the slots
+    restsq: Tensor  # Σ e^{2(z−m)} outside the slots
+    sumz: Tensor  # Σ z, slot columns included
+
+
+class Slots(NamedTuple):
+    """What the slots of each row add to the sums."""
+
+    logp: Tensor  # (N, J) log-prob of every slot
+    lse: Tensor  # (N,)
+    entropy: Tensor  # (N,)
+    log_total: Tensor  # (N,) lse − m
+    exp: Tensor  # (N, J) e^{z−m} of the first occurrence of each id, else 0
+
+
+def first_occurrence(ids: Tensor) -> Tensor:
+    """Mark the slots ``(N, J)`` whose id is valid (≥ 0) and stands in no earlier slot of the row."""
+    if ids.shape[1] == 1:
+        return ids >= 0
+    ordered, order = ids.sort(dim=1, stable=True)
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return torch.zeros_like(first).scatter_(1, order, first) & (ids >= 0)
+
+
+def add_slots(stats: Stats, z: Tensor, first: Tensor) -> Slots:
+    """Close the sums with the slot logits ``z (N, J)``; ``first`` marks the slots that count.
+
+    log p of the largest slot is −log1p(others/e) where p > ½: relative accuracy as p → 1.
+    """
+    shifted = z - stats.max.unsqueeze(1)
+    e = torch.where(first, shifted.exp(), 0)
+    total = stats.rest + e.sum(1)
+    log_total = total.log()
+    logp = shifted - log_total.unsqueeze(1)
+    if e.shape[1]:
+        top = e.argmax(1, keepdim=True)
+        others = stats.rest.unsqueeze(1) + e.scatter(1, top, 0).sum(1, keepdim=True)
+        peak = e.gather(1, top)
+        exact = -(others / peak).log1p()
+        logp = torch.where((z == z.gather(1, top)) & (peak > others), exact, logp)
+    weighted = torch.where(e > 0, e * shifted, 0).sum(1)
+    entropy = (log_total - (stats.restz + weighted) / total).clamp_min(0)
+    return Slots(logp, stats.max + log_total, entropy, log_total, e)
+
+
+def merge_slots(ids: Tensor, grad: Tensor, in_support: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give each id of a row one slot: its gradients summed, −1 elsewhere; without atomics, in a fixed order.
+
+    Args:
+        ids: ``(N, J)`` int32, −1 empty.
+        grad: ``(N, J)``.
+        in_support: ``(J,)`` bool; an id is in the support if one of its slots is.
+
+    Returns:
+        ids, gradient sums and membership, each ``(N, J)``, the slots in ascending order of ids.
+    """
+    ids, order = ids.sort(dim=1, stable=True)
+    grad, member = grad.gather(1, order), in_support[order]
+    step = 1
+    while step < ids.shape[1]:  # segmented prefix sum: log2(J) rounds
+        same = ids[:, step:] == ids[:, :-step]
+        grad = torch.cat([grad[:, :step], grad[:, step:] + torch.where(same, grad[:, :-step], 0)], 1)
+        member = torch.cat([member[:, :step], member[:, step:] | (same & member[:, :-step])], 1)
+        step *= 2
+    last = torch.ones_like(member)
+    last[:, :-1] = ids[:, 1:] != ids[:, :-1]
+    return torch.where(last, ids, -1).contiguous(), torch.where(last & (ids >= 0), grad, 0), member

@@ -1,0 +1,248 @@
+"""Per-token quantities from hidden states and a head: log-probs, top-K, gathered logits. Checks, flattens, calls the op."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlad_kernels import ops as _ops
+from rlad_kernels.head import LMHead
+
+EXTRAS = ("mean_logits", "is_top1", "log_sum_sq_probs")
+K_MAX = 1024
+
+
+class TokenScores(NamedTuple):
+    """What one sweep gives per token, in the target's shape; nats; float32 (float64 for float64 inputs)."""
+
+    logp: Tensor  # (…) log π(target)
+    lse: Tensor  # (…) logsumexp of the tempered logits
+    entropy: Tensor | None  # (…) −Σ p log p
+    topk_logp: Tensor | None  # (…, K) log-probs at topk_ids, −inf in empty slots
+    tail_logp: Tensor | None  # (…) log-mass outside topk_ids
+    extras: dict[str, Tensor]  # without gradient
+
+
+class TopK(NamedTuple):
+    """The K most likely tokens of each position, without gradient."""
+
+    ids: Tensor  # (…, K) int32, −1 empty
+    logp: Tensor  # (…, K) descending
+    lse: Tensor | None = None  # (…)
+    tail_logp: Tensor | None = None  # (…) log-mass outside the K
+    target_logp: Tensor | None = None  # (…)
+    entropy: Tensor | None = None  # (…)
+
+
+class Call(NamedTuple):
+    """The flattened arguments that every sweep op takes."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor
+    bias: Tensor | None
+    inv_temp: Tensor  # (N,) or (1,)
+    logit_scale: float
+    softcap: float
+    vocab_size: int
+
+
+def flat_call(name: str, hidden: Tensor, head: LMHead) -> Call:
+    """Check hidden states against the head and flatten them to ``(N, D)``.
+
+    Raises:
+        ValueError: for a shape, dtype or device that does not fit.
+    """
+    weight, bias = head.weight, head.bias
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        got = tuple(hidden.shape)[-1:] or "no dimension"
+        raise ValueError(f"{name}: weight (V, D) has D={weight.shape[1]}, hidden has D={got[0] if got != 'no dimension' else got}")
+    if hidden.device != weight.device:
+        raise ValueError(f"{name}: hidden is on {hidden.device}, weight on {weight.device}; they must share a device")
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"{name}: hidden has dtype {hidden.dtype}, weight {weight.dtype}; they must match (or use autocast)")
+    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"{name}: hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    hidden = hidden if hidden.stride(-1) == 1 or hidden.shape[-1] == 1 else hidden.contiguous()
+    return Call(hidden, weight, bias, _inv_temp(name, hidden, head), head.logit_scale, head.softcap or 0.0, head.vocab_size or 0)
+
+
+def _inv_temp(name: str, hidden: Tensor, head: LMHead) -> Tensor:
+    dtype = _ops.acc_dtype(hidden.dtype)
+    if not isinstance(head.temperature, Tensor):
+        return torch.full((1,), 1.0 / head.temperature, dtype=dtype, device=hidden.device)
+    temperature = head.temperature.detach().to(hidden.device, dtype).reshape(-1)
+    if temperature.numel() not in (1, hidden.shape[0]):
+        shape = tuple(head.temperature.shape)
+        raise ValueError(f"{name}: temperature has shape {shape}, wanted a float or one value a token ({hidden.shape[0]} tokens)")
+    return 1 / temperature
+
+
+def flat_rows(name: str, argument: str, x: Tensor, shape: torch.Size, *, ids: bool = False, extra: int = 0) -> Tensor:
+    """``x`` with the leading ``shape`` flattened; ``extra`` trailing dimensions are kept."""
+    leading = x.shape[: x.dim() - extra] if x.dim() >= extra else None
+    if leading != shape:
+        wanted = f"{tuple(shape)}" if not extra else f"({', '.join(map(str, (*shape, 'K')))})"
+        raise ValueError(f"{name}: {argument} has shape {tuple(x.shape)}, wanted {wanted}")
+    if ids and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
+        raise ValueError(f"{name}: {argument} must be integers, got {x.dtype}")
+    return x.detach().reshape(-1, *x.shape[x.dim() - extra :])
+
+
+def maybe_rows(
+    name: str, argument: str, x: Tensor | None, shape: torch.Size, *, ids: bool = False, extra: int = 0
+) -> Tensor | None:
+    """:func:`flat_rows` of an optional argument."""
+    return None if x is None else flat_rows(name, argument, x, shape, ids=ids, extra=extra)
+
+
+def _check_temperature_shape(name: str, head: LMHead, shape: torch.Size) -> None:
+    t = head.temperature
+    if isinstance(t, Tensor) and t.numel() != 1 and t.shape != shape:
+        raise ValueError(f"{name}: temperature has shape {tuple(t.shape)}, wanted the target's shape {tuple(shape)}")
+
+
+def _check_k(name: str, k: int, vocab_size: int, argument: str = "k") -> None:
+    if not 1 <= k <= min(K_MAX, vocab_size):
+        raise ValueError(f"{name}: {argument} must have 1 <= K <= min({K_MAX}, vocab_size={vocab_size}), got K={k}")
+
+
+def linear_logp(
+    hidden: Tensor, head: LMHead, target: Tensor, *, topk_ids: Tensor | None = None, entropy: bool = False, tail: bool = False,
+    extras: Iterable[str] = (), mask: Tensor | None = None, filter_eps: float = 0.0,
+) -> TokenScores:  # fmt: skip
+    """log π(y) = z_y − logsumexp(z) for every token, and what else one sweep gives, without N×V logits.
+
+    Args:
+        hidden: ``(…, D)`` float32, bfloat16 or float16 (float64 on CPU), the head's dtype (or under autocast).
+        head: :class:`LMHead`.
+        target: ``(…)`` ints; −100 is masked.
+        topk_ids: ``(…, K)`` ints whose log-probs to return, differentiable; −1 is an empty slot, duplicates are
+            independent slots; K ≤ 1,024.
+        entropy: also −Σ p log p, differentiable.
+        tail: also the log-mass outside ``topk_ids``, differentiable, to 1e-3 relative down to a mass of 1e-7.
+        extras: any of ``mean_logits``, ``is_top1``, ``log_sum_sq_probs``; no gradient.
+        mask: bool or 0/1 ``(…)``; masked rows are never computed and exactly 0 in outputs and gradients.
+        filter_eps: must be 0.0, the exact backward.
+
+    Returns:
+        TokenScores in the target's shape, float32 (float64 for float64). Gradient reaches hidden, weight and bias only, and
+        is accumulated in float32; rows whose every upstream gradient is zero are dropped from the backward sweep.
+
+    Raises:
+        ValueError: naming the argument, what came and what was wanted. On CUDA an id out of range gives a NaN row instead,
+            or raises under ``set_checks(True)``.
+    """
+    name = "linear_logp"
+    call = flat_call(name, hidden, head)
+    shape = _target_shape(name, hidden, target, head)
+    if filter_eps != 0.0:
+        raise ValueError(f"{name}: filter_eps must be 0.0, only the exact backward is available; got {filter_eps!r}")
+    extras = tuple(extras)
+    unknown = [x for x in extras if x not in EXTRAS]
+    if unknown:
+        raise ValueError(f"{name}: extras must be among {EXTRAS}, got {unknown[0]!r}")
+    if tail and topk_ids is None:
+        raise ValueError(f"{name}: tail=True needs topk_ids, got None")
+    ids = maybe_rows(name, "topk_ids", topk_ids, shape, ids=True, extra=1)
+    if ids is not None:
+        _check_k(name, ids.shape[1], call.vocab_size, "topk_ids (…, K)")
+    out = torch.ops.rlad.linear_logp(
+        *call[:3], flat_rows(name, "target", target, shape, ids=True), ids, maybe_rows(name, "mask", mask, shape), *call[3:],
+        entropy, tail, bool(extras),
+    )  # fmt: skip
+    return token_scores(out, shape, entropy, ids is not None, tail, extras)
+
+
+def token_scores(
+    out: tuple[Tensor, ...], shape: torch.Size, entropy: bool, topk: bool, tail: bool, extras: Iterable[str]
+) -> TokenScores:
+    """The op's outputs in the target's shape, None for what was not asked."""
+    logp, lse, h, topk_logp, tail_logp, *more, _ = out
+    found = {k: x.detach().view(shape) for k, x in zip(EXTRAS, more, strict=True) if k in extras}
+    return TokenScores(
+        logp.view(shape), lse.view(shape), h.view(shape) if entropy else None,
+        topk_logp.view(*shape, topk_logp.shape[-1]) if topk else None,
+        tail_logp.view(shape) if tail else None, found,
+    )  # fmt: skip
+
+
+def _target_shape(name: str, hidden: Tensor, target: Tensor, head: LMHead) -> torch.Size:
+    if target.shape != hidden.shape[:-1]:
+        raise ValueError(f"{name}: target has shape {tuple(target.shape)}, hidden (…, D) {tuple(hidden.shape)}")
+    _check_temperature_shape(name, head, target.shape)
+    return target.shape
+
+
+def linear_topk(
+    hidden: Tensor, head: LMHead, k: int, *, target: Tensor | None = None, entropy: bool = False, mask: Tensor | None = None
+) -> TopK:
+    """The K largest log-probs of every token with their ids, lse, tail mass, target log-prob and entropy; no gradient.
+
+    Args:
+        hidden: ``(…, D)``.
+        head: :class:`LMHead`.
+        k: 1 ≤ K ≤ 1,024 and ≤ vocab_size.
+        target: ``(…)`` ints for ``target_logp``; −100 is masked.
+        entropy: also −Σ p log p over the whole vocabulary.
+        mask: bool or 0/1 ``(…)``; masked rows are exactly 0.
+
+    Returns:
+        TopK: ids int32 ``(…, K)``, logp ``(…, K)`` descending (the lower id wins among equal logits), lse, tail_logp ``(…)``,
+        target_logp and entropy or None.
+
+    Raises:
+        ValueError: naming the argument, what came and what was wanted.
+    """
+    name = "linear_topk"
+    with torch.no_grad():
+        call = flat_call(name, hidden, head)
+        shape = hidden.shape[:-1] if target is None else _target_shape(name, hidden, target, head)
+        _check_temperature_shape(name, head, shape)
+        _check_k(name, k, call.vocab_size)
+        flat_target = maybe_rows(name, "target", target, shape, ids=True)
+        flat_mask = maybe_rows(name, "mask", mask, shape)
+        out = torch.ops.rlad.linear_topk(*call[:3], flat_target, flat_mask, *call[3:], k, entropy)
+    ids, logp, lse, tail_logp, target_logp, h = out
+    return TopK(
+        ids.view(*shape, k), logp.view(*shape, k), lse.view(shape), tail_logp.view(shape),
+        None if target is None else target_logp.view(shape), h.view(shape) if entropy else None,
+    )  # fmt: skip
+
+
+def linear_gather(hidden: Tensor, head: LMHead, ids: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Logits z at ``ids`` after scale, softcap and temperature: K rows of the head a token, no sweep; differentiable.
+
+    Args:
+        hidden: ``(…, D)``.
+        head: :class:`LMHead`.
+        ids: ``(…, K)`` ints; −1 is an empty slot.
+        mask: bool or 0/1 ``(…)``; masked rows are exactly 0.
+
+    Returns:
+        ``(…, K)`` float32 (float64 for float64), −inf in empty slots. d_weight touches only the rows in ``ids``.
+
+    Raises:
+        ValueError: naming the argument, what came and what was wanted.
+    """
+    name = "linear_gather"
+    call = flat_call(name, hidden, head)
+    shape = hidden.shape[:-1]
+    _check_temperature_shape(name, head, shape)
+    flat = flat_rows(name, "ids", ids, shape, ids=True, extra=1)
+    flat_mask = maybe_rows(name, "mask", mask, shape)
+    raw = torch.ops.rlad.linear_gather(*call[:3], flat, flat_mask, call.vocab_size)
+    z = raw * call.logit_scale
+    if call.softcap:
+        z = call.softcap * torch.tanh(z / call.softcap)
+    z = torch.where(flat < 0, -torch.inf, z * call.inv_temp.unsqueeze(1))
+    if flat_mask is not None:
+        z = torch.where(flat_mask.unsqueeze(1) != 0, z, 0)
+    return z.view(ids.shape)

@@ -1,0 +1,171 @@
+"""The sweep ops, run as loops over tiles: forward statistics, exact backward with recompute, top-K, gather."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlad_kernels.backward import Cotangents, Gradients, backward_tile
+from rlad_kernels.moments import Stats, add_slots, first_occurrence
+from rlad_kernels.ops import acc_dtype
+from rlad_kernels.rows import Kept, checked_finite, checked_ids, row_mask
+from rlad_kernels.tiles import Tiles
+
+
+def row_slots(name: str, kept: Kept, target: Tensor, topk_ids: Tensor | None, vocab_size: int) -> Tensor:
+    """Slots ``(n, 1+K)`` int32 of the kept rows: the target, then the support."""
+    slots = checked_ids(name, "target", kept.take(target), 0, vocab_size).unsqueeze(1)
+    if topk_ids is None:
+        return slots
+    return torch.cat([slots, checked_ids(name, "topk_ids", kept.take(topk_ids), -1, vocab_size)], 1)
+
+
+def outputs(stats: Stats, z: Tensor, slots: Tensor, vocab_size: int, entropy: bool, tail: bool, extras: bool) -> tuple[Tensor, ...]:
+    """logp, lse, entropy, topk_logp, tail_logp, mean_logits, is_top1, log_sum_sq_probs, lse_error of finished statistics."""
+    first = first_occurrence(slots)
+    done = add_slots(stats, z, first)
+    nothing = done.lse.new_empty(0)
+    target_inside = (slots[:, 1:] == slots[:, :1]).any(1)
+    tail_sum = stats.rest + torch.where(target_inside, 0, done.exp[:, 0])
+    bad = (slots >= vocab_size).any(1)  # only on CUDA: on CPU such an id has raised
+    results = [
+        done.logp[:, 0],
+        done.lse,
+        done.entropy if entropy else nothing,
+        torch.where(slots[:, 1:] < 0, -torch.inf, done.logp[:, 1:]) if slots.shape[1] > 1 else nothing,
+        tail_sum.log() - done.log_total if tail else nothing,
+        stats.sumz / vocab_size if extras else nothing,
+        (stats.restsq + done.exp.square().sum(1)).log() - 2 * done.log_total if extras else nothing,
+        (done.lse - stats.max) - done.log_total,
+    ]
+    results = [torch.where(bad if x.dim() == 1 else bad[:, None], torch.nan, x) if x.numel() else x for x in results]
+    results.insert(6, z[:, 0] >= stats.max if extras else torch.empty(0, dtype=torch.bool, device=z.device))
+    return tuple(results)
+
+
+def linear_logp(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, topk_ids: Tensor | None, mask: Tensor | None,
+    inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int, entropy: bool, tail: bool, extras: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Implements ``rlad::linear_logp``."""
+    kept = Kept(row_mask("linear_logp", target, mask))
+    slots = row_slots("linear_logp", kept, target, topk_ids, vocab_size)
+    inv_temp = kept.take(inv_temp.expand(target.shape))
+    tiles = Tiles(kept.take(hidden), weight, bias, inv_temp, logit_scale, softcap, vocab_size)
+    stats, z = tiles.new_stats(slots.shape[1])
+    for c0, _, w in tiles.columns():
+        for r0, r1 in tiles.row_ranges():
+            tiles.fold(tiles.logits(r0, r1, w), c0, r0, r1, slots, stats, z, entropy=entropy, extras=extras)
+    results = outputs(Stats(*stats), z, slots, vocab_size, entropy, tail, extras)
+    checked_finite("linear_logp", results[1])
+    wanted = (True, True, entropy, topk_ids is not None, tail, extras, extras, extras, True)
+    return tuple(kept.put(x) if w else x for x, w in zip(results, wanted, strict=True))
+
+
+def linear_logp_bwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, topk_ids: Tensor | None, mask: Tensor | None,
+    inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int, lse: Tensor, lse_error: Tensor,
+    entropy: Tensor, tail_logp: Tensor,
+    g_logp: Tensor, g_lse: Tensor, g_entropy: Tensor | None, g_topk: Tensor | None, g_tail: Tensor | None,
+    need_hidden: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Implements ``rlad::linear_logp_bwd``: recompute each tile, turn it into dlogits, two products; vocabulary outermost."""
+    live = (g_logp != 0) | (g_lse != 0)
+    for g in (g_entropy, g_tail):
+        live = live if g is None else live | (g != 0)
+    if g_topk is not None and topk_ids is not None:
+        live |= ((g_topk != 0) & (topk_ids >= 0)).any(1)
+    keep = row_mask("linear_logp", target, mask)
+    kept = Kept(live if keep is None else live & keep)
+
+    slots = row_slots("linear_logp", kept, target, topk_ids, vocab_size)
+    inv_temp = kept.take(inv_temp.expand(target.shape))
+    tiles = Tiles(kept.take(hidden), weight, bias, inv_temp, logit_scale, softcap, vocab_size)
+    b, c, t = (None if g is None else kept.take(g) for g in (g_entropy, g_topk, g_tail))
+    h, tau = (None if g is None else kept.take(x) for g, x in ((g_entropy, entropy), (g_tail, tail_logp)))
+    cot = Cotangents.of(slots, kept.take(lse), kept.take(lse_error), kept.take(g_logp), kept.take(g_lse), b, c, t, h, tau)
+    if tiles.grad_dtype == torch.float16:
+        cot.rescale(tiles.inv_temp * abs(logit_scale))
+    out = Gradients(tiles, weight, need_hidden, need_weight, need_bias)
+    for c0, _, w in tiles.columns():
+        for r0, r1 in tiles.row_ranges():
+            g = backward_tile(tiles, cot.take(slice(r0, r1)), tiles.logits(r0, r1, w), c0, tiles.inv_temp[r0:r1])
+            out.add(g, w, c0, slice(r0, r1), first=r0 == 0, last=r1 == tiles.n, unscale=cot.unscale)
+    d_hidden, d_weight, d_bias = out.finish()
+    return kept.put(d_hidden) if need_hidden else d_hidden, d_weight, d_bias
+
+
+def linear_topk(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None, mask: Tensor | None, inv_temp: Tensor,
+    logit_scale: float, softcap: float, vocab_size: int, k: int, entropy: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Implements ``rlad::linear_topk``."""
+    kept = Kept(row_mask("linear_topk", target, mask))
+    x = kept.take(hidden)
+    if target is None:
+        slots = torch.empty(x.shape[0], 0, dtype=torch.int32, device=x.device)
+    else:
+        slots = row_slots("linear_topk", kept, target, None, vocab_size)
+    inv_temp = kept.take(inv_temp.expand(hidden.shape[0]))
+    tiles = Tiles(x, weight, bias, inv_temp, logit_scale, softcap, vocab_size)
+    stats, z = tiles.new_stats(slots.shape[1])
+    top = tiles.inv_temp.new_full((tiles.n, k), -torch.inf)
+    ids = torch.full((tiles.n, k), -1, dtype=torch.int32, device=x.device)
+    for c0, c1, w in tiles.columns():
+        for r0, r1 in tiles.row_ranges():
+            torch.ops.rlad.fold_topk_(
+                tiles.logits(r0, r1, w), c0, tiles.bias_tile(c0, c1), tiles.inv_temp[r0:r1], logit_scale, softcap, slots[r0:r1],
+                stats[:, r0:r1], z[r0:r1], top[r0:r1], ids[r0:r1], entropy,
+            )  # fmt: skip
+    ids, by_id = ids.sort(dim=1)
+    top, by_value = top.gather(1, by_id).sort(dim=1, descending=True, stable=True)
+    ids = ids.gather(1, by_value)
+    done = add_slots(Stats(*stats), top, ids >= 0)
+    checked_finite("linear_topk", done.lse)
+    target_logp = done.lse.new_empty(0)
+    if target is not None:
+        inside = ids == slots
+        outside = z[:, 0] - stats[0] - done.log_total
+        target_logp = torch.where(inside.any(1), torch.where(inside, done.logp, 0).sum(1), outside)
+        target_logp = torch.where(slots[:, 0] >= vocab_size, torch.nan, target_logp)
+    results = (ids, done.logp, done.lse, stats[1].log() - done.log_total, target_logp, done.entropy)
+    wanted = (True, True, True, True, target is not None, entropy)
+    return tuple(kept.put(x) if w else x.new_empty(0) for x, w in zip(results, wanted, strict=True))
+
+
+def _gather_ids(ids: Tensor, mask: Tensor | None, vocab_size: int) -> Tensor:
+    keep = row_mask("linear_gather", None, mask)
+    ids = ids if keep is None else torch.where(keep.unsqueeze(1), ids, -1)
+    return checked_ids("linear_gather", "ids", ids, -1, vocab_size)
+
+
+def linear_gather(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, mask: Tensor | None, vocab_size: int) -> Tensor:
+    """Implements ``rlad::linear_gather``: raw logits h·W_v + b_v at ``ids (N, K)``; empty slots and masked rows give 0."""
+    ids = _gather_ids(ids, mask, vocab_size)
+    raw = torch.ops.rlad.gather_dot(hidden, weight[:vocab_size], ids)
+    inside = (ids >= 0) & (ids < vocab_size)
+    if bias is not None:
+        raw = torch.where(inside, raw + bias.to(raw.dtype)[torch.where(inside, ids, 0)], raw)
+    return torch.where(ids >= vocab_size, torch.nan, raw)
+
+
+def linear_gather_bwd(
+    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, mask: Tensor | None, vocab_size: int,
+    need_hidden: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Implements ``rlad::linear_gather_bwd``; d_weight touches only the rows in ``ids``."""
+    ids = _gather_ids(ids, mask, vocab_size)
+    grad = grad.to(acc_dtype(hidden.dtype)).contiguous()
+    d_hidden, d_weight, d_bias = hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)
+    if need_hidden:
+        d_hidden = torch.ops.rlad.gather_dhidden(grad, weight[:vocab_size], ids)
+    if need_weight or need_bias:
+        sorted_ids, order = ids.flatten().sort(stable=True)
+    if need_weight:
+        d_weight = torch.zeros_like(weight)
+        torch.ops.rlad.gather_dweight_(d_weight[:vocab_size], grad, hidden, order, sorted_ids)
+    if need_bias and bias is not None:
+        d_bias = torch.zeros_like(bias)
+        ones = hidden.new_ones(hidden.shape[0], 1)
+        torch.ops.rlad.gather_dweight_(d_bias[:vocab_size].unsqueeze(1), grad, ones, order, sorted_ids)
+    return d_hidden, d_weight, d_bias

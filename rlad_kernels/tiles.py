@@ -1,0 +1,117 @@
+"""One call's operands and its loop over tiles: matrix product of a tile, then one row pass of the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rlad_kernels.moments import Stats
+from rlad_kernels.ops import INTERPRET, acc_dtype
+from rlad_kernels.settings import settings
+
+# Bytes of one tile of logits. On CPU, products of this size run at full speed and the row pass finds part of the tile in
+# cache; on CUDA, tiles must be large enough for cuBLAS to fill the chip.
+_TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+_TILE_ROWS = {"cpu": 2048, "cuda": 4096}
+# The three-product path keeps whole rows of logits; each chunk reads and writes all of d_weight, hence the floor.
+_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2048 << 20}
+_CHUNK_ROWS_MIN = 256
+
+
+class Tiles:
+    """Hidden rows, head and tile sizes of one call; every product it makes has an accumulation-dtype result.
+
+    On CUDA low-precision operands go to cuBLAS as they are, with float32 results. CPU products have no such form, so there
+    a tile of the weight is widened first: bfloat16 products are exact in float32.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        inv_temp: Tensor,
+        logit_scale: float,
+        softcap: float,
+        vocab_size: int,
+        *,
+        keep_logits: bool = False,
+    ) -> None:
+        self.acc = acc_dtype(hidden.dtype)
+        self.native = hidden.is_cuda
+        self.hidden = hidden if self.native else hidden.to(self.acc)
+        self.weight = weight[:vocab_size]
+        self.bias = None if bias is None else bias[:vocab_size].to(self.acc)
+        self.inv_temp = inv_temp.to(self.acc).expand(hidden.shape[0]).contiguous()
+        self.logit_scale, self.softcap = logit_scale, softcap
+        # Triton writes dlogits in the operands' dtype, which is what the tensor cores read; C++ in the accumulator's.
+        self.grad_dtype = hidden.dtype if self.native or INTERPRET else self.acc
+        self.n, self.vocab = hidden.shape[0], vocab_size
+        self.rows, self.cols = self._sizes(hidden.device.type, keep_logits)
+        self._buffers: dict[torch.dtype, Tensor] = {}
+
+    def _sizes(self, device: str, keep_logits: bool) -> tuple[int, int]:
+        size = self.acc.itemsize
+        n, vocab = max(self.n, 1), self.vocab
+        rows = max(_CHUNK_BYTES[device] // (size * vocab), _CHUNK_ROWS_MIN) if keep_logits else _TILE_ROWS[device]
+        rows = min(settings.tile_rows or rows, n)
+        cols = min(settings.tile_cols or max(_TILE_BYTES[device] // (size * rows), 256), vocab)
+        return rows, cols
+
+    def row_ranges(self) -> Iterator[tuple[int, int]]:
+        return ((r, min(r + self.rows, self.n)) for r in range(0, self.n, self.rows))
+
+    def columns(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Vocabulary ranges with their weight rows, ready to be an operand."""
+        for c0 in range(0, self.vocab, self.cols):
+            c1 = min(c0 + self.cols, self.vocab)
+            yield c0, c1, self.operand(self.weight[c0:c1])
+
+    def operand(self, x: Tensor) -> Tensor:
+        return x if self.native else x.to(self.acc)
+
+    def buffer(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+        """A ``(rows, cols)`` scratch tile, reused from tile to tile."""
+        if dtype not in self._buffers:
+            self._buffers[dtype] = torch.empty(self.rows * self.cols, dtype=dtype, device=self.hidden.device)
+        return self._buffers[dtype][: rows * cols].view(rows, cols)
+
+    def logits(self, r0: int, r1: int, w: Tensor, out: Tensor | None = None) -> Tensor:
+        """Raw logits ``hidden[r0:r1] @ w.T`` in the accumulation dtype."""
+        return self._product(self.hidden[r0:r1], w.t(), self.buffer(r1 - r0, w.shape[0], self.acc) if out is None else out)
+
+    def add_product(self, into: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None, *, first: bool = False) -> None:
+        """into ← (0 if first else into) + factor·a @ b, accumulated in the accumulation dtype."""
+        a, b = self.operand(a), self.operand(b)
+        if factor is not None:
+            product = self._product(a, b) * factor
+            into.copy_(product) if first else into.add_(product)
+        elif a.dtype == into.dtype:
+            into.addmm_(a, b, beta=0 if first else 1)
+        else:
+            torch.addmm(into, a, b, beta=0 if first else 1, out_dtype=into.dtype, out=into)
+
+    def _product(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        if a.dtype == self.acc:
+            return torch.mm(a, b, out=out)
+        return torch.mm(a, b, out_dtype=self.acc, out=out)
+
+    def bias_tile(self, c0: int, c1: int) -> Tensor | None:
+        return None if self.bias is None else self.bias[c0:c1]
+
+    def fold(
+        self, x: Tensor, c0: int, r0: int, r1: int, slots: Tensor, stats: Tensor, z: Tensor, *, entropy: bool, extras: bool
+    ) -> None:
+        """Add one tile to the running statistics and slot logits of its rows, the slots' columns left out."""
+        torch.ops.rlad.fold_(
+            x, c0, self.bias_tile(c0, c0 + x.shape[1]), self.inv_temp[r0:r1], self.logit_scale, self.softcap, slots[r0:r1], True,
+            stats[:, r0:r1], z[r0:r1], entropy, extras,
+        )  # fmt: skip
+
+    def new_stats(self, slots: int) -> tuple[Tensor, Tensor]:
+        """Statistics ``(5, N)`` and slot logits ``(N, J)`` of no columns yet."""
+        stats = self.inv_temp.new_zeros(len(Stats._fields), self.n)
+        stats[0] = -torch.inf
+        return stats, self.inv_temp.new_full((self.n, slots), -torch.inf)

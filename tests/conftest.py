@@ -1,0 +1,49 @@
+"""Where the suite runs: C++ on CPU (default), interpreted Triton (TRITON_INTERPRET=1), or CUDA (RLAD_TEST_DEVICE=cuda)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = os.environ.get("RLAD_TEST_DEVICE", "cpu")
+DONE = os.environ.get("RLAD_TEST_DONE")  # a file of finished tests: a run that was cut off goes on where it stopped
+
+hypothesis.settings.register_profile(
+    "suite", deadline=None, derandomize=True, database=None, max_examples=8 if INTERPRET else 40, print_blob=False
+)
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    done = set(Path(DONE).read_text().split("\n")) if DONE and Path(DONE).exists() else set()
+    for item in items:
+        if item.get_closest_marker("cpu") and (INTERPRET or DEVICE != "cpu"):
+            item.add_marker(pytest.mark.skip(reason="needs the C++ CPU backend, or float64, or its full size"))
+        if item.get_closest_marker("interpreted") and not INTERPRET:
+            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1"))
+        if item.nodeid in done:
+            item.add_marker(pytest.mark.skip(reason="passed in an earlier run"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if DONE and report.when == "call" and report.passed:
+        with Path(DONE).open("a") as file:
+            file.write(report.nodeid + "\n")
+
+
+@pytest.fixture(autouse=True)
+def _world() -> Iterator[None]:
+    """Every test: the device under test, a fixed seed, and settings as they were."""
+    from rlad_kernels.settings import settings
+
+    before = dict(vars(settings))
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        yield
+    vars(settings).update(before)

@@ -1,0 +1,192 @@
+"""fused_linear_loss and rlad_loss: equal to the unfused losses, three products, metrics, row skipping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import rlad_kernels as rk
+from tests.sweeps import Problem, leaf, problem, relative
+
+REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
+
+
+def rlad_inputs(shape: tuple[int, ...] = (3, 7), dtype: torch.dtype = torch.float32, k: int = 5) -> tuple[Problem, dict[str, Any]]:
+    """A student a little away from its old self and from its teacher."""
+    p = problem(shape=shape, d=24, v=101, k=k, dtype=dtype, temperature=0.8)
+    with torch.no_grad():
+        teacher = rk.linear_topk(p.hidden + 0.3 * torch.randn_like(p.hidden), p.head, k, target=p.target)
+        old = rk.linear_logp(p.hidden, p.head, p.target).logp + 0.1 * torch.randn(shape)
+    p.mask = torch.rand(shape) > 0.3
+    advantages = torch.randn(shape[0]) if len(shape) == 2 else torch.randn(shape)
+    return p, {"old_logp": old, "advantages": advantages, "teacher": teacher, "topk_kl_coef": 0.4}
+
+
+def unfused(p: Problem, inputs: dict[str, Any], reduction: str, **options: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    teacher, normalize = inputs["teacher"], options.pop("normalize", "both")
+    scores = rk.linear_logp(p.hidden, p.head, p.target, topk_ids=teacher.ids, tail=True, mask=p.mask)
+    both = {"reduction": reduction, "seq_ids": options.pop("seq_ids", None), "denominator": options.pop("denominator", None)}
+    ratio = rk.trrd_loss(scores.logp, inputs["old_logp"], teacher.target_logp, inputs["advantages"], p.mask, **both, **options)
+    kl = rk.topk_kl_loss(scores.topk_logp, teacher, p.mask, tail_logp=scores.tail_logp, normalize=normalize, **both)
+    return ratio.loss + inputs["topk_kl_coef"] * kl.loss, {**kl.metrics, **ratio.metrics}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("normalize", ["both", "teacher", "none", "tail"])
+def test_rlad_equals_its_parts(reduction: str, normalize: str) -> None:
+    p, inputs = rlad_inputs()
+    loss, metrics = unfused(p, inputs, reduction, normalize=normalize)
+    want = torch.autograd.grad(loss, p.leaves)
+    with rk.set_tile(4, 33):
+        out = rk.rlad_loss(p.hidden, p.head, p.target, mask=p.mask, reduction=reduction, normalize=normalize, **inputs)
+        grads = torch.autograd.grad(out.loss, p.leaves)
+    assert abs(out.loss - loss) <= 1e-5 * loss.abs().clamp_min(1)
+    for g, e in zip(grads, want, strict=True):
+        assert relative(g, e) <= 1e-5
+    for key, value in metrics.items():
+        assert torch.allclose(out.metrics[key], value, rtol=1e-4, atol=1e-6), key
+    assert (out.token_loss[~p.mask] == 0).all()
+    assert set(out.metrics) - set(metrics) == {"entropy", "rows_skipped"}
+
+
+def test_packed_equals_padded() -> None:
+    p, inputs = rlad_inputs()
+    keep = p.mask
+    want = rk.rlad_loss(p.hidden, p.head, p.target, mask=keep, teacher_clamp=1.0, **inputs)
+    teacher = rk.TopK(*(None if x is None else x[keep] for x in inputs["teacher"]))
+    seq_ids = torch.arange(3)[:, None].expand(3, 7)[keep] * 5
+    packed = rk.rlad_loss(
+        p.hidden[keep], p.head, p.target[keep], old_logp=inputs["old_logp"][keep], teacher=teacher, topk_kl_coef=0.4, seq_ids=seq_ids,
+        advantages=inputs["advantages"][:, None].expand(3, 7)[keep], teacher_clamp=1.0,
+    )  # fmt: skip
+    assert torch.allclose(packed.loss, want.loss, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_low_precision_gradients(dtype: torch.dtype) -> None:
+    p, inputs = rlad_inputs(shape=(64,), dtype=dtype)
+    with rk.set_tile(16, 40):
+        out = rk.rlad_loss(p.hidden, p.head, p.target, mask=p.mask, reduction="token-mean", **inputs)
+        grads = torch.autograd.grad(out.loss, p.leaves)
+    twin = p.twin(torch.float32)  # float32 itself is within 1e-5 of float64 here, far below the bound
+    inputs32 = rk.rlad_loss(twin.hidden, twin.head, p.target, mask=p.mask, reduction="token-mean", **inputs)
+    for g, e in zip(grads, torch.autograd.grad(inputs32.loss, twin.leaves), strict=True):
+        assert g.dtype == dtype
+        assert relative(g, e) <= 3e-3
+
+
+def test_user_loss_with_entropy_tail_metrics_and_scalars() -> None:
+    p = problem(shape=(4, 6), v=61)
+    p.mask = torch.rand(4, 6) > 0.3
+    bonus = torch.rand(4, 6)
+
+    def token_loss(scores: rk.TokenScores, weight: torch.Tensor, coef: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = -weight * scores.logp - coef * scores.entropy + scores.topk_logp.exp().sum(-1) + scores.tail_logp.exp()
+        return loss, {"entropy": scores.entropy}
+
+    with rk.set_tile(5, 13):
+        out = rk.fused_linear_loss(
+            p.hidden, p.head, p.target, token_loss, inputs={"weight": bonus, "coef": 0.3}, mask=p.mask, topk_ids=p.ids
+        )
+        grads = torch.autograd.grad(3 * out.loss, p.leaves)
+    s = rk.linear_logp(p.hidden, p.head, p.target, topk_ids=p.ids, entropy=True, tail=True, mask=p.mask)
+    loss, _ = token_loss(s, bonus, 0.3)
+    want = 3 * torch.where(p.mask, loss, 0).sum() / p.mask.sum()
+    assert torch.allclose(3 * out.loss, want, rtol=1e-5, atol=1e-6)
+    for g, e in zip(grads, torch.autograd.grad(want, p.leaves), strict=True):
+        assert relative(g, e) <= 1e-5
+    assert torch.allclose(out.metrics["entropy"], s.entropy[p.mask].mean(), rtol=1e-5)
+
+
+@pytest.mark.cpu
+def test_rows_without_gradient_are_skipped_and_counted() -> None:
+    p = problem(n=20)
+    weight = torch.randn(20)
+    weight[:5] = 0
+    with rk.set_tile(6, 50):
+        out = rk.fused_linear_loss(p.hidden, p.head, p.target, lambda s, w: s.logp * w, inputs={"w": weight})
+    assert out.metrics["rows_skipped"] == 0.25
+    grads = torch.autograd.grad(out.loss, p.leaves)
+    want = torch.autograd.grad((rk.linear_logp(p.hidden, p.head, p.target).logp * weight).sum() / 20, p.leaves)
+    assert (grads[0][:5] == 0).all()
+    for g, e in zip(grads, want, strict=True):
+        assert relative(g, e) <= 1e-6
+
+
+def test_without_grad_no_gradient_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    import rlad_kernels.fused as fused
+
+    def fail(*a: object, **k: object) -> None:
+        raise AssertionError("a gradient buffer was made")
+
+    p, inputs = rlad_inputs()
+    want = rk.rlad_loss(p.hidden, p.head, p.target, mask=p.mask, **inputs).loss
+    monkeypatch.setattr(fused, "Gradients", fail)
+    with torch.no_grad():
+        out = rk.rlad_loss(p.hidden, p.head, p.target, mask=p.mask, **inputs)
+    assert torch.equal(out.loss, want.detach())
+    assert "rows_skipped" not in out.metrics
+    with pytest.raises(AssertionError, match="gradient buffer"):
+        rk.rlad_loss(p.hidden, p.head, p.target, mask=p.mask, **inputs)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+def test_frozen_inputs_get_no_gradient(frozen: str) -> None:
+    p, inputs = rlad_inputs()
+    full = rk.rlad_loss(p.hidden, p.head, p.target, mask=p.mask, **inputs)
+    want = dict(zip(("hidden", "weight", "bias"), torch.autograd.grad(full.loss, p.leaves), strict=True))
+    getattr(p, frozen).requires_grad_(False)
+    rk.rlad_loss(p.hidden, p.head, p.target, mask=p.mask, **inputs).loss.backward()
+    assert getattr(p, frozen).grad is None
+    for name in want.keys() - {frozen}:
+        assert torch.equal(getattr(p, name).grad, want[name])
+
+
+def test_backward_runs_once_and_not_twice_differentiated() -> None:
+    p, inputs = rlad_inputs()
+    out = rk.rlad_loss(p.hidden, p.head, p.target, **inputs)
+    out.loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="call the loss again"):
+        out.loss.backward()
+    out = rk.rlad_loss(p.hidden, p.head, p.target, **inputs)
+    (g,) = torch.autograd.grad(out.loss, p.hidden, create_graph=True)
+    with pytest.raises(RuntimeError):
+        g.sum().backward()
+
+
+def test_all_masked_and_empty() -> None:
+    p, inputs = rlad_inputs()
+    out = rk.rlad_loss(p.hidden, p.head, p.target, mask=torch.zeros(3, 7), **inputs)
+    assert out.loss == 0
+    out.loss.backward()
+    assert all((x.grad == 0).all() for x in p.leaves)
+    empty = problem(n=0)
+    out = rk.fused_linear_loss(empty.hidden, empty.head, empty.target, lambda s: -s.logp, inputs={})
+    out.loss.backward()
+    assert out.loss == 0
+    assert (empty.weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("compaction", [True, False], ids=["dropped", "computed"])
+def test_garbage_at_masked_positions(compaction: bool) -> None:
+    p, inputs = rlad_inputs()
+    want = rk.rlad_loss(p.hidden, p.head, p.target, mask=p.mask, **inputs)
+    wanted = torch.autograd.grad(want.loss, p.leaves)
+    off = ~p.mask
+    hidden = leaf(torch.where(off[..., None], torch.nan, p.hidden.detach()))
+    teacher = inputs["teacher"]
+    teacher = teacher._replace(
+        logp=torch.where(off[..., None], torch.nan, teacher.logp), target_logp=torch.where(off, torch.nan, teacher.target_logp),
+        ids=torch.where(off[..., None], 10**6, teacher.ids),
+    )  # fmt: skip
+    dirty = {**inputs, "old_logp": torch.where(off, torch.nan, inputs["old_logp"]), "teacher": teacher}
+    with rk.set_compaction(compaction):
+        out = rk.rlad_loss(hidden, p.head, torch.where(off, -100, p.target), mask=p.mask, **dirty)
+        grads = torch.autograd.grad(out.loss, (hidden, *p.leaves[1:]))
+    assert torch.allclose(out.loss, want.loss, rtol=1e-6)
+    for g, e in zip(grads, wanted, strict=True):
+        assert relative(g, e) <= 1e-6
+    for key in want.metrics.keys() - {"rows_skipped"}:
+        assert torch.allclose(out.metrics[key], want.metrics[key], rtol=1e-5, atol=1e-7), key

@@ -1,0 +1,154 @@
+"""The ops as torch sees them: opcheck, fullgraph compile, fake CUDA tensors, no silent fallback, settings."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+
+import rlad_kernels as rk
+from rlad_kernels import ops
+from tests.sweeps import problem
+from tests.test_fused import rlad_inputs
+
+R = torch.ops.rlad
+
+
+def sweep_args() -> tuple[object, ...]:
+    p = problem(n=6, v=30)
+    mask = torch.rand(6) > 0.3
+    return p, mask, (torch.ones(1), 1.0, 0.0, 30)
+
+
+def cases() -> dict[str, tuple[object, ...]]:
+    p, mask, call = sweep_args()
+    tensors = (p.hidden, p.weight, p.bias)
+    plain = tuple(x.detach() for x in tensors)
+    ones, zero = torch.ones(6), torch.zeros(6)
+    saved = (*R.linear_logp(*plain, p.target, p.ids, mask, *call, True, True, False),)
+    ratio = (zero.clone().requires_grad_(), ones * 0.1, ones * 0.2, torch.randn(6), ones * 0.1, 0.5, 0.2, 0.2, 1.0, 3.0, 0.1, "k3")
+    topk = torch.randn(6, 5).requires_grad_(), p.ids.int(), -torch.rand(6, 5), (-ones).requires_grad_(), -ones, "reverse", "tail"
+    names = ["old_logp", "advantages", "alpha", "kl_estimator"]
+    return {
+        "linear_logp": (*tensors, p.target, p.ids, mask, *call, True, True, True),
+        "linear_logp_bwd": (
+            *plain, p.target, p.ids, mask, *call, saved[1], saved[8], saved[2], saved[4], ones, zero, ones, torch.ones(6, 5), ones,
+            True, True, True,
+        ),
+        "linear_topk": (*plain, p.target, mask, *call, 3, True),
+        "linear_gather": (*tensors, p.ids, mask, 30),
+        "linear_gather_bwd": (torch.ones(6, 5), *plain, p.ids, mask, 30, True, True, True),
+        "clipped_ratio": ratio,
+        "topk_kl": topk,
+        "fused_linear_loss": (
+            *tensors, p.target, p.ids, mask, *call, ones / 6, "rlad", names, [zero, ones], [0.5], ["k3"], True, True, True,
+        ),
+    }  # fmt: skip
+
+
+ALL = (*ops.SWEEP_OPS, *ops.LOSS_OPS)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_opcheck(name: str) -> None:
+    opcheck(getattr(R, name).default, cases()[name])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_fake_cuda_tensors_give_shapes_and_dtypes_without_a_gpu(name: str) -> None:
+    args = cases()[name]
+    real = getattr(R, name)(*args)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+
+        def fake(x: object) -> object:
+            if isinstance(x, list):
+                return [fake(y) for y in x]
+            return torch.empty(x.shape, dtype=x.dtype, device="cuda") if isinstance(x, torch.Tensor) else x
+
+        out = getattr(R, name)(*[fake(x) for x in args])
+    for a, b in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (out, real)), strict=True):
+        assert (a.shape, a.dtype, a.device.type) == (b.shape, b.dtype, "cuda")
+
+
+def test_linear_logp_compiles_fullgraph() -> None:
+    p, inputs = rlad_inputs()
+
+    def f(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        head, teacher = rk.LMHead(weight, bias, temperature=0.8), inputs["teacher"]
+        s = rk.linear_logp(hidden, head, p.target, topk_ids=teacher.ids, entropy=True, tail=True, extras=("is_top1",), mask=p.mask)
+        ratio = rk.trrd_loss(s.logp, inputs["old_logp"], teacher.target_logp, inputs["advantages"], p.mask)
+        kl = rk.topk_kl_loss(s.topk_logp, teacher, p.mask, tail_logp=s.tail_logp, normalize="tail")
+        support = rk.linear_topk_kl_loss(hidden, head, teacher, p.mask)
+        return ratio.loss + kl.loss + support.loss - 0.1 * s.entropy.mean()
+
+    want = f(*p.leaves)
+    got = torch.compile(f, fullgraph=True, backend="aot_eager")(*p.leaves)
+    assert torch.allclose(got, want, rtol=1e-6)
+    for a, b in zip(torch.autograd.grad(got, p.leaves), torch.autograd.grad(want, p.leaves), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_rlad_loss_compiles_fullgraph() -> None:
+    p, inputs = rlad_inputs()
+
+    def f(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> rk.LossOutput:
+        return rk.rlad_loss(hidden, rk.LMHead(weight, bias), p.target, mask=p.mask, teacher_clamp=2.0, **inputs)
+
+    want = f(*p.leaves)
+    got = torch.compile(f, fullgraph=True, backend="aot_eager")(*p.leaves)
+    assert torch.allclose(got.loss, want.loss, rtol=1e-6)
+    assert got.metrics.keys() == want.metrics.keys()
+    for key, value in want.metrics.items():
+        assert torch.allclose(got.metrics[key], value, rtol=1e-6), key
+    for a, b in zip(torch.autograd.grad(got.loss, p.leaves), torch.autograd.grad(want.loss, p.leaves), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.cpu
+def test_inductor_compiles_a_training_step() -> None:
+    p, inputs = rlad_inputs()
+    f = torch.compile(lambda h: rk.rlad_loss(h * 2, p.head, p.target, mask=p.mask, **inputs).loss, fullgraph=True)
+    want = rk.rlad_loss(p.hidden * 2, p.head, p.target, mask=p.mask, **inputs).loss
+    assert torch.allclose(f(p.hidden), want, rtol=1e-5)
+
+
+def test_the_contract_imports_neither_kernels_nor_triton_nor_transformers() -> None:
+    code = "import sys, rlad_kernels; print([m for m in sys.modules if m in ('transformers', 'rlad_kernels.kernels')])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.cpu
+def test_a_missing_cpp_backend_raises_and_names_the_fix() -> None:
+    code = (
+        "import sys; sys.modules['rlad_kernels._C'] = None\n"
+        "import torch, rlad_kernels as rk\n"
+        "rk.linear_logp(torch.randn(2, 3), rk.LMHead(torch.randn(5, 3)), torch.tensor([0, 1]))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode != 0
+    assert "C++ CPU backend is not built" in found.stderr
+    assert "pip install --no-build-isolation -e ." in found.stderr
+
+
+def test_settings_work_as_statements_and_as_context_managers() -> None:
+    from rlad_kernels.settings import settings
+
+    with rk.set_tile(3, 4), rk.set_checks(True), rk.set_compaction(False):
+        assert (settings.tile_rows, settings.tile_cols, settings.checks, settings.compaction) == (3, 4, True, False)
+    assert (settings.tile_rows, settings.tile_cols, settings.checks, settings.compaction) == (None, None, False, True)
+    rk.set_tile(cols=9)
+    assert settings.tile_cols == 9
+
+
+def test_checks_report_non_finite_inputs() -> None:
+    p = problem(n=3)
+    with torch.no_grad():
+        p.hidden[1, 0] = torch.nan
+    assert rk.linear_logp(p.hidden, p.head, p.target).logp[1].isnan()
+    with rk.set_checks(True), pytest.raises(ValueError, match="linear_logp: hidden, weight or bias gave a non-finite"):
+        rk.linear_logp(p.hidden, p.head, p.target)
