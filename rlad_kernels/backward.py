@@ -28,8 +28,8 @@ class Cotangents:
 
     @classmethod
     def of(
-        cls, slots: Tensor, lse: Tensor, lse_error: Tensor, a: Tensor, l: Tensor, b: Tensor | None, c: Tensor | None, t: Tensor | None,
-        entropy: Tensor | None, tail_logp: Tensor | None,
+        cls, slots: Tensor, lse: Tensor, lse_error: Tensor, a: Tensor, l: Tensor, b: Tensor | None, c: Tensor | None,
+        t: Tensor | None, entropy: Tensor | None, tail_logp: Tensor | None,
     ) -> Cotangents:  # fmt: skip
         """From the cotangents a (logp), l (lse), b (entropy), c (topk_logp), t (tail_logp) and the row's lse, H, log τ.
 

@@ -20,7 +20,7 @@ from rlad_kernels.losses.reduction import LossOutput, keep_mask, token_weights
 from rlad_kernels.moments import Stats
 from rlad_kernels.ops import autograd_inside
 from rlad_kernels.registry import TOKEN_LOSSES
-from rlad_kernels.rows import IGNORE, Kept, checked_finite
+from rlad_kernels.rows import IGNORE, Kept, checked_finite, kept_inv_temp
 from rlad_kernels.scores import Call, TokenScores, _check_k, _target_shape, flat_call, flat_rows, maybe_rows
 from rlad_kernels.sweep import outputs, row_slots
 from rlad_kernels.tiles import Tiles
@@ -55,10 +55,9 @@ def run(
 ) -> Fused:  # fmt: skip
     """The fused sweep on flat arguments; ``inputs`` hold ``(N, …)`` tensors, or scalars."""
     name = "fused_linear_loss"
-    n = target.shape[0]
     kept = Kept(keep)
     slots = row_slots(name, kept, target, topk_ids, call.vocab_size)
-    inv_temp = kept.take(call.inv_temp.expand(n))
+    inv_temp = kept_inv_temp(name, kept, call.inv_temp, target.shape[0])
     tiles = Tiles(kept.take(call.hidden), *call[1:3], inv_temp, *call[4:], keep_logits=True)
     weight = kept.take(row_weight)
     inputs = tree_map_only(Tensor, lambda x: kept.take(x) if x.dim() else x, dict(inputs))

@@ -42,8 +42,8 @@ SWEEP_OPS = {
     "linear_logp": f"({_HEAD}, Tensor target, Tensor? topk_ids, Tensor? mask, {_CALL}, bool entropy, bool tail, bool extras) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "linear_logp_bwd": f"({_HEAD}, Tensor target, Tensor? topk_ids, Tensor? mask, {_CALL}, Tensor lse, Tensor lse_error, "
-    "Tensor entropy, Tensor tail_logp, Tensor g_logp, Tensor g_lse, Tensor? g_entropy, Tensor? g_topk, Tensor? g_tail, bool need_hidden, "
-    "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    "Tensor entropy, Tensor tail_logp, Tensor g_logp, Tensor g_lse, Tensor? g_entropy, Tensor? g_topk, Tensor? g_tail, "
+    "bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     "linear_topk": f"({_HEAD}, Tensor? target, Tensor? mask, {_CALL}, int k, bool entropy) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "linear_gather": f"({_HEAD}, Tensor ids, Tensor? mask, int vocab_size) -> Tensor",

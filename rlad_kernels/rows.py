@@ -78,6 +78,21 @@ def checked_ids(name: str, argument: str, ids: Tensor, low: int, vocab_size: int
     return torch.where(bad, vocab_size, ids).to(torch.int32)
 
 
+def kept_inv_temp(name: str, kept: Kept, inv_temp: Tensor, rows: int) -> Tensor:
+    """1/temperature of the kept rows.
+
+    Raises:
+        ValueError: for a temperature that is not positive and finite (on CUDA with ``set_checks(True)``).
+    """
+    inv_temp = kept.take(inv_temp.expand(rows))
+    wrong = ~((inv_temp > 0) & (inv_temp < torch.inf))
+    if kept.dense is not None:
+        wrong &= kept.dense
+    if _may_read(inv_temp) and bool(wrong.any()):
+        raise ValueError(f"{name}: temperature must be positive and finite, got {1 / inv_temp[wrong][0].item()}")
+    return inv_temp
+
+
 def checked_finite(name: str, lse: Tensor) -> None:
     """With ``set_checks(True)``: raise if a row's log-normaliser is not finite."""
     if settings.checks and not bool(lse.isfinite().all()):

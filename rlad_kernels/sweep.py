@@ -8,7 +8,7 @@ from torch import Tensor
 from rlad_kernels.backward import Cotangents, Gradients, backward_tile
 from rlad_kernels.moments import Stats, add_slots, first_occurrence
 from rlad_kernels.ops import acc_dtype
-from rlad_kernels.rows import Kept, checked_finite, checked_ids, row_mask
+from rlad_kernels.rows import Kept, checked_finite, checked_ids, kept_inv_temp, row_mask
 from rlad_kernels.tiles import Tiles
 
 
@@ -50,7 +50,7 @@ def linear_logp(
     """Implements ``rlad::linear_logp``."""
     kept = Kept(row_mask("linear_logp", target, mask))
     slots = row_slots("linear_logp", kept, target, topk_ids, vocab_size)
-    inv_temp = kept.take(inv_temp.expand(target.shape))
+    inv_temp = kept_inv_temp("linear_logp", kept, inv_temp, target.shape[0])
     tiles = Tiles(kept.take(hidden), weight, bias, inv_temp, logit_scale, softcap, vocab_size)
     stats, z = tiles.new_stats(slots.shape[1])
     for c0, _, w in tiles.columns():
@@ -79,7 +79,7 @@ def linear_logp_bwd(
     kept = Kept(live if keep is None else live & keep)
 
     slots = row_slots("linear_logp", kept, target, topk_ids, vocab_size)
-    inv_temp = kept.take(inv_temp.expand(target.shape))
+    inv_temp = kept.take(inv_temp.expand(target.shape[0]))
     tiles = Tiles(kept.take(hidden), weight, bias, inv_temp, logit_scale, softcap, vocab_size)
     b, c, t = (None if g is None else kept.take(g) for g in (g_entropy, g_topk, g_tail))
     h, tau = (None if g is None else kept.take(x) for g, x in ((g_entropy, entropy), (g_tail, tail_logp)))
@@ -106,7 +106,7 @@ def linear_topk(
         slots = torch.empty(x.shape[0], 0, dtype=torch.int32, device=x.device)
     else:
         slots = row_slots("linear_topk", kept, target, None, vocab_size)
-    inv_temp = kept.take(inv_temp.expand(hidden.shape[0]))
+    inv_temp = kept_inv_temp("linear_topk", kept, inv_temp, hidden.shape[0])
     tiles = Tiles(x, weight, bias, inv_temp, logit_scale, softcap, vocab_size)
     stats, z = tiles.new_stats(slots.shape[1])
     top = tiles.inv_temp.new_full((tiles.n, k), -torch.inf)

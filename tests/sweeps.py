@@ -57,8 +57,8 @@ def leaf(x: Tensor) -> Tensor:
 
 
 def problem(
-    n: int = 13, d: int = 16, v: int = 101, k: int = 5, *, dtype: torch.dtype = torch.float32, bias: bool = True, sigma: float = 3.0,
-    shape: tuple[int, ...] | None = None, **options: Any,
+    n: int = 13, d: int = 16, v: int = 101, k: int = 5, *, dtype: torch.dtype = torch.float32, bias: bool = True,
+    sigma: float = 3.0, shape: tuple[int, ...] | None = None, **options: Any,
 ) -> Problem:  # fmt: skip
     """Logits of standard deviation ``sigma``; ids within ``vocab_size``."""
     shape = shape or (n,)

@@ -1,0 +1,29 @@
+"""Every Triton kernel is launched through a public function: counted, and a kernel that is not fails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rlad_kernels as rk
+from tests.test_fused import rlad_inputs
+
+pytestmark = pytest.mark.interpreted
+
+
+def test_public_functions_launch_every_kernel() -> None:
+    from rlad_kernels.kernels._launch import LAUNCHES
+    from rlad_kernels.kernels.registry import KERNELS
+
+    LAUNCHES.clear()
+    p, inputs = rlad_inputs(shape=(2, 3))
+    rk.rlad_loss(p.hidden, p.head, p.target, **inputs).loss.backward()  # fold, dlogits, clipped ratio, top-K KL; top-K before
+    rk.linear_topk_kl_loss(p.hidden, p.head, inputs["teacher"]).loss.backward()  # gather and its two gradients
+    rk.linear_topk(p.hidden, p.head, 3)
+    assert set(LAUNCHES) == set(KERNELS)
+
+
+def test_float64_raises_a_type_error() -> None:
+    head = rk.LMHead(torch.randn(5, 3, dtype=torch.float64))
+    with pytest.raises(TypeError, match="float64"):
+        rk.linear_logp(torch.randn(2, 3, dtype=torch.float64), head, torch.tensor([0, 1]))
