@@ -112,7 +112,7 @@ def has_cpp() -> bool:
     """Whether the C++ CPU backend is built; importing it registers its kernels."""
     try:
         import_module("rlad_kernels._C")
-    except ImportError:
+    except ModuleNotFoundError:  # any other ImportError is a build that does not load: that must be seen
         return False
     return True
 

@@ -13,14 +13,14 @@ pytestmark = pytest.mark.interpreted
 
 def test_public_functions_launch_every_kernel() -> None:
     from rlad_kernels.kernels._launch import LAUNCHES
-    from rlad_kernels.kernels.registry import KERNELS
+    from rlad_kernels.kernels.registry import REGISTRY
 
     LAUNCHES.clear()
     p, inputs = rlad_inputs(shape=(2, 3))
     rk.rlad_loss(p.hidden, p.head, p.target, **inputs).loss.backward()  # fold, dlogits, clipped ratio, top-K KL; top-K before
     rk.linear_topk_kl_loss(p.hidden, p.head, inputs["teacher"]).loss.backward()  # gather and its two gradients
     rk.linear_topk(p.hidden, p.head, 3)
-    assert set(LAUNCHES) == set(KERNELS)
+    assert set(LAUNCHES) == set(REGISTRY)
 
 
 def test_float64_raises_a_type_error() -> None:

@@ -58,8 +58,8 @@ def test_packed_equals_padded() -> None:
     teacher = rk.TopK(*(None if x is None else x[keep] for x in inputs["teacher"]))
     seq_ids = torch.arange(3)[:, None].expand(3, 7)[keep] * 5
     packed = rk.rlad_loss(
-        p.hidden[keep], p.head, p.target[keep], old_logp=inputs["old_logp"][keep], teacher=teacher, topk_kl_coef=0.4, seq_ids=seq_ids,
-        advantages=inputs["advantages"][:, None].expand(3, 7)[keep], teacher_clamp=1.0,
+        p.hidden[keep], p.head, p.target[keep], old_logp=inputs["old_logp"][keep], teacher=teacher, topk_kl_coef=0.4,
+        seq_ids=seq_ids, advantages=inputs["advantages"][:, None].expand(3, 7)[keep], teacher_clamp=1.0,
     )  # fmt: skip
     assert torch.allclose(packed.loss, want.loss, rtol=1e-5, atol=1e-6)
 

@@ -342,10 +342,12 @@ def test_all_masked() -> None:
     assert (p.hidden.grad == 0).all()
 
 
-@given(
-    st.integers(0, 9), st.integers(1, 9), st.integers(2, 40), st.integers(1, 6), st.integers(1, 9), st.integers(1, 45), st.integers(0, 2**31)
-)  # fmt: skip
-def test_any_shape_mask_and_tile(n: int, d: int, v: int, k: int, rows: int, cols: int, seed: int) -> None:
+SHAPES = st.tuples(st.integers(0, 9), st.integers(1, 9), st.integers(2, 40), st.integers(1, 6))
+
+
+@given(SHAPES, st.integers(1, 9), st.integers(1, 45), st.integers(0, 2**31))
+def test_any_shape_mask_and_tile(shape: tuple[int, int, int, int], rows: int, cols: int, seed: int) -> None:
+    n, d, v, k = shape
     torch.manual_seed(seed)
     k = min(k, v)
     p = problem(n=n, d=d, v=v, k=k, sigma=1.0)

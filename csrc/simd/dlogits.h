@@ -1,0 +1,108 @@
+// dlogits_: the gradient with respect to raw logits, written over a tile in one pass.
+#pragma once
+
+namespace rlad::RLAD_ISA {
+
+template <class T>
+struct RowGrad {
+  T lse, w, b, h, t, tail_lse;
+  RowGrad(const Mat<const T>& rows, int64_t i)
+      : lse(rows.row(0)[i]), w(rows.row(1)[i]), b(rows.row(2)[i]), h(rows.row(3)[i]), t(rows.row(4)[i]), tail_lse(rows.row(5)[i]) {
+    // Without mass, z − lse is −inf + inf. Any finite value gives the wanted 0, since every z is −inf.
+    if (lse == -kInf<T>) lse = 0;
+    if (tail_lse == -kInf<T>) tail_lse = t = 0;
+  }
+  bool zero() const { return w == 0 && b == 0 && t == 0; }
+};
+
+// dL/dz = p·w − p·b·(log p + H) + t·e^(z − tail_lse), and dz/draw in `slope`.
+template <bool CAP, bool ENTROPY, bool TAIL, class T>
+RLAD_INLINE Vec<T> grad_z(Vec<T> raw, Vec<T> t, const RowGrad<T>& r, const Temper<T>& c, Vec<T>& slope) {
+  const Vec<T> z = temper<CAP, T>(raw, c, slope);
+  const Vec<T> lp = clamp_exp<T>(z - r.lse);
+  Vec<T> factor = splat(r.w);
+  if constexpr (ENTROPY) factor -= (lp + r.h) * r.b;
+  Vec<T> g = exp_clamped(lp) * factor;
+  if constexpr (TAIL) g += exp_clamped(clamp_exp<T>(z - r.tail_lse)) * t;
+  return g;
+}
+
+// A row's slots inside the stretch at hand.
+template <class T>
+struct Hits {
+  std::vector<int64_t> place;
+  std::vector<T> raw, t, extra;  // padded to whole vectors; `extra` becomes the result
+  explicit Hits(int64_t slots) {
+    const int64_t n = round_up(slots, kLanes<T>);
+    place.resize(n), raw.resize(n), t.resize(n), extra.resize(n);
+  }
+
+  template <bool BIAS>
+  int64_t find(const DlogitsArgs<T>& a, int64_t i, int64_t j0, int64_t n, T tail) {
+    int64_t count = 0;
+    for_slots(a.tile, i, a.tile.col0 + j0, n, [&](int64_t j, int64_t p) {
+      place[count] = j0 + p;
+      raw[count] = a.tile.logits.row(i)[j0 + p] + (BIAS ? a.tile.bias[j0 + p] : T(0));
+      t[count] = a.slot_tail.data && a.slot_tail.row(i)[j] ? tail : T(0);
+      extra[count++] = a.slot_grad.row(i)[j];
+    });
+    return count;
+  }
+};
+
+template <bool CAP, bool BIAS, bool ENTROPY, bool TAIL, class T>
+void dlogits_rows(const DlogitsArgs<T>& a, int64_t begin, int64_t end) {
+  constexpr int64_t L = kLanes<T>;
+  constexpr bool kWide = sizeof(T) == 8;
+  const bool direct = a.out.elem == (kWide ? Elem::f64 : Elem::f32);
+  alignas(64) T scratch[kStretch];
+  Hits<T> hits(a.tile.num_slots);
+  Vec<T> slope;
+  for (int64_t i = begin; i < end; ++i) {
+    const RowGrad<T> r(a.rows, i);
+    const Temper<T> c(a.tile, i);
+    const Vec<T> t = splat(r.t);
+    for (int64_t j0 = 0; j0 < a.tile.cols; j0 += kStretch) {
+      const int64_t n = a.tile.cols - j0 < kStretch ? a.tile.cols - j0 : kStretch;
+      const T* x = a.tile.logits.row(i) + j0;
+      const T* bias = BIAS ? a.tile.bias + j0 : nullptr;
+      T* g = direct ? reinterpret_cast<T*>(a.out.at(i, j0)) : scratch;
+      const int64_t count = hits.template find<BIAS>(a, i, j0, n, r.t);  // before g, which may be x, is written
+      for (int64_t k = 0; k < count; k += L) {
+        const Vec<T> gz = grad_z<CAP, ENTROPY, TAIL, T>(load(&hits.raw[k]), load(&hits.t[k]), r, c, slope);
+        store<T>(&hits.extra[k], ((r.zero() ? Vec<T>{} : gz) + load(&hits.extra[k])) * slope);
+      }
+      int64_t j = 0;
+      if (r.zero()) {
+        for (; j < n; ++j) g[j] = 0;
+      }
+      for (; j + L <= n; j += L) {
+        Vec<T> raw = load(x + j);
+        if constexpr (BIAS) raw += load(bias + j);
+        const Vec<T> gz = grad_z<CAP, ENTROPY, TAIL, T>(raw, t, r, c, slope);
+        store<T>(g + j, gz * slope);
+      }
+      if (j < n) {
+        Vec<T> raw = load_first(x + j, n - j);
+        if constexpr (BIAS) raw += load_first(bias + j, n - j);
+        const Vec<T> gz = grad_z<CAP, ENTROPY, TAIL, T>(raw, t, r, c, slope);
+        store_first<T>(g + j, gz * slope, n - j);
+      }
+      for (int64_t k = 0; k < count; ++k) g[hits.place[k] - j0] = hits.extra[k];
+      if (!direct) narrow(a.out.elem, a.out.at(i, j0), scratch, n);
+    }
+  }
+}
+
+template <class T>
+void dlogits(const DlogitsArgs<T>& a, int64_t begin, int64_t end) {
+  with_flag(a.tile.softcap > 0, [&](auto cap) {
+    with_flag(a.tile.bias, [&](auto bias) {
+      with_flag(a.entropy, [&](auto entropy) {
+        with_flag(a.tail, [&](auto tail) { dlogits_rows<cap.value, bias.value, entropy.value, tail.value>(a, begin, end); });
+      });
+    });
+  });
+}
+
+}  // namespace rlad::RLAD_ISA

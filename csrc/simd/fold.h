@@ -1,0 +1,36 @@
+// fold_: statistics of one tile added to the running ones, the slots' columns read out and, if asked, left out.
+#pragma once
+
+namespace rlad::RLAD_ISA {
+
+template <bool CAP, bool BIAS, bool ENTROPY, bool EXTRAS, class T>
+void fold_rows(const FoldArgs<T>& a, int64_t begin, int64_t end) {
+  const Tile<T>& tile = a.tile;
+  alignas(64) T z[kScratch];
+  for (int64_t i = begin; i < end; ++i) {
+    const Temper<T> c(tile, i);
+    RowStats<T> stats(a.stats, i);
+    for (int64_t j0 = 0; j0 < tile.cols; j0 += kStretch) {
+      const int64_t n = tile.cols - j0 < kStretch ? tile.cols - j0 : kStretch;
+      const auto t = temper_stretch<CAP, BIAS, EXTRAS>(tile.logits.row(i) + j0, BIAS ? tile.bias + j0 : nullptr, n, c, z);
+      for_slots(tile, i, tile.col0 + j0, n, [&](int64_t j, int64_t place) { a.slot_logits.row(i)[j] = z[place]; });
+      if (a.exclude) for_slots(tile, i, tile.col0 + j0, n, [&](int64_t, int64_t place) { z[place] = -kInf<T>; });
+      stats.raise_max(t.max, ENTROPY, EXTRAS);
+      stats.add(exp_sums<ENTROPY, EXTRAS>(z, round_up(n, kBlock<T>), stats.shift()), ENTROPY, EXTRAS);
+      if (EXTRAS) stats.sumz = T(stats.sumz + t.sum);
+    }
+  }
+}
+
+template <class T>
+void fold(const FoldArgs<T>& a, int64_t begin, int64_t end) {
+  with_flag(a.tile.softcap > 0, [&](auto cap) {
+    with_flag(a.tile.bias, [&](auto bias) {
+      with_flag(a.entropy, [&](auto entropy) {
+        with_flag(a.extras, [&](auto extras) { fold_rows<cap.value, bias.value, entropy.value, extras.value>(a, begin, end); });
+      });
+    });
+  });
+}
+
+}  // namespace rlad::RLAD_ISA

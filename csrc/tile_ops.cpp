@@ -1,0 +1,116 @@
+// The ops on a tile of logits: fold_, fold_topk_, dlogits_. They check, split the rows among threads and call a row pass.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "checks.h"
+#include "isa.h"
+
+namespace rlad {
+
+namespace {
+
+// Rows a thread takes at least: below some 16k elements, waking it costs more than it saves.
+int64_t rows_per_thread(int64_t cols) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1)); }
+
+template <class T>
+Tile<T> tile_of(const Checker& check, const Tensor& logits, int64_t col0, const std::optional<Tensor>& bias,
+                const Tensor& inv_temp, double logit_scale, double softcap, const Tensor& slots) {
+  check.shape("logits", logits, {kAny, kAny});
+  const int64_t rows = logits.size(0), cols = logits.size(1);
+  return {check.mat<const T>("logits", logits, kAcc<T>, rows, cols),
+          cols,
+          col0,
+          bias ? check.vec<T>("bias", *bias, kAcc<T>, cols) : nullptr,
+          check.vec<T>("inv_temp", inv_temp, kAcc<T>, rows),
+          logit_scale,
+          softcap,
+          check.mat<const int32_t>("slots", slots, ScalarType::Int, rows, kAny),
+          slots.size(1)};
+}
+
+// f(float{}) or f(double{}), by the logits' dtype.
+template <class F>
+void by_dtype(const Checker& check, const Tensor& logits, F f) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    default: check.fail("logits", "float32 or float64", logits);
+  }
+}
+
+void fold_(const Tensor& logits, int64_t col0, const std::optional<Tensor>& bias, const Tensor& inv_temp, double logit_scale,
+           double softcap, const Tensor& slots, bool exclude, const Tensor& stats, const Tensor& slot_logits, bool entropy,
+           bool extras) {
+  const Checker check("fold_");
+  by_dtype(check, logits, [&](auto acc) {
+    using T = decltype(acc);
+    const auto tile = tile_of<T>(check, logits, col0, bias, inv_temp, logit_scale, softcap, slots);
+    const int64_t rows = logits.size(0);
+    const FoldArgs<T> args{tile,
+                           check.mat<T>("stats", stats, kAcc<T>, 5, rows),
+                           check.mat<T>("slot_logits", slot_logits, kAcc<T>, rows, tile.num_slots),
+                           exclude,
+                           entropy,
+                           extras};
+    const auto pass = row_passes<T>().fold;
+    torch::stable::parallel_for(0, rows, rows_per_thread(tile.cols), [&](int64_t begin, int64_t end) { pass(args, begin, end); });
+  });
+}
+
+void fold_topk_(const Tensor& logits, int64_t col0, const std::optional<Tensor>& bias, const Tensor& inv_temp,
+                double logit_scale, double softcap, const Tensor& slots, const Tensor& stats, const Tensor& slot_logits,
+                const Tensor& top_logits, const Tensor& top_ids, bool entropy) {
+  const Checker check("fold_topk_");
+  by_dtype(check, logits, [&](auto acc) {
+    using T = decltype(acc);
+    const auto tile = tile_of<T>(check, logits, col0, bias, inv_temp, logit_scale, softcap, slots);
+    const int64_t rows = logits.size(0);
+    const auto top = check.mat<T>("top_logits", top_logits, kAcc<T>, rows, kAny);
+    const int64_t k = top_logits.size(1);
+    if (k < 1 || k > kMaxTopK) check.fail("top_logits", "(R, K) with K in [1, " + std::to_string(kMaxTopK) + "]", top_logits);
+    const TopkArgs<T> args{tile,
+                           check.mat<T>("stats", stats, kAcc<T>, 5, rows),
+                           check.mat<T>("slot_logits", slot_logits, kAcc<T>, rows, tile.num_slots),
+                           top,
+                           check.mat<int32_t>("top_ids", top_ids, ScalarType::Int, rows, k),
+                           k,
+                           entropy};
+    const auto pass = row_passes<T>().fold_topk;
+    torch::stable::parallel_for(0, rows, rows_per_thread(tile.cols), [&](int64_t begin, int64_t end) { pass(args, begin, end); });
+  });
+}
+
+void dlogits_(const Tensor& out, const Tensor& logits, int64_t col0, const std::optional<Tensor>& bias, const Tensor& inv_temp,
+              double logit_scale, double softcap, const Tensor& slots, const Tensor& slot_grad,
+              const std::optional<Tensor>& slot_tail, const Tensor& rows, bool entropy, bool tail) {
+  const Checker check("dlogits_");
+  by_dtype(check, logits, [&](auto acc) {
+    using T = decltype(acc);
+    const auto tile = tile_of<T>(check, logits, col0, bias, inv_temp, logit_scale, softcap, slots);
+    const int64_t n = logits.size(0);
+    if (tail && tile.num_slots && !slot_tail) check.fail("slot_tail", "a bool (R, J) tensor when tail is set", "None");
+    DlogitsArgs<T> args{tile,
+                        check.any_mat("out", out, n, tile.cols, true),
+                        check.mat<const T>("slot_grad", slot_grad, kAcc<T>, n, tile.num_slots),
+                        {nullptr, 0},
+                        check.mat<const T>("rows", rows, kAcc<T>, 6, n),
+                        entropy,
+                        tail};
+    if (tail && slot_tail) args.slot_tail = check.mat<const bool>("slot_tail", *slot_tail, ScalarType::Bool, n, tile.num_slots);
+    const auto pass = row_passes<T>().dlogits;
+    torch::stable::parallel_for(0, n, rows_per_thread(tile.cols), [&](int64_t begin, int64_t end) { pass(args, begin, end); });
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rlad, CPU, m) {
+  m.impl("fold_", TORCH_BOX(&fold_));
+  m.impl("fold_topk_", TORCH_BOX(&fold_topk_));
+  m.impl("dlogits_", TORCH_BOX(&dlogits_));
+}
+
+}  // namespace rlad
