@@ -165,9 +165,12 @@ def test_a_metric_exists_only_where_its_inputs_do() -> None:
     assert rk.trrd_loss(s, o, t, a, ref_logp=b).metrics.keys() == common | teacher | {"kl_ref"}
 
 
-def test_alpha_one_is_grpo_to_the_bit() -> None:
-    s, o, t, b, a = draw()
-    options: dict[str, Any] = {"ref_logp": b, "kl_coef": 0.1, "dual_clip": 2.0, "reduction": "seq-mean-token-mean"}
+@pytest.mark.parametrize("impossible", [False, True], ids=["finite", "token_without_mass"])
+def test_alpha_one_is_grpo_to_the_bit(impossible: bool) -> None:
+    s, o, t, _, a = draw()
+    if impossible:  # 0·(s − t) must not become NaN
+        s = torch.where(torch.arange(16) == 3, -torch.inf, s.detach()).requires_grad_()
+    options: dict[str, Any] = {"dual_clip": 2.0, "reduction": "seq-mean-token-mean"}
     trrd, grpo = rk.trrd_loss(s, o, t, a, alpha=1.0, **options), rk.grpo_loss(s, o, a, **options)
     assert torch.equal(trrd.token_loss, grpo.token_loss)
     assert torch.equal(*(torch.autograd.grad(x.loss, s)[0] for x in (trrd, grpo)))

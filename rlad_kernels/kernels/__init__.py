@@ -1,0 +1,19 @@
+"""Triton backend: one module per operation, each a kernel and its launcher. Imported only when an operation first runs."""
+
+from .clipped_ratio import clipped_ratio
+from .dlogits import dlogits_
+from .fold import fold_
+from .gather import gather_dhidden, gather_dot, gather_dweight_
+from .topk import fold_topk_
+from .topk_kl import topk_kl
+
+__all__ = [
+    "clipped_ratio",
+    "dlogits_",
+    "fold_",
+    "fold_topk_",
+    "gather_dhidden",
+    "gather_dot",
+    "gather_dweight_",
+    "topk_kl",
+]

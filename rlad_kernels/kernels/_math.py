@@ -1,0 +1,110 @@
+"""Arithmetic shared by the kernels: temperature and softcap, safe exponents, accurate expm1/log1p, and the one cast."""
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite stand-in for -inf: differences with it never become NaN
+NO_KEY = tl.constexpr(-(2**31))  # below the key of every float32, -inf included
+
+
+@triton.jit
+def cast(b_x, DTYPE: tl.constexpr):
+    """float32 → DTYPE, rounding to nearest even everywhere (the interpreter alone would truncate bfloat16)."""
+    if INTERPRET and DTYPE == tl.bfloat16:  # noqa: SIM300
+        b_bits = b_x.to(tl.uint32, bitcast=True)
+        b_even = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & 0xFFFF0000
+        b_bits = tl.where(b_x == b_x, b_even, b_bits | 0x400000)  # a carry must not turn NaN into a number
+        b_x = b_bits.to(tl.float32, bitcast=True)
+    return b_x.to(DTYPE)
+
+
+@triton.jit
+def tanh_and_slope(b_x):
+    """(tanh x, 1 − tanh² x), both to a few ulp of their own size, and finite for x = ±inf."""
+    b_e = tl.exp(-2.0 * tl.abs(b_x))
+    b_large = (1.0 - b_e) / (1.0 + b_e)
+    b_large = tl.where(b_x < 0, -b_large, b_large)
+    b_u = b_x * b_x
+    # minimax for (tanh x − x)/x³ on |x| ≤ 0.625; the quotient above would lose all digits as x → 0
+    b_q = -0.3333328068256378 + b_u * (
+        0.13331441581249237 + b_u * (-0.05373971164226532 + b_u * (0.020639074966311455 - b_u * 0.005704974289983511))
+    )
+    b_tanh = tl.where(tl.abs(b_x) < 0.625, b_x + b_x * b_u * b_q, b_large)
+    return b_tanh, 4.0 * b_e / ((1.0 + b_e) * (1.0 + b_e))
+
+
+@triton.jit
+def tempered(b_raw, logit_scale, softcap, inv_temp, SOFTCAP: tl.constexpr):
+    """(z, dz/draw): z = softcap·tanh(raw·scale/softcap)·inv_temp, without the tanh when not SOFTCAP."""
+    if SOFTCAP:
+        b_tanh, b_slope = tanh_and_slope(b_raw * (logit_scale / softcap))
+        return b_tanh * softcap * inv_temp, b_slope * (logit_scale * inv_temp)
+    else:
+        # two products, as the definition has them: one combined factor would move z by an ulp of |z|
+        return b_raw * logit_scale * inv_temp, logit_scale * inv_temp
+
+
+@triton.jit
+def bounded(b_gap):
+    """An exponent ≤ 0 kept finite: exp is 0 well above the bound, and gap·exp(gap) then never is inf·0. NaN passes."""
+    return tl.where(b_gap < -1e4, -1e4, b_gap)
+
+
+@triton.jit
+def exp(b_x):
+    """e^x whose relative error does not grow with |x|: tl.exp drops the rounding of x·log₂e, here it is put back."""
+    if INTERPRET:
+        return tl.exp(b_x)
+    else:
+        b_y = b_x * 1.4426950408889634
+        b_lost = tl.fma(b_x, 1.4426950408889634, -b_y) + b_x * 1.9259630335e-8  # second term: log₂e beyond float32
+        b_e = tl.exp2(b_y)
+        return tl.where(tl.abs(b_x) < 88.0, b_e + b_e * (b_lost * 0.6931471805599453), b_e)
+
+
+@triton.jit
+def excess(b_w):
+    """e^w − w − 1, to a few ulp of its own size also as w → 0."""
+    b_s = 1 / 39916800.0
+    b_s = 1 / 3628800.0 + b_w * b_s
+    b_s = 1 / 362880.0 + b_w * b_s
+    b_s = 1 / 40320.0 + b_w * b_s
+    b_s = 1 / 5040.0 + b_w * b_s
+    b_s = 1 / 720.0 + b_w * b_s
+    b_s = 1 / 120.0 + b_w * b_s
+    b_s = 1 / 24.0 + b_w * b_s
+    b_s = 1 / 6.0 + b_w * b_s
+    b_s = 1 / 2.0 + b_w * b_s
+    return tl.where(tl.abs(b_w) < 1.0, b_w * b_w * b_s, exp(b_w) - b_w - 1.0)
+
+
+@triton.jit
+def expm1(b_w):
+    """e^w − 1, to a few ulp of its own size also as w → 0."""
+    return tl.where(tl.abs(b_w) < 1.0, b_w + excess(b_w), exp(b_w) - 1.0)
+
+
+@triton.jit
+def log1p(b_u):
+    """log(1 + u) for u > −1, to a few ulp of its own size also as u → 0."""
+    b_s = b_u / (2.0 + b_u)
+    b_t = b_s * b_s
+    b_p = 1 / 13.0 + b_t * (1 / 15.0)
+    b_p = 1 / 11.0 + b_t * b_p
+    b_p = 1 / 9.0 + b_t * b_p
+    b_p = 1 / 7.0 + b_t * b_p
+    b_p = 1 / 5.0 + b_t * b_p
+    b_p = 1 / 3.0 + b_t * b_p
+    b_near = 2.0 * b_s * (1.0 + b_t * b_p)
+    return tl.where(tl.abs(b_u) < 0.5, b_near, tl.log(1.0 + b_u))
+
+
+@triton.jit
+def ordered(b_z):
+    """int32 keys in the order of the floats: −0 = +0, NaN on top, every key above NO_KEY."""
+    b_i = tl.where(b_z == 0, 0.0, b_z).to(tl.int32, bitcast=True)
+    b_key = tl.where(b_i >= 0, b_i, b_i ^ 0x7FFFFFFF)
+    return tl.where(b_z == b_z, b_key, 0x7FFFFFFF)

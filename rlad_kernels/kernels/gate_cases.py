@@ -1,0 +1,149 @@
+"""The launches that the compile gate compiles: each kernel × config row × dtype × flags, as calls on meta tensors."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import inf, isinf
+
+import torch
+
+from ._launch import Launch, record
+from .clipped_ratio import ESTIMATORS, clipped_ratio
+from .configs import TABLES
+from .dlogits import dlogits_
+from .fold import fold_
+from .gather import HALVES, gather_dhidden, gather_dot, gather_dweight_
+from .topk import fold_topk_
+from .topk_kl import DIRECTIONS, NORMALIZATIONS, topk_kl
+
+R, C, V, D, J = 1024, 8192, 151936, 4096, 64  # sizes of a real sweep: what matters is which are divisible by 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a launcher; `wide` says whether its tensors allow 16-byte accesses."""
+
+    label: str
+    call: Callable[[], object]
+    wide: bool = True
+
+    def launch(self) -> Launch:
+        """The one launch this call makes."""
+        with record() as launches:
+            self.call()
+        (only,) = launches
+        return only
+
+
+def _f32(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _ids(*shape: int) -> torch.Tensor:
+    return _f32(*shape, dtype=torch.int32)
+
+
+def _sizes(kernel: str, large: int) -> list[int]:
+    """One size per config row: its limit, or `large` for the unlimited row."""
+    return [large if isinf(row.limit) else int(row.limit) for row in TABLES[kernel]]
+
+
+def _flag_sets(*names: str, single: bool) -> list[frozenset[str]]:
+    """No flag and every flag, and if `single` each alone: the full product would only repeat the same branches."""
+    alone = [frozenset([name]) for name in names] if single else []
+    return [frozenset(), *alone, frozenset(names)]
+
+
+def _tiles(kernel: str) -> list[torch.Tensor]:
+    """A tile for each config row, one whose last column is cut off (odd vocabularies), and one of a single column."""
+    tiles = [_f32(R, cols) for cols in _sizes(kernel, C)]
+    return [*tiles, tiles[-1][:, :-1], _f32(R, 1)]
+
+
+def _sweep_args(flags: frozenset[str], cols: int) -> tuple[object, ...]:
+    bias = _f32(cols) if "bias" in flags else None
+    return bias, _f32(R), 1.0, 30.0 if "softcap" in flags else 0.0
+
+
+def fold_cases() -> Iterator[Case]:
+    tiles = _tiles("fold_kernel")
+    for tile in tiles:
+        cols = tile.shape[1]
+        for f in _flag_sets("bias", "softcap", "slots", "exclude", "entropy", "extras", single=tile is tiles[1]):
+            j = J if f & {"slots", "exclude"} else 0
+            args = (tile, 0, *_sweep_args(f, cols), _ids(R, j), "exclude" in f, _f32(5, R), _f32(R, j))
+            flags = ("entropy" in f, "extras" in f)
+            yield Case(f"C={cols} {'+'.join(sorted(f))}", lambda a=args, b=flags: fold_(*a, *b), cols > 1)
+
+
+def topk_cases() -> Iterator[Case]:
+    for k in _sizes("fold_topk_kernel", 1024):
+        for f in _flag_sets("bias", "softcap", "entropy", single=k == 128):
+            state = (_ids(R, J), _f32(5, R), _f32(R, J), _f32(R, k), _ids(R, k))
+            args = (_f32(R, C), 0, *_sweep_args(f, C), *state, "entropy" in f)
+            yield Case(f"K={k} {'+'.join(sorted(f))}", lambda a=args: fold_topk_(*a))
+
+
+def dlogits_cases() -> Iterator[Case]:
+    for dtype in HALVES:
+        tiles = _tiles("dlogits_kernel")
+        for tile in tiles:
+            cols, single = tile.shape[1], tile is tiles[1] and dtype == torch.bfloat16
+            out = _f32(R, tile.stride(0), dtype=dtype)[:, :cols]
+            for f in _flag_sets("bias", "softcap", "slots", "entropy", "tail", single=single):
+                j = J if "slots" in f else 0
+                tail = _f32(R, j, dtype=torch.bool) if "tail" in f and j else None
+                rest = (_ids(R, j), _f32(R, j), tail, _f32(6, R), "entropy" in f, "tail" in f)
+                args = (out, tile, 0, *_sweep_args(f, cols), *rest)
+                yield Case(f"{dtype} C={cols} {'+'.join(sorted(f))}", lambda a=args: dlogits_(*a), cols > 1)
+
+
+def gather_dot_cases() -> Iterator[Case]:
+    for dtype in HALVES:
+        for d in _sizes("gather_dot_kernel", D):
+            args = (_f32(R, d, dtype=dtype), _f32(V, d, dtype=dtype), _ids(R, J))
+            yield Case(f"{dtype} D={d}", lambda a=args: gather_dot(*a))
+
+
+def gather_dhidden_cases() -> Iterator[Case]:
+    for dtype in HALVES:
+        for d in _sizes("gather_dhidden_kernel", D):
+            args = (_f32(R, J), _f32(V, d, dtype=dtype), _ids(R, J))
+            yield Case(f"{dtype} D={d}", lambda a=args: gather_dhidden(*a))
+
+
+def gather_dweight_cases() -> Iterator[Case]:
+    places = (_f32(R * J, dtype=torch.int64), _ids(R * J))
+    for dtype in HALVES:
+        for out in {torch.float32, dtype}:
+            for d in _sizes("gather_dweight_kernel", D):
+                args = (_f32(V, d, dtype=out), _f32(R, J), _f32(R, d, dtype=dtype), *places)
+                yield Case(f"{dtype} → {out} D={d}", lambda a=args: gather_dweight_(*a))
+
+
+def clipped_ratio_cases() -> Iterator[Case]:
+    plain = [(teacher, None, dual) for teacher in (False, True) for dual in (0.0, 3.0)]
+    for teacher, estimator, dual in (*plain, *((True, name, 3.0) for name in ESTIMATORS)):
+        args = (_f32(R), _f32(R), _f32(R) if teacher else None, _f32(R), _f32(R) if estimator else None)
+        scalars = (0.5, 0.2, 0.2, inf, dual, 0.1, estimator or "k3")
+        yield Case(f"teacher={teacher} {estimator} dual={dual}", lambda a=args, b=scalars: clipped_ratio(*a, *b))
+
+
+def topk_kl_cases() -> Iterator[Case]:
+    modes = [(d, n, False) for d in DIRECTIONS for n in NORMALIZATIONS] + [(d, "tail", True) for d in DIRECTIONS]
+    for i, k in enumerate(_sizes("topk_kl_kernel", 1024)):
+        for direction, normalize, given in modes if i == 0 else modes[::3]:
+            tail = _f32(R) if given else None
+            args = (_f32(R, k), _ids(R, k), _f32(R, k), tail, _f32(R), direction, normalize)
+            yield Case(f"K={k} {direction} {normalize} tail_logp={given}", lambda a=args: topk_kl(*a))
+
+
+CASES: dict[str, list[Case]] = {
+    "fold_kernel": list(fold_cases()),
+    "fold_topk_kernel": list(topk_cases()),
+    "dlogits_kernel": list(dlogits_cases()),
+    "gather_dot_kernel": list(gather_dot_cases()),
+    "gather_dhidden_kernel": list(gather_dhidden_cases()),
+    "gather_dweight_kernel": list(gather_dweight_cases()),
+    "clipped_ratio_kernel": list(clipped_ratio_cases()),
+    "topk_kl_kernel": list(topk_kl_cases()),
+}

@@ -1,0 +1,121 @@
+"""Products over gathered rows of the LM head: K rows of W a token, no sweep over the vocabulary."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import launch, require_dtype
+from ._math import cast
+from .configs import pick
+
+HALVES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit(do_not_specialize=["V", "K"])
+def gather_dot_kernel(out, hidden, stride_h, weight, stride_w, ids, V, D, K, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out[i, k] = Σ_d hidden[i, d] · weight[ids[i, k], d], 0 for an id outside [0, V)."""
+    i_n = tl.program_id(0).to(tl.int64)
+    o_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    b_id = tl.load(ids + i_n * K + o_k, mask=o_k < K, other=-1)
+    m_id = (b_id >= 0) & (b_id < V)
+    p_w = weight + b_id.to(tl.int64)[:, None] * stride_w
+    b_acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for d0 in range(0, D, BLOCK_D):
+        o_d = d0 + tl.arange(0, BLOCK_D)
+        b_h = tl.load(hidden + i_n * stride_h + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+        b_w = tl.load(p_w + o_d[None, :], mask=m_id[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
+        b_acc += b_w * b_h[None, :]
+    b_dot = tl.where(m_id, tl.sum(b_acc, 1), 0.0)  # a NaN in hidden must not reach an empty entry
+    tl.store(out + i_n * K + o_k, b_dot, mask=o_k < K)
+
+
+@triton.jit(do_not_specialize=["V", "K"])
+def gather_dhidden_kernel(out, grad, weight, stride_w, ids, V, D, K, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out[i, d] = Σ_k grad[i, k] · weight[ids[i, k], d] over the ids in [0, V)."""
+    i_n = tl.program_id(0).to(tl.int64)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    b_acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        o_k = k0 + tl.arange(0, BLOCK_K)
+        b_id = tl.load(ids + i_n * K + o_k, mask=o_k < K, other=-1)
+        m_id = (b_id >= 0) & (b_id < V)
+        b_g = tl.load(grad + i_n * K + o_k, mask=m_id, other=0.0)
+        p_w = weight + b_id.to(tl.int64)[:, None] * stride_w + o_d[None, :]
+        b_w = tl.load(p_w, mask=m_id[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
+        b_acc += b_g[:, None] * b_w
+    tl.store(out + i_n * D + o_d, cast(tl.sum(b_acc, 0), out.dtype.element_ty), mask=o_d < D)
+
+
+@triton.jit(do_not_specialize=["V", "K", "P"])
+def gather_dweight_kernel(
+    d_weight, stride_w, grad, hidden, stride_h, order, sorted_ids, V, D, K, P,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """d_weight[v, d] = Σ grad[order[p]] · hidden[order[p] // K, d] over the run of v in sorted_ids: one program per run."""
+    i_p = tl.program_id(0).to(tl.int64)
+    v = tl.load(sorted_ids + i_p)
+    before = tl.load(sorted_ids + i_p - 1, mask=i_p > 0, other=-1)
+    if (v >= 0) & (v < V) & (before != v):
+        o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        b_acc = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+        o_p = i_p + tl.arange(0, BLOCK_P)
+        m_p = (o_p < P) & (tl.load(sorted_ids + o_p, mask=o_p < P, other=-1) == v)
+        running = tl.sum(m_p.to(tl.int32), 0)
+        while running > 0:
+            b_at = tl.load(order + o_p, mask=m_p, other=0)
+            b_g = tl.load(grad + b_at, mask=m_p, other=0.0)
+            p_h = hidden + (b_at // K)[:, None] * stride_h + o_d[None, :]
+            b_h = tl.load(p_h, mask=m_p[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
+            b_acc += b_g[:, None] * b_h
+            o_p += BLOCK_P
+            m_p = (o_p < P) & (tl.load(sorted_ids + o_p, mask=o_p < P, other=-1) == v)
+            running = tl.sum(m_p.to(tl.int32), 0)
+        p_out = d_weight + v.to(tl.int64) * stride_w + o_d
+        tl.store(p_out, cast(tl.sum(b_acc, 0), d_weight.dtype.element_ty), mask=o_d < D)
+
+
+def gather_dot(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Raw dot products (N, K) float32 of `hidden (N, D)` with the rows `ids (N, K)` of `weight (V, D)`; 0 for a bad id."""
+    require_dtype("gather_dot", HALVES, hidden=hidden, weight=weight)
+    n, k = ids.shape
+    config = pick("gather_dot_kernel", hidden.shape[1])
+    out = torch.empty((n, k), dtype=torch.float32, device=hidden.device)
+    grid = (n, triton.cdiv(k, dict(config.blocks)["BLOCK_K"]))
+    launch(
+        gather_dot_kernel, grid, config,
+        out, hidden, hidden.stride(0), weight, weight.stride(0), ids.contiguous(), weight.shape[0], hidden.shape[1], k,
+    )  # fmt: skip
+    return out
+
+
+def gather_dhidden(grad: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """(N, D) in the weight's dtype: Σ_k grad[i, k] · weight[ids[i, k]], summed in float32, bad ids skipped."""
+    require_dtype("gather_dhidden", HALVES, weight=weight)
+    require_dtype("gather_dhidden", grad=grad)
+    n, k = ids.shape
+    d = weight.shape[1]
+    config = pick("gather_dhidden_kernel", d)
+    out = torch.empty((n, d), dtype=weight.dtype, device=weight.device)
+    grid = (n, triton.cdiv(d, dict(config.blocks)["BLOCK_D"]))
+    launch(
+        gather_dhidden_kernel, grid, config,
+        out, grad.contiguous(), weight, weight.stride(0), ids.contiguous(), weight.shape[0], d, k,
+    )  # fmt: skip
+    return out
+
+
+def gather_dweight_(
+    d_weight: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor, order: torch.Tensor, sorted_ids: torch.Tensor
+) -> None:
+    """Write into each row of `d_weight (V, D)` whose id occurs in `sorted_ids` its sum over the run; leave the others alone."""
+    require_dtype("gather_dweight_", HALVES, d_weight=d_weight, hidden=hidden)
+    require_dtype("gather_dweight_", grad=grad)
+    d = hidden.shape[1]
+    config = pick("gather_dweight_kernel", d)
+    places = sorted_ids.numel()
+    grid = (places, triton.cdiv(d, dict(config.blocks)["BLOCK_D"]))
+    launch(
+        gather_dweight_kernel, grid, config,
+        d_weight, d_weight.stride(0), grad.contiguous(), hidden, hidden.stride(0), order, sorted_ids,
+        d_weight.shape[0], d, grad.shape[1], places,
+    )  # fmt: skip

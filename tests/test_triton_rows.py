@@ -1,0 +1,454 @@
+"""The Triton launchers against float64 formulas written here: interpreted on the CPU, or compiled where a GPU is.
+
+Tolerances are float32 error budgets: a logit z carries a few roundings of |z|, an exponential turns that absolute error
+into a relative one, and a sum of positive terms keeps it.
+"""
+
+import os
+
+import pytest
+import torch
+
+from rlad_kernels import kernels
+from rlad_kernels.kernels import dlogits_, fold_, fold_topk_, gather_dhidden, gather_dot, gather_dweight_, topk_kl
+from rlad_kernels.kernels._launch import LAUNCHES
+from rlad_kernels.kernels.clipped_ratio import ESTIMATORS, clipped_ratio
+from rlad_kernels.kernels.registry import REGISTRY
+from tests.oracles import gradient, hold, kl_estimate, surrogate, truncated_kl
+
+INTERPRET, DEVICE = os.environ.get("TRITON_INTERPRET") == "1", os.environ.get("RLAD_TEST_DEVICE", "cpu")
+pytestmark = [
+    pytest.mark.skipif(not INTERPRET and DEVICE == "cpu", reason="Triton on the CPU needs TRITON_INTERPRET=1"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy speaks up where a select discards inf − inf
+]
+ULP, TINY, INF = 2.0**-23, 2.0**-126, float("inf")
+I32 = torch.int32
+HEADS = {  # bias, logit_scale, softcap, per-row temperature
+    "plain": (False, 1.0, 0.0, False),
+    "tempered": (True, 0.7, 0.0, True),
+    "softcapped": (True, 1.3, 20.0, True),
+}
+TILES = [(6, 1), (17, 7), (130, 64), (1300, 1000)]  # columns, tile width: several tiles and a short last one
+
+
+HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def rounding(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Half the distance of neighbours in `dtype` next to x."""
+    return x.abs() * HALF_ULP[dtype] + (2.0**-25 if dtype == torch.float16 else TINY)
+
+
+class Problem:
+    """Raw logits with everything that goes wrong in them, and their exact tempered values."""
+
+    def __init__(self, cols: int, head: str, rows: int = 4) -> None:
+        has_bias, self.scale, self.softcap, per_row = HEADS[head]
+        self.rows, self.cols = rows, cols
+        self.x = 4 * torch.randn(rows, cols)
+        self.x[0, : cols // 2] = -INF  # first tiles empty
+        self.x[1] *= 150 / self.x[1].abs().max()
+        self.x[2, ::3] = -INF
+        self.x[3] *= 1e-3  # tanh next to 0
+        self.bias = torch.randn(cols) if has_bias else None
+        self.inv_temp = torch.rand(rows) + 0.6 if per_row else torch.ones(rows)
+
+    @property
+    def raw(self) -> torch.Tensor:
+        return self.x.double() + (0 if self.bias is None else self.bias.double())
+
+    @property
+    def z(self) -> torch.Tensor:
+        a = self.raw * self.scale
+        if self.softcap:
+            a = self.softcap * torch.tanh(a / self.softcap)
+        return a * self.inv_temp.double()[:, None]
+
+    @property
+    def slack(self) -> torch.Tensor:
+        """Absolute error of one float32 logit (R, 1): the roundings of x + bias, scale, softcap, temperature."""
+        z = self.z
+        return 8 * ULP * torch.where(z.isfinite(), z.abs(), 0).amax(1, keepdim=True).clamp(min=1e-3)
+
+    def tiles(self, width: int):
+        """Of each tile: a copy with a row stride of its own, and the arguments that follow it."""
+        for c0 in range(0, self.cols, width):
+            part = self.x[:, c0 : c0 + width]
+            tile = torch.full((self.rows, part.shape[1] + 3), 7e7)[:, : part.shape[1]].copy_(part)
+            bias = None if self.bias is None else self.bias[c0 : c0 + width].clone()
+            yield tile, (c0, bias, self.inv_temp, self.scale, self.softcap)
+
+
+def plain(x: torch.Tensor, c0: int = 0) -> tuple[object, ...]:
+    """The arguments from logits to softcap for a tile without bias, temperature or softcap."""
+    return x, c0, None, torch.ones(x.shape[0]), 1.0, 0.0
+
+
+def fresh_stats(rows: int) -> torch.Tensor:
+    stats = torch.zeros(5, rows + 2)[:, 1:-1]
+    stats[0] = -INF
+    return stats
+
+
+def fresh_top(rows: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.full((rows, k), -INF), torch.full((rows, k), -1, dtype=I32)
+
+
+def near(got: torch.Tensor, want: torch.Tensor, tolerance: torch.Tensor | float) -> None:
+    """Equal infinities, and finite values within the tolerance."""
+    assert torch.equal(got.isinf(), want.isinf())
+    error = (got.double() - want.double()).abs()[want.isfinite()]
+    tolerance = torch.as_tensor(tolerance).expand(want.shape)[want.isfinite()]
+    assert (error <= tolerance).all(), f"error {error.max():.3e}, {(error / tolerance).nan_to_num().max():.2f} of the tolerance"
+
+
+def expected_stats(z: torch.Tensor, outside: torch.Tensor) -> list[torch.Tensor]:
+    """m, Σe, Σe·(z−m), Σe² over the columns `outside`, with 0·inf = 0."""
+    m = z.amax(1)
+    gap = torch.where(outside & (z > -INF), z - torch.where(m > -INF, m, 0)[:, None], -INF)
+    e = gap.exp()
+    return [m, e.sum(1), (e * torch.where(e > 0, gap, 0)).sum(1), (e * e).sum(1)]
+
+
+def assert_stats(stats, want, slack, entropy: bool, extras: bool) -> None:
+    """Rows 0 to 3; those not asked for must have kept their 0."""
+    m, rest, restz, restsq = want
+    s = slack[:, 0]
+    near(stats[0], m, s)
+    near(stats[1], rest, rest * (4 * s + 16 * ULP) + TINY)
+    near(stats[2], restz * entropy, ((restz.abs() + rest) * (4 * s + 16 * ULP) + TINY) * entropy)
+    near(stats[3], restsq * extras, (restsq * (8 * s + 16 * ULP) + TINY) * extras)
+
+
+def some_slots(cols: int, rows: int, j: int) -> torch.Tensor:
+    """Slots with duplicates and empties, over the whole vocabulary."""
+    slots = torch.randint(0, cols, (rows, j), dtype=I32)
+    if j > 3:
+        slots[:, 1] = slots[:, 0]
+        slots[:, 3] = -1
+    return slots
+
+
+def membership(slots: torch.Tensor, cols: int) -> torch.Tensor:
+    inside = torch.zeros(slots.shape[0], cols + 1, dtype=torch.bool)
+    return inside.scatter_(1, torch.where(slots < 0, cols, slots).long(), True)[:, :cols]
+
+
+SLOTS = [(0, True, True, True), (6, True, True, True), (6, False, False, True), (3, True, True, False)]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    ("tile", "flags"),
+    [*zip(TILES, SLOTS, strict=True), *zip(TILES, SLOTS[::-1], strict=True), ((600, 300), (300, True, True, True))],
+)
+def test_fold(tile, flags, head):
+    (cols, width), (j, exclude, entropy, extras) = tile, flags
+    p = Problem(cols, head)
+    slots, stats, slot_logits = some_slots(cols, p.rows, j), fresh_stats(p.rows), torch.full((p.rows, j), 123.0)
+    for x, args in p.tiles(width):
+        before = x.clone()
+        fold_(x, *args, slots, exclude, stats, slot_logits, entropy, extras)
+        assert torch.equal(x, before)
+        assert (slot_logits[(slots < 0) | (slots >= args[0] + width)] == 123).all()
+    z, inside = p.z, membership(slots, cols)
+    assert_stats(stats, expected_stats(z, ~(inside & exclude)), p.slack, entropy, extras)
+    near(stats[4], z.sum(1) * extras if extras else stats[4] * 0, p.slack[:, 0] * cols)
+    near(torch.where(slots < 0, 0, slot_logits), torch.where(slots < 0, 0, z.gather(1, slots.clamp(min=0).long())), p.slack)
+
+
+def test_fold_of_nothing_but_minus_infinity():
+    stats, x, slots = fresh_stats(2), torch.full((2, 9), -INF), torch.tensor([[4], [-1]], dtype=I32)
+    for c0 in (0, 9):
+        fold_(*plain(x, c0), slots, True, stats, torch.zeros(2, 1), True, True)
+    assert (stats[0] == -INF).all()
+    assert (stats[1:4] == 0).all()
+
+
+def test_fold_keeps_a_small_tail_and_repeats_bit_by_bit():
+    x = torch.randn(3, 900) - 25
+    x[:, 500] = 0
+    runs = [fresh_stats(3), fresh_stats(3)]
+    for stats in runs:
+        fold_(*plain(x), torch.full((3, 1), 500, dtype=I32), True, stats, torch.zeros(3, 1), True, False)
+    assert torch.equal(*runs)
+    want = expected_stats(x.double(), torch.arange(900) != 500)[1]
+    assert (want < 1e-7).all()
+    near(runs[0][1], want, want * 64 * ULP)
+
+
+TOPK = [(6, 1, 1), (6, 1, 6), (17, 7, 5), (17, 7, 17), (130, 64, 1), (130, 64, 130), (2100, 1000, 5), (2100, 2100, 40)]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(("cols", "width", "k"), [*TOPK, (2100, 2100, 1024)])
+def test_fold_topk(cols, width, k, head):
+    p = Problem(cols, head)
+    p.x[3] = (p.x[3] * 1e3).round()  # ties, which a bias would break
+    p.bias = None if p.bias is None else torch.zeros(cols)
+    slots, stats, slot_logits = some_slots(cols, p.rows, 2), fresh_stats(p.rows), torch.full((p.rows, 2), 123.0)
+    top, ids = fresh_top(p.rows, k)
+    for x, args in p.tiles(width):
+        fold_topk_(x, *args, slots, stats, slot_logits, top, ids, True)
+    z = p.z
+    order = z.sort(dim=1, descending=True, stable=True).indices
+    assert torch.equal(ids.sort(dim=1).values.long(), order[:, :k].sort(dim=1).values)
+    near(top, z.gather(1, ids.long()), p.slack)
+    assert_stats(stats, expected_stats(z, ~membership(ids, cols)), p.slack, True, False)
+    near(slot_logits, z.gather(1, slots.long()), p.slack)
+
+
+def test_fold_topk_prefers_a_dead_column_to_an_empty_place():
+    x = torch.tensor([[-INF, 1.0, -INF, -INF]])
+    stats, (top, ids), nothing = fresh_stats(1), fresh_top(1, 3), torch.zeros(1, 0)
+    for c in range(4):
+        fold_topk_(*plain(x[:, c : c + 1], c), nothing.to(I32), stats, nothing, top, ids, True)
+    assert ids.tolist() == [[0, 1, 2]]
+    assert top.tolist() == [[-INF, 1.0, -INF]]
+    assert stats[:3, 0].tolist() == [1.0, 0.0, 0.0]
+
+
+def test_fold_topk_moves_the_pushed_out_into_the_tail():
+    x = torch.cat([torch.linspace(-20, 0, 900), torch.zeros(1)]).repeat(2, 1)  # every tile pushes out the one before
+    x[1, 900] = 17.0
+    stats, (top, ids), nothing = fresh_stats(2), fresh_top(2, 1), torch.zeros(2, 0)
+    for c0 in range(0, 901, 100):
+        fold_topk_(*plain(x[:, c0 : c0 + 100].clone(), c0), nothing.to(I32), stats, nothing, top, ids, False)
+    assert ids.tolist() == [[899], [900]]
+    want = expected_stats(x.double(), ~membership(ids, 901))[1]
+    near(stats[1], want, want * 256 * ULP)
+
+
+def exact_dlogits(p, slots, slot_grad, slot_tail, rows, entropy, tail):
+    """The gradient in float64 from the float32 row values, and the size of its terms."""
+    z, (lse, w, b, h, t, tail_lse) = p.z, rows.double()[:, :, None]
+    dead = z == -INF
+    lp = torch.where(dead, 0, z - lse)
+    prob = torch.where(dead, 0, lp.exp())
+    terms = [prob * w]
+    if entropy:
+        terms += [-prob * b * lp, -prob * b * h]
+    if tail:
+        keep = ~membership(slots, p.cols) | membership(torch.where(slot_tail, slots, -1), p.cols)
+        terms.append(torch.where(keep & ~dead & (tail_lse > -INF), t * torch.where(dead, 0, z - tail_lse).exp(), 0))
+    extra = torch.zeros(p.rows, p.cols + 1, dtype=torch.float64)
+    terms.append(extra.scatter_(1, torch.where(slots < 0, p.cols, slots).long(), slot_grad.double())[:, :-1])
+    factor = p.scale * p.inv_temp.double()[:, None]
+    if p.softcap:
+        factor = factor / torch.cosh(p.raw.clamp(min=-1e4) * p.scale / p.softcap) ** 2
+    return sum(terms) * factor, sum(term.abs() for term in terms) * factor
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("where", ["in place", torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("tile", "flags"), zip(TILES, [(5, True, True), (0, False, True), (5, True, False), (300, False, True)], strict=True)
+)
+def test_dlogits(tile, flags, where, head):
+    (cols, width), (j, entropy, tail) = tile, flags
+    p = Problem(cols, head)
+    slots = torch.stack([torch.randperm(cols)[:j] for _ in range(p.rows)]).to(I32)
+    slots[:, 1:2] = -1
+    slot_grad, slot_tail, rows = torch.randn(p.rows, j), torch.rand(p.rows, j) < 0.5, torch.randn(6, p.rows)
+    rows[0] = p.z.logsumexp(1)
+    rows[5] = torch.where(membership(torch.where(slot_tail, -1, slots), cols), -INF, p.z).logsumexp(1)
+    rows[[1, 2, 4], 3] = 0  # a row without cotangents
+    slot_grad[3] = 0
+    want, size = exact_dlogits(p, slots, slot_grad, slot_tail, rows, entropy, tail)
+    for x, args in p.tiles(width):
+        out = x if where == "in place" else torch.empty(p.rows, x.shape[1] + 5, dtype=where)[:, : x.shape[1]]
+        dlogits_(out, x, *args, slots, slot_grad, slot_tail if tail else None, rows, entropy, tail)
+        part = slice(args[0], args[0] + width)
+        budget = size[:, part] * (4 * p.slack + 4 * ULP * rows[0].abs()[:, None] + 32 * ULP)
+        near(out, want[:, part], budget + rounding(want[:, part], out.dtype))
+        assert (out[3] == 0).all()
+
+
+def test_dlogits_rounds_to_nearest_even():
+    args = (torch.zeros(4, 0, dtype=I32), torch.zeros(4, 0), None, torch.ones(6, 4), False, False)
+    full, x = torch.empty(4, 500), torch.randn(4, 500)
+    short = torch.empty(4, 500, dtype=torch.bfloat16)
+    dlogits_(full, *plain(x), *args)
+    dlogits_(short, *plain(x), *args)
+    assert torch.equal(full.bfloat16(), short)
+
+
+@pytest.mark.parametrize("member", [False, True])
+def test_dlogits_with_an_empty_tail(member):
+    x = torch.tensor([[1.0, -INF, 2.0, 0.5]])
+    slots, slot_tail = torch.tensor([[2, 0, 3, -1]], dtype=I32), torch.tensor([[member, False, False, False]])
+    rows, out = torch.tensor([[x.logsumexp(1).item()], [0.3], [0.2], [1.0], [0.5], [-INF]]), torch.empty(1, 4)
+    dlogits_(out, *plain(x), slots, torch.ones(1, 4), slot_tail, rows, True, True)
+    assert out.isfinite().all()
+    assert out[0, 1] == 0
+
+
+@pytest.mark.parametrize("dtype", HALF_ULP)
+@pytest.mark.parametrize("d", [300, 1500])
+def test_gather(dtype, d):
+    hidden, weight = torch.randn(5, d + 2).to(dtype)[:, :d], torch.randn(11, d + 4).to(dtype)[:, :d]
+    grad, ids = torch.randn(5, 7), torch.randint(0, 11, (5, 7), dtype=I32)
+    ids[:, 2] = ids[:, 0]
+    ids[0, 1], ids[1, 3], ids[2, 0] = -1, 11, 2**31 - 1
+    ids[4] = -1  # a row without ids: what hidden holds there must not matter
+    onehot = torch.nn.functional.one_hot(torch.where((ids >= 0) & (ids < 11), ids, 11).long(), 12)[..., :11].double()
+    rows = onehot @ weight.double()
+
+    nan = hidden.clone()
+    nan[4] = float("nan")
+    terms = rows * hidden.double()[:, None]
+    near(gather_dot(nan, weight, ids), terms.sum(-1), terms.abs().sum(-1) * 8 * ULP)
+
+    terms = rows * grad.double()[:, :, None]
+    want = terms.sum(1)
+    near(gather_dhidden(grad, weight, ids), want, terms.abs().sum(1) * 8 * ULP + rounding(want, dtype))
+
+    terms = torch.einsum("nkv,nk,nd->nkvd", onehot, grad.double(), hidden.double()).flatten(0, 1)
+    want, size = terms.sum(0), terms.abs().sum(0)
+    order, absent = ids.flatten().sort(stable=True), ~onehot.flatten(0, 1).bool().any(0)
+    for out_dtype in {dtype, torch.float32}:
+        out = torch.zeros(11, d, dtype=out_dtype)
+        out[absent] = 5
+        gather_dweight_(out, grad, hidden, order.indices, order.values)
+        near(out, torch.where(absent[:, None], 5, want), size * 8 * ULP + rounding(want, out_dtype))
+
+
+def test_a_long_run_of_one_id():
+    hidden, out = torch.randn(16, 33), torch.zeros(3, 33)
+    gather_dweight_(out, torch.ones(16, 2), hidden, torch.arange(32), torch.ones(32, dtype=I32))
+    near(out[1], 2 * hidden.double().sum(0), 2 * hidden.double().abs().sum(0) * 8 * ULP)
+    assert (out[[0, 2]] == 0).all()
+
+
+@pytest.mark.parametrize("teacher", [None, INF, 0.5], ids=["grpo", "trrd", "clamped"])
+@pytest.mark.parametrize(("dual", "estimator"), [(0.0, "k1"), *((1.5, name) for name in ESTIMATORS[1:])])
+def test_clipped_ratio(teacher, dual, estimator):
+    s = -3 * torch.rand(300)
+    o, t, b, a = s + 0.4 * torch.randn(300), s + 0.8 * torch.randn(300), s + 0.3 * torch.randn(300), torch.randn(300)
+    coef = 0.0 if estimator == "k1" else 0.7
+    loss, grad, rows = clipped_ratio(
+        s, o, None if teacher is None else t, a, b, 0.3, 0.1, 0.28, teacher or INF, dual, coef, estimator
+    )
+
+    def formula(s, o, t, a, b):
+        anchor = {} if teacher is None else {"t": t, "alpha": 0.3, "clamp": teacher}
+        return surrogate(s, o, a, clip=(0.1, 0.28), dual=dual or None, **anchor) + coef * kl_estimate(s, b, estimator)
+
+    hold(loss, formula, s, o, t, a, b)
+    hold(grad, gradient(formula), s, o, t, a, b)
+    hold(rows[5], lambda s, b: kl_estimate(s, b, estimator), s, b)
+    hold(rows[4], lambda s, t: s - t if teacher else s * 0, s, t)
+    gap = s - o if teacher is None else 0.3 * (s - o) + 0.7 * (s - t).clamp(-teacher, teacher)
+    assert torch.equal(rows[0].bool(), (a < 0) & (gap.exp() < 0.9))
+    assert torch.equal(rows[1].bool(), (a > 0) & (gap.exp() > 1.28))
+
+
+def test_clipped_ratio_at_the_edges():
+    s = torch.tensor([0.0, -1.0, -1.0, -1.0, -INF])
+    o = torch.tensor([-200.0, -1.2, -1.2, -1.2, -1.0])
+    t = torch.tensor([-1.0, -INF, float("nan"), INF, -1.0])
+    a = torch.tensor([0.0, -1.0, -1.0, -1.0, 1.0])
+    for teacher, alpha in ((None, 1.0), (t, 0.5), (t, 1.0)):
+        loss, grad, rows = clipped_ratio(s, o, teacher, a, None, alpha, 0.2, 0.2, INF, 0.0, 0.0, "k3")
+        r = (s - o).exp()[1]
+        near(loss, torch.stack([r * 0, r, r, r, r * 0]), 4 * ULP)
+        near(grad, loss.double(), 0)
+        assert rows[6].tolist() == ([0, 0, 0, 0, 0] if teacher is None else [0, 1, 1, 1, 0])
+        assert (rows[4, 1:4] == 0).all()
+
+
+def test_small_kl_estimates_keep_their_digits():
+    w = torch.logspace(-6, 1, 200).repeat(2) * torch.tensor([[1.0], [-1.0]]).repeat(1, 200).flatten()
+    zero = torch.zeros(400)
+    _, grad, rows = clipped_ratio(-w, zero, None, zero, zero, 1.0, 0.2, 0.2, INF, 0.0, 1.0, "k3")
+    value, slope = torch.expm1(w.double()) - w.double(), -torch.expm1(w.double())
+    series = w.double() ** 2 / 2 + w.double() ** 3 / 6
+    near(rows[5], torch.where(w.abs() < 1e-4, series, value), value.abs().clamp(min=w.double() ** 2 / 3) * 8 * ULP)
+    near(grad, slope, slope.abs() * 8 * ULP)
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("normalize", ["both", "teacher", "none", "tail", "tail given"])
+@pytest.mark.parametrize("k", [1, 5, 40, 200])
+def test_topk_kl(k, normalize, direction):
+    n, vocab = 6, 300
+    ids = torch.stack([torch.randperm(vocab)[:k] for _ in range(n)]).to(I32)
+    z = 2 * torch.randn(2, n, vocab)
+    lq, lp = z.log_softmax(-1).gather(-1, ids.long().expand(2, -1, -1))
+    tail_q, tail_p = torch.log1p(-torch.stack([lq, lp]).double().exp().sum(-1)).float()
+    if k > 1:
+        ids[0, 3:], ids[1, k - 1], ids[2] = -1, ids[1, 0], -1
+        lp[3, 0], lp[3, 1], lp[3, 2] = float("nan"), -INF, INF
+    tail_p[4], tail_p[5] = -INF, float("nan")
+    given, name = normalize.endswith("given"), normalize.split()[0]
+    loss, d_topk, d_tail, rows = topk_kl(
+        lq, ids, lp, tail_q if given else None, tail_p if name == "tail" else None, direction, name
+    )
+    used = torch.where(tail_p.isfinite(), tail_p, -INF)
+    first = torch.stack([(ids[:, :i] != ids[:, i : i + 1]).all(1) for i in range(k)], 1)
+    valid = first & (ids >= 0) & lp.isfinite()
+
+    def formula(lq, tail_q, lp, tail_p):
+        own = torch.log1p(-torch.where(valid, lq, -INF).exp().sum(1)) if not given else tail_q
+        return truncated_kl(lq, own, ids, lp, tail_p, direction, name)
+
+    hold(loss, formula, lq, tail_q, lp, used)
+    hold(d_topk, gradient(formula), lq, tail_q, lp, used)
+    if given:
+        hold(d_tail, gradient(lambda tail_q, lq, lp, tail_p: formula(lq, tail_q, lp, tail_p)), tail_q, lq, lp, used)
+    else:
+        assert (d_tail == 0).all()
+    near(rows[0], torch.where(valid, lq, -INF).double().exp().sum(1), 8 * ULP)
+    near(rows[1], torch.where(valid, lp, -INF).double().exp().sum(1), 8 * ULP)
+    bad = ((ids >= 0) & ~lp.isfinite()).any(1) | (tail_p.isnan() & (name == "tail"))
+    assert torch.equal(rows[2].bool(), bad)
+    assert (d_topk[~valid] == 0).all()
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_small_divergences_keep_their_digits(direction):
+    lp = (torch.randn(16, 50) - 3).double()
+    lq = (lp + 0.014 * torch.randn(16, 50).double()).float()
+    ids, lp = torch.arange(50, dtype=I32).repeat(16, 1), lp.float()
+    loss, grad, _, _ = topk_kl(lq, ids, lp, None, None, direction, "both")
+    p, q = lp.double().log_softmax(1), lq.double().log_softmax(1)
+    want = (q.exp() * (q - p)).sum(1) if direction == "reverse" else (p.exp() * (p - q)).sum(1)
+    slope = q.exp() * (q - p - want[:, None]) if direction == "reverse" else q.exp() - p.exp()
+    assert (want < 4e-4).all()
+    near(loss, want, want * 64 * ULP / 0.014)  # δ ≈ 0.014 with a few ulp of 1
+    near(grad, slope, p.exp() * 16 * ULP)
+
+
+def test_topk_kl_at_the_edges():
+    lq = torch.tensor([[-INF, -0.5], [-1e-8, -20.0], [-1.0, -2.0], [-INF, -INF]])
+    lp, ids = torch.tensor([[-1.0, -0.6]]).repeat(4, 1), torch.tensor([[3, 7]], dtype=I32).repeat(4, 1)
+    ids[2] = -1
+    tail = torch.full((4,), -1.0)
+    for name in ("both", "teacher", "none", "tail"):
+        loss, grad, _, rows = topk_kl(lq, ids, lp, None, tail if name == "tail" else None, "reverse", name)
+        assert loss.isfinite().all()
+        assert grad.isfinite().all()
+        assert (loss[2] == 0) & (grad[2:] == 0).all() & (grad[0, 0] == 0)
+        assert loss[3] == (1 if name == "tail" else 0)  # log 1 − log e^{-1} in the bucket
+        assert rows[3].tolist() == ([0, 1, 0, 0] if name == "tail" else [0, 0, 0, 0])
+    near(grad[1, 0], lq.exp()[1, 0].double() * (lq[1, 0].double() + 2), 4 * ULP)  # nothing flows through a clamped tail
+    assert topk_kl(lq, ids, lp, None, None, "forward", "none")[0].isposinf().tolist() == [True, False, False, True]
+
+
+def test_every_kernel_runs_is_counted_and_refuses_float64():
+    LAUNCHES.clear()
+    one, ids, none = torch.ones(1, 1), torch.zeros(1, 1, dtype=I32), torch.zeros(1, 0)
+    fold_(*plain(one), ids, True, fresh_stats(1), one.clone(), True, True)
+    fold_topk_(*plain(one), ids, fresh_stats(1), one.clone(), *fresh_top(1, 1), True)
+    dlogits_(one.clone(), *plain(one), none.to(I32), none, None, torch.ones(6, 1), True, True)
+    gather_dweight_(one.clone(), gather_dot(one, one, ids), gather_dhidden(one, one, ids), ids[0].long(), ids[0])
+    clipped_ratio(one[0], one[0], None, one[0], None, 1.0, 0.2, 0.2, INF, 0.0, 0.0, "k3")
+    topk_kl(one, ids, one, None, None, "reverse", "both")
+    assert set(LAUNCHES) == set(REGISTRY)
+    assert set(LAUNCHES.values()) == {1}
+    gather_dot(one[:0], one, ids[:0])  # no rows: no launch
+    assert LAUNCHES["gather_dot_kernel"] == 1
+    for name in kernels.__all__:
+        with pytest.raises(TypeError, match=f"{name}: .*float64"):
+            getattr(kernels, name)(*[one.double()] * {"fold_": 12, "fold_topk_": 12, "dlogits_": 13, "clipped_ratio": 12, "topk_kl": 7,
+                                                      "gather_dweight_": 5}.get(name, 3))  # fmt: skip
