@@ -21,7 +21,7 @@ from rlad_kernels.moments import Stats
 from rlad_kernels.ops import autograd_inside
 from rlad_kernels.registry import TOKEN_LOSSES
 from rlad_kernels.rows import IGNORE, Kept, checked_finite, kept_inv_temp
-from rlad_kernels.scores import Call, TokenScores, _check_k, _target_shape, flat_call, flat_rows, maybe_rows
+from rlad_kernels.scores import Call, TokenScores, check_k, flat_call, flat_rows, maybe_rows, target_shape
 from rlad_kernels.sweep import outputs, row_slots
 from rlad_kernels.tiles import Tiles
 
@@ -50,11 +50,10 @@ def _token_loss(token_loss: TokenLoss, scores: TokenScores, inputs: Mapping[str,
 
 
 def run(
-    call: Call, target: Tensor, topk_ids: Tensor | None, keep: Tensor, row_weight: Tensor, token_loss: TokenLoss,
+    name: str, call: Call, target: Tensor, topk_ids: Tensor | None, keep: Tensor, row_weight: Tensor, token_loss: TokenLoss,
     inputs: Mapping[str, Any], need: tuple[bool, bool, bool],
 ) -> Fused:  # fmt: skip
     """The fused sweep on flat arguments; ``inputs`` hold ``(N, …)`` tensors, or scalars."""
-    name = "fused_linear_loss"
     kept = Kept(keep)
     slots = row_slots(name, kept, target, topk_ids, call.vocab_size)
     inv_temp = kept_inv_temp(name, kept, call.inv_temp, target.shape[0])
@@ -129,10 +128,12 @@ class _FusedLoss(torch.autograd.Function):
     """Gradients are finished in the forward; backward scales them in place and gives them away, so it runs once."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call, *args: Any) -> tuple[Any, ...]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str, call: Call, *args: Any
+    ) -> tuple[Any, ...]:
         need = tuple(ctx.needs_input_grad[:3])
-        out = run(call._replace(hidden=hidden, weight=weight, bias=bias), *args, need)  # type: ignore[arg-type]
-        ctx.gradients = [g if n else None for g, n in zip(out[3:], need, strict=True)]
+        out = run(name, call._replace(hidden=hidden, weight=weight, bias=bias), *args, need)  # type: ignore[arg-type]
+        ctx.name, ctx.gradients = name, [g if n else None for g, n in zip(out[3:], need, strict=True)]
         ctx.mark_non_differentiable(out.token_loss, *out.metrics.values())
         return out.loss, out.token_loss, tuple(out.metrics), *out.metrics.values()
 
@@ -141,13 +142,13 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, g_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("fused_linear_loss: backward has run already; its gradients were given away, call the loss again")
-        return *(None if g is None else g.mul_(g_loss) for g in gradients), *[None] * 7
+            raise RuntimeError(f"{ctx.name}: backward has run already; its gradients were given away, call the loss again")
+        return *(None if g is None else g.mul_(g_loss) for g in gradients), *[None] * 8
 
 
 def fused_linear_loss_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, topk_ids: Tensor | None, mask: Tensor | None,
-    inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int, row_weight: Tensor, loss: str,
+    inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int, row_weight: Tensor, caller: str, loss: str,
     names: list[str], tensors: list[Tensor], numbers: list[float], words: list[str], need_hidden: bool, need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -156,7 +157,7 @@ def fused_linear_loss_op(
     given = dict(zip(names, [*tensors, *numbers, *words], strict=True))
     keep = torch.ones_like(target, dtype=torch.bool) if mask is None else mask
     need = (need_hidden, need_weight, need_bias)
-    out = run(call, target, topk_ids, keep, row_weight, TOKEN_LOSSES[loss], given, need)
+    out = run(caller, call, target, topk_ids, keep, row_weight, TOKEN_LOSSES[loss], given, need)
     metrics = torch.stack([out.metrics.get(k, out.loss.new_zeros(())) for k in METRICS])
     return out.loss, out.token_loss, metrics, *out[3:]
 
@@ -185,20 +186,31 @@ def fused_linear_loss(
     Raises:
         ValueError: naming the argument, what came and what was wanted.
     """
-    name = "fused_linear_loss"
+    return fuse(
+        "fused_linear_loss", hidden, head, target, token_loss, inputs=inputs, mask=mask, topk_ids=topk_ids, filter_eps=filter_eps,
+        reduction=reduction, seq_ids=seq_ids, denominator=denominator,
+    )  # fmt: skip
+
+
+def fuse(
+    name: str, hidden: Tensor, head: LMHead, target: Tensor, token_loss: TokenLoss, *, inputs: Mapping[str, Any],
+    mask: Tensor | None, topk_ids: Tensor | None, filter_eps: float, reduction: str, seq_ids: Tensor | None,
+    denominator: float | Tensor | None,
+) -> LossOutput:  # fmt: skip
+    """:func:`fused_linear_loss` for a public function ``name``."""
     call = flat_call(name, hidden, head)
-    shape = _target_shape(name, hidden, target, head)
+    shape = target_shape(name, hidden, target)
     if filter_eps != 0.0:
         raise ValueError(f"{name}: filter_eps must be 0.0, only the exact backward is available; got {filter_eps!r}")
     if not getattr(token_loss, "rowwise", True):
         raise ValueError(f"{name}: token_loss needs other rows (a sequence-level loss); compute it from linear_logp instead")
-    ids = maybe_rows(name, "topk_ids", topk_ids, shape, ids=True, extra=1)
+    ids = maybe_rows(name, "topk_ids", topk_ids, shape, hidden.device, ids=True, extra=1)
     if ids is not None:
-        _check_k(name, ids.shape[1], call.vocab_size, "topk_ids (…, K)")
-    flat_target = flat_rows(name, "target", target, shape, ids=True)
-    keep = (keep_mask(name, mask, target) & (target != IGNORE)).flatten()
+        check_k(name, ids.shape[1], call.vocab_size, "topk_ids (…, K)")
+    flat_target = flat_rows(name, "target", target, shape, hidden.device, ids=True)
+    keep = (keep_mask(name, mask, target) & (target != IGNORE)).reshape(-1)
     acc = torch.float64 if call.hidden.dtype == torch.float64 else torch.float32
-    weights = token_weights(name, keep.view(shape), reduction, seq_ids, denominator, acc).flatten()
+    weights = token_weights(name, keep.view(shape), reduction, seq_ids, denominator, acc).reshape(-1)
 
     def cut(x: Tensor) -> Tensor:
         if x.dim() and x.shape[: len(shape)] != shape:
@@ -210,17 +222,17 @@ def fused_linear_loss(
     args = (flat_target, ids, keep, weights)
     registered = next((k for k, f in TOKEN_LOSSES.items() if f is token_loss), None)
     if registered is not None and torch.compiler.is_compiling():
-        return _compiled(call, *args, registered, flat, need, shape)
+        return _compiled(name, call, *args, registered, flat, need, shape)
     if any(need):
-        loss, token, keys, *values = _FusedLoss.apply(*call[:3], call, *args, token_loss, flat)
+        loss, token, keys, *values = _FusedLoss.apply(*call[:3], name, call, *args, token_loss, flat)
     else:
-        out = run(call, *args, token_loss, flat, (False, False, False))
+        out = run(name, call, *args, token_loss, flat, (False, False, False))
         loss, token, keys, values = out.loss, out.token_loss, tuple(out.metrics), list(out.metrics.values())
     return LossOutput(loss, token.view(shape), dict(zip(keys, values, strict=True)))
 
 
 def _compiled(
-    call: Call, target: Tensor, ids: Tensor | None, keep: Tensor, weights: Tensor, loss: str, inputs: Mapping[str, Any],
+    name: str, call: Call, target: Tensor, ids: Tensor | None, keep: Tensor, weights: Tensor, loss: str, inputs: Mapping[str, Any],
     need: tuple[bool, ...], shape: torch.Size,
 ) -> LossOutput:  # fmt: skip
     """The same call as one op; which metrics exist is found by tracing the loss on no tokens."""
@@ -235,6 +247,7 @@ def _compiled(
         keep,
         *call[3:],
         weights,
+        name,
         loss,
         names,
         [*tensors.values()],

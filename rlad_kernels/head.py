@@ -14,7 +14,8 @@ class LMHead:
     """z = softcap·tanh(logit_scale·(h·W_v + b_v)/softcap)/temperature; without ``softcap``, without the tanh.
 
     Args:
-        weight: ``(V, D)`` float32, bfloat16 or float16 (float64 on CPU); never copied if its last dimension is contiguous.
+        weight: ``(V, D)`` float32, bfloat16 or float16 (float64 on CPU); never copied if its last dimension is contiguous
+            (another layout is copied once, here: make the head anew after the weight has changed).
         bias: ``(V,)`` of the weight's dtype, or None.
         temperature: positive float, or a tensor in the target's shape. It never receives gradient.
         logit_scale: float factor on the logits (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``).
@@ -44,18 +45,21 @@ class LMHead:
             raise ValueError(f"LMHead: bias must be (V,)=({rows},), got shape {tuple(bias.shape)}")
         if bias is not None and bias.dtype != weight.dtype:
             raise ValueError(f"LMHead: bias must have the weight's dtype {weight.dtype}, got {bias.dtype}")
+        if bias is not None and bias.device != weight.device:
+            raise ValueError(f"LMHead: bias is on {bias.device}, weight on {weight.device}; they must share a device")
         if not isinstance(temperature, Tensor) and not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"LMHead: temperature must be a positive float or a tensor, got {temperature!r}")
         if not math.isfinite(self.logit_scale) or self.logit_scale == 0:
             raise ValueError(f"LMHead: logit_scale must be a finite non-zero float, got {self.logit_scale!r}")
         if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
             raise ValueError(f"LMHead: softcap must be a positive float or None, got {softcap!r}")
-        if self.vocab_size is not None and not 1 <= self.vocab_size <= rows:
-            raise ValueError(f"LMHead: vocab_size must be in [1, V={rows}], got {self.vocab_size!r}")
+        size = self.vocab_size
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= rows):
+            raise ValueError(f"LMHead: vocab_size must be an int in [1, V={rows}], got {self.vocab_size!r}")
         if self.group is not None:
             raise ValueError(f"LMHead: group must be None, vocabulary-parallel heads are not available yet; got {self.group!r}")
         put = object.__setattr__
-        put(self, "vocab_size", rows if self.vocab_size is None else int(self.vocab_size))
+        put(self, "vocab_size", rows if size is None else size)
         if weight.stride(-1) != 1 and weight.shape[1] > 1:
             put(self, "weight", weight.contiguous())
 
@@ -78,14 +82,18 @@ class LMHead:
                 f"LMHead.from_model: model must have a linear get_output_embeddings(), {type(model).__name__} gave {linear!r}"
             )
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        multiply = [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier")]  # Cohere, Falcon-H1
-        divide = getattr(config, "logits_scaling", None)  # Granite
-        scale = math.prod(float(x) for x in multiply if x is not None) / (1.0 if divide is None else float(divide))
+        kind = getattr(config, "model_type", "")
+        scale = float(getattr(config, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
+        if kind != "mpt":  # whose logit_scale transformers does not apply; Cohere's it does
+            scale *= float(getattr(config, "logit_scale", None) or 1.0)
+        scaling = float(getattr(config, "logits_scaling", None) or 1.0)
+        scale = scale * scaling if kind == "hyperclovax" else scale / scaling  # Granite divides
+        caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))  # Gemma 2, RecurrentGemma
         return cls(
             weight,
             getattr(linear, "bias", None),
             temperature=temperature,
             logit_scale=scale,
-            softcap=getattr(config, "final_logit_softcapping", None),
+            softcap=next((float(cap) for cap in caps if cap), None),
             vocab_size=vocab_size,
         )

@@ -39,18 +39,18 @@ LOSS_OPS = {
     "str normalize) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 SWEEP_OPS = {
-    "linear_logp": f"({_HEAD}, Tensor target, Tensor? topk_ids, Tensor? mask, {_CALL}, bool entropy, bool tail, bool extras) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "linear_logp": f"({_HEAD}, Tensor target, Tensor? topk_ids, Tensor? mask, {_CALL}, bool entropy, bool tail, bool extras, "
+    "str caller) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "linear_logp_bwd": f"({_HEAD}, Tensor target, Tensor? topk_ids, Tensor? mask, {_CALL}, Tensor lse, Tensor lse_error, "
     "Tensor entropy, Tensor tail_logp, Tensor g_logp, Tensor g_lse, Tensor? g_entropy, Tensor? g_topk, Tensor? g_tail, "
     "bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     "linear_topk": f"({_HEAD}, Tensor? target, Tensor? mask, {_CALL}, int k, bool entropy) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "linear_gather": f"({_HEAD}, Tensor ids, Tensor? mask, int vocab_size) -> Tensor",
+    "linear_gather": f"({_HEAD}, Tensor ids, Tensor? mask, int vocab_size, str caller) -> Tensor",
     "linear_gather_bwd": f"(Tensor grad, {_HEAD}, Tensor ids, Tensor? mask, int vocab_size, bool need_hidden, bool need_weight, "
     "bool need_bias) -> (Tensor, Tensor, Tensor)",
-    "fused_linear_loss": f"({_HEAD}, Tensor target, Tensor? topk_ids, Tensor? mask, {_CALL}, Tensor row_weight, str loss, "
-    "str[] names, Tensor[] tensors, float[] numbers, str[] words, bool need_hidden, bool need_weight, bool need_bias) "
+    "fused_linear_loss": f"({_HEAD}, Tensor target, Tensor? topk_ids, Tensor? mask, {_CALL}, Tensor row_weight, str caller, "
+    "str loss, str[] names, Tensor[] tensors, float[] numbers, str[] words, bool need_hidden, bool need_weight, bool need_bias) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
@@ -126,7 +126,7 @@ def _empty(like: Tensor, shape: Sequence[int] | torch.Size, wanted: bool = True,
 
 
 @torch.library.register_fake("rlad::linear_logp")
-def _(hidden, weight, bias, target, topk_ids, mask, inv_temp, scale, softcap, vocab_size, entropy, tail, extras):
+def _(hidden, weight, bias, target, topk_ids, mask, inv_temp, scale, softcap, vocab_size, entropy, tail, extras, caller):
     rows = target.shape
     topk = topk_ids.shape if topk_ids is not None else (0,)
     return (
@@ -167,7 +167,7 @@ def _(hidden, weight, bias, target, mask, inv_temp, scale, softcap, vocab_size, 
 
 
 @torch.library.register_fake("rlad::linear_gather")
-def _(hidden, weight, bias, ids, mask, vocab_size):
+def _(hidden, weight, bias, ids, mask, vocab_size, caller):
     return _empty(hidden, ids.shape)
 
 
@@ -215,7 +215,7 @@ def _given(grads: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor | None]
 
 
 def _logp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, target, topk_ids, mask, inv_temp, *ctx.head, ctx.entropy, ctx.tail, _ = inputs
+    hidden, weight, bias, target, topk_ids, mask, inv_temp, *ctx.head, ctx.entropy, ctx.tail, _, _ = inputs
     ctx.save_for_backward(hidden, weight, bias, target, topk_ids, mask, inv_temp, output[1], output[8], output[2], output[4])
 
 
@@ -226,14 +226,14 @@ def _logp_backward(ctx: Any, g_logp: Tensor, g_lse: Tensor, g_entropy: Tensor, g
         hidden, weight, bias, target, topk_ids, mask, inv_temp, *ctx.head, *saved, g_logp, g_lse,
         g_entropy if ctx.entropy else None, g_topk if topk_ids is not None else None, g_tail if ctx.tail else None, *need,
     )  # fmt: skip
-    return *_given(grads, need), *[None] * 10
+    return *_given(grads, need), *[None] * 11
 
 
 torch.library.register_autograd("rlad::linear_logp", _logp_backward, setup_context=_logp_setup)
 
 
 def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.vocab_size = inputs
+    *tensors, ctx.vocab_size, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -241,7 +241,7 @@ def _gather_backward(ctx: Any, grad: Tensor) -> Any:
     hidden, weight, bias, ids, mask = ctx.saved_tensors
     need = _wanted(ctx, bias)
     grads = _rlad.linear_gather_bwd(grad, hidden, weight, bias, ids, mask, ctx.vocab_size, *need)
-    return *_given(grads, need), None, None, None
+    return *_given(grads, need), None, None, None, None
 
 
 torch.library.register_autograd("rlad::linear_gather", _gather_backward, setup_context=_gather_setup)
@@ -269,13 +269,13 @@ torch.library.register_autograd("rlad::topk_kl", _topk_kl_backward, setup_contex
 
 
 def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.need, ctx.tensors = tuple(inputs[-3:]), len(inputs[13])
+    ctx.need, ctx.tensors = tuple(inputs[-3:]), len(inputs[14])
     ctx.save_for_backward(*output[3:])
 
 
 def _fused_backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> Any:
     grads = [(g_loss * d).to(d.dtype) if need else None for need, d in zip(ctx.need, ctx.saved_tensors, strict=True)]
-    return *grads, *[None] * 10, [None] * ctx.tensors, *[None] * 5
+    return *grads, *[None] * 11, [None] * ctx.tensors, *[None] * 5
 
 
 torch.library.register_autograd("rlad::fused_linear_loss", _fused_backward, setup_context=_fused_setup)

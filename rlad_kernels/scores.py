@@ -55,6 +55,8 @@ def flat_call(name: str, hidden: Tensor, head: LMHead) -> Call:
     Raises:
         ValueError: for a shape, dtype or device that does not fit.
     """
+    if not isinstance(head, LMHead):
+        raise ValueError(f"{name}: head must be an LMHead, got {type(head).__name__}")
     weight, bias = head.weight, head.bias
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         got = tuple(hidden.shape)[-1:] or "no dimension"
@@ -69,49 +71,53 @@ def flat_call(name: str, hidden: Tensor, head: LMHead) -> Call:
         raise ValueError(f"{name}: hidden has dtype {hidden.dtype}, weight {weight.dtype}; they must match (or use autocast)")
     if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"{name}: hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
-    hidden = hidden.reshape(-1, hidden.shape[-1])
+    shape, t = hidden.shape[:-1], head.temperature
+    if isinstance(t, Tensor) and t.numel() != 1 and t.shape != shape:
+        raise ValueError(f"{name}: temperature has shape {tuple(t.shape)}, wanted the target's shape {tuple(shape)}")
+    hidden = hidden.flatten(0, -2) if shape else hidden.unsqueeze(0)
     hidden = hidden if hidden.stride(-1) == 1 or hidden.shape[-1] == 1 else hidden.contiguous()
-    return Call(hidden, weight, bias, _inv_temp(name, hidden, head), head.logit_scale, head.softcap or 0.0, head.vocab_size or 0)
+    return Call(hidden, weight, bias, _inv_temp(hidden, head), head.logit_scale, head.softcap or 0.0, head.vocab_size or 0)
 
 
-def _inv_temp(name: str, hidden: Tensor, head: LMHead) -> Tensor:
+def _inv_temp(hidden: Tensor, head: LMHead) -> Tensor:
     dtype = _ops.acc_dtype(hidden.dtype)
     if not isinstance(head.temperature, Tensor):
         return torch.full((1,), 1.0 / head.temperature, dtype=dtype, device=hidden.device)
     temperature = head.temperature.detach().to(hidden.device, dtype).reshape(-1)
-    if temperature.numel() not in (1, hidden.shape[0]):
-        shape = tuple(head.temperature.shape)
-        raise ValueError(f"{name}: temperature has shape {shape}, wanted a float or one value a token ({hidden.shape[0]} tokens)")
     return 1 / temperature
 
 
-def flat_rows(name: str, argument: str, x: Tensor, shape: torch.Size, *, ids: bool = False, extra: int = 0) -> Tensor:
-    """``x`` with the leading ``shape`` flattened; ``extra`` trailing dimensions are kept."""
+def flat_rows(
+    name: str, argument: str, x: Tensor, shape: torch.Size, device: torch.device, *, ids: bool = False, extra: int = 0
+) -> Tensor:
+    """``x`` with the leading ``shape`` flattened; ``extra`` trailing dimensions are kept.
+
+    Raises:
+        ValueError: for another shape or device, or with ``ids`` for a dtype that is not an integer.
+    """
+    if x.device != device:
+        raise ValueError(f"{name}: {argument} is on {x.device}, hidden on {device}; they must share a device")
     leading = x.shape[: x.dim() - extra] if x.dim() >= extra else None
     if leading != shape:
         wanted = f"{tuple(shape)}" if not extra else f"({', '.join(map(str, (*shape, 'K')))})"
         raise ValueError(f"{name}: {argument} has shape {tuple(x.shape)}, wanted {wanted}")
     if ids and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
         raise ValueError(f"{name}: {argument} must be integers, got {x.dtype}")
-    return x.detach().reshape(-1, *x.shape[x.dim() - extra :])
+    return x.detach().flatten(0, len(shape) - 1) if shape else x.detach().unsqueeze(0)
 
 
 def maybe_rows(
-    name: str, argument: str, x: Tensor | None, shape: torch.Size, *, ids: bool = False, extra: int = 0
+    name: str, argument: str, x: Tensor | None, shape: torch.Size, device: torch.device, *, ids: bool = False, extra: int = 0
 ) -> Tensor | None:
     """:func:`flat_rows` of an optional argument."""
-    return None if x is None else flat_rows(name, argument, x, shape, ids=ids, extra=extra)
+    return None if x is None else flat_rows(name, argument, x, shape, device, ids=ids, extra=extra)
 
 
-def _check_temperature_shape(name: str, head: LMHead, shape: torch.Size) -> None:
-    t = head.temperature
-    if isinstance(t, Tensor) and t.numel() != 1 and t.shape != shape:
-        raise ValueError(f"{name}: temperature has shape {tuple(t.shape)}, wanted the target's shape {tuple(shape)}")
-
-
-def _check_k(name: str, k: int, vocab_size: int, argument: str = "k") -> None:
-    if not 1 <= k <= min(K_MAX, vocab_size):
-        raise ValueError(f"{name}: {argument} must have 1 <= K <= min({K_MAX}, vocab_size={vocab_size}), got K={k}")
+def check_k(name: str, k: int, vocab_size: int | None, argument: str = "k") -> None:
+    """Raise a ValueError unless 1 ≤ K ≤ min(1024, vocab_size)."""
+    if not 1 <= k <= min(K_MAX, vocab_size or K_MAX):
+        bound = f"min({K_MAX}, vocab_size={vocab_size})" if vocab_size else f"{K_MAX}"
+        raise ValueError(f"{name}: {argument} must have 1 <= K <= {bound}, got K={k}")
 
 
 def linear_logp(
@@ -140,23 +146,34 @@ def linear_logp(
         ValueError: naming the argument, what came and what was wanted. On CUDA an id out of range gives a NaN row instead,
             or raises under ``set_checks(True)``.
     """
-    name = "linear_logp"
+    return score(
+        "linear_logp", hidden, head, target, topk_ids=topk_ids, entropy=entropy, tail=tail, extras=(extras,) if isinstance(extras, str) else tuple(extras), mask=mask,
+        filter_eps=filter_eps,
+    )  # fmt: skip
+
+
+def score(
+    name: str, hidden: Tensor, head: LMHead, target: Tensor, *, topk_ids: Tensor | None = None, entropy: bool = False,
+    tail: bool = False, extras: tuple[str, ...] = (), mask: Tensor | None = None, filter_eps: float = 0.0,
+    ids_name: str = "topk_ids",
+) -> TokenScores:  # fmt: skip
+    """:func:`linear_logp` for a public function ``name``, whose argument ``ids_name`` holds the ids."""
     call = flat_call(name, hidden, head)
-    shape = _target_shape(name, hidden, target, head)
+    shape = target_shape(name, hidden, target)
     if filter_eps != 0.0:
         raise ValueError(f"{name}: filter_eps must be 0.0, only the exact backward is available; got {filter_eps!r}")
-    extras = tuple(extras)
     unknown = [x for x in extras if x not in EXTRAS]
     if unknown:
         raise ValueError(f"{name}: extras must be among {EXTRAS}, got {unknown[0]!r}")
     if tail and topk_ids is None:
         raise ValueError(f"{name}: tail=True needs topk_ids, got None")
-    ids = maybe_rows(name, "topk_ids", topk_ids, shape, ids=True, extra=1)
+    ids = maybe_rows(name, ids_name, topk_ids, shape, hidden.device, ids=True, extra=1)
     if ids is not None:
-        _check_k(name, ids.shape[1], call.vocab_size, "topk_ids (…, K)")
+        check_k(name, ids.shape[1], call.vocab_size, f"{ids_name} (…, K)")
     out = torch.ops.rlad.linear_logp(
-        *call[:3], flat_rows(name, "target", target, shape, ids=True), ids, maybe_rows(name, "mask", mask, shape), *call[3:],
-        entropy, tail, bool(extras),
+        *call[:3], flat_rows(name, "target", target, shape, hidden.device, ids=True), ids,
+        maybe_rows(name, "mask", mask, shape, hidden.device), *call[3:],
+        entropy, tail, bool(extras), name,
     )  # fmt: skip
     return token_scores(out, shape, entropy, ids is not None, tail, extras)
 
@@ -174,10 +191,9 @@ def token_scores(
     )  # fmt: skip
 
 
-def _target_shape(name: str, hidden: Tensor, target: Tensor, head: LMHead) -> torch.Size:
+def target_shape(name: str, hidden: Tensor, target: Tensor) -> torch.Size:
     if target.shape != hidden.shape[:-1]:
         raise ValueError(f"{name}: target has shape {tuple(target.shape)}, hidden (…, D) {tuple(hidden.shape)}")
-    _check_temperature_shape(name, head, target.shape)
     return target.shape
 
 
@@ -204,11 +220,10 @@ def linear_topk(
     name = "linear_topk"
     with torch.no_grad():
         call = flat_call(name, hidden, head)
-        shape = hidden.shape[:-1] if target is None else _target_shape(name, hidden, target, head)
-        _check_temperature_shape(name, head, shape)
-        _check_k(name, k, call.vocab_size)
-        flat_target = maybe_rows(name, "target", target, shape, ids=True)
-        flat_mask = maybe_rows(name, "mask", mask, shape)
+        shape = hidden.shape[:-1] if target is None else target_shape(name, hidden, target)
+        check_k(name, k, call.vocab_size)
+        flat_target = maybe_rows(name, "target", target, shape, hidden.device, ids=True)
+        flat_mask = maybe_rows(name, "mask", mask, shape, hidden.device)
         out = torch.ops.rlad.linear_topk(*call[:3], flat_target, flat_mask, *call[3:], k, entropy)
     ids, logp, lse, tail_logp, target_logp, h = out
     return TopK(
@@ -232,13 +247,17 @@ def linear_gather(hidden: Tensor, head: LMHead, ids: Tensor, *, mask: Tensor | N
     Raises:
         ValueError: naming the argument, what came and what was wanted.
     """
-    name = "linear_gather"
+    return gather("linear_gather", hidden, head, ids, mask=mask)
+
+
+def gather(name: str, hidden: Tensor, head: LMHead, ids: Tensor, *, mask: Tensor | None = None, ids_name: str = "ids") -> Tensor:
+    """:func:`linear_gather` for a public function ``name``, whose argument ``ids_name`` holds the ids."""
     call = flat_call(name, hidden, head)
     shape = hidden.shape[:-1]
-    _check_temperature_shape(name, head, shape)
-    flat = flat_rows(name, "ids", ids, shape, ids=True, extra=1)
-    flat_mask = maybe_rows(name, "mask", mask, shape)
-    raw = torch.ops.rlad.linear_gather(*call[:3], flat, flat_mask, call.vocab_size)
+    flat = flat_rows(name, ids_name, ids, shape, hidden.device, ids=True, extra=1)
+    check_k(name, flat.shape[1], call.vocab_size, f"{ids_name} (…, K)")
+    flat_mask = maybe_rows(name, "mask", mask, shape, hidden.device)
+    raw = torch.ops.rlad.linear_gather(*call[:3], flat, flat_mask, call.vocab_size, name)
     z = raw * call.logit_scale
     if call.softcap:
         z = call.softcap * torch.tanh(z / call.softcap)

@@ -45,19 +45,19 @@ def outputs(stats: Stats, z: Tensor, slots: Tensor, vocab_size: int, entropy: bo
 
 def linear_logp(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, topk_ids: Tensor | None, mask: Tensor | None,
-    inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int, entropy: bool, tail: bool, extras: bool,
+    inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int, entropy: bool, tail: bool, extras: bool, caller: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Implements ``rlad::linear_logp``."""
-    kept = Kept(row_mask("linear_logp", target, mask))
-    slots = row_slots("linear_logp", kept, target, topk_ids, vocab_size)
-    inv_temp = kept_inv_temp("linear_logp", kept, inv_temp, target.shape[0])
+    """Implements ``rlad::linear_logp``; ``caller`` is the public function that errors name."""
+    kept = Kept(row_mask(caller, target, mask))
+    slots = row_slots(caller, kept, target, topk_ids, vocab_size)
+    inv_temp = kept_inv_temp(caller, kept, inv_temp, target.shape[0])
     tiles = Tiles(kept.take(hidden), weight, bias, inv_temp, logit_scale, softcap, vocab_size)
     stats, z = tiles.new_stats(slots.shape[1])
     for c0, _, w in tiles.columns():
         for r0, r1 in tiles.row_ranges():
             tiles.fold(tiles.logits(r0, r1, w), c0, r0, r1, slots, stats, z, entropy=entropy, extras=extras)
     results = outputs(Stats(*stats), z, slots, vocab_size, entropy, tail, extras)
-    checked_finite("linear_logp", results[1])
+    checked_finite(caller, results[1])
     wanted = (True, True, entropy, topk_ids is not None, tail, extras, extras, extras, True)
     return tuple(kept.put(x) if w else x for x, w in zip(results, wanted, strict=True))
 
@@ -133,15 +133,17 @@ def linear_topk(
     return tuple(kept.put(x) if w else x.new_empty(0) for x, w in zip(results, wanted, strict=True))
 
 
-def _gather_ids(ids: Tensor, mask: Tensor | None, vocab_size: int) -> Tensor:
-    keep = row_mask("linear_gather", None, mask)
+def _gather_ids(caller: str, ids: Tensor, mask: Tensor | None, vocab_size: int) -> Tensor:
+    keep = row_mask(caller, None, mask)
     ids = ids if keep is None else torch.where(keep.unsqueeze(1), ids, -1)
-    return checked_ids("linear_gather", "ids", ids, -1, vocab_size)
+    return checked_ids(caller, "ids", ids, -1, vocab_size)
 
 
-def linear_gather(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, mask: Tensor | None, vocab_size: int) -> Tensor:
+def linear_gather(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, mask: Tensor | None, vocab_size: int, caller: str
+) -> Tensor:
     """Implements ``rlad::linear_gather``: raw logits h·W_v + b_v at ``ids (N, K)``; empty slots and masked rows give 0."""
-    ids = _gather_ids(ids, mask, vocab_size)
+    ids = _gather_ids(caller, ids, mask, vocab_size)
     raw = torch.ops.rlad.gather_dot(hidden, weight[:vocab_size], ids)
     inside = (ids >= 0) & (ids < vocab_size)
     if bias is not None:
@@ -154,7 +156,7 @@ def linear_gather_bwd(
     need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Implements ``rlad::linear_gather_bwd``; d_weight touches only the rows in ``ids``."""
-    ids = _gather_ids(ids, mask, vocab_size)
+    ids = _gather_ids("linear_gather", ids, mask, vocab_size)
     grad = grad.to(acc_dtype(hidden.dtype)).contiguous()
     d_hidden, d_weight, d_bias = hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     if need_hidden:

@@ -29,23 +29,24 @@ def cases() -> dict[str, tuple[object, ...]]:
     tensors = (p.hidden, p.weight, p.bias)
     plain = tuple(x.detach() for x in tensors)
     ones, zero = torch.ones(6), torch.zeros(6)
-    saved = (*R.linear_logp(*plain, p.target, p.ids, mask, *call, True, True, False),)
+    saved = (*R.linear_logp(*plain, p.target, p.ids, mask, *call, True, True, False, "linear_logp"),)
     ratio = (zero.clone().requires_grad_(), ones * 0.1, ones * 0.2, torch.randn(6), ones * 0.1, 0.5, 0.2, 0.2, 1.0, 3.0, 0.1, "k3")
     topk = torch.randn(6, 5).requires_grad_(), p.ids.int(), -torch.rand(6, 5), (-ones).requires_grad_(), -ones, "reverse", "tail"
     names = ["old_logp", "advantages", "alpha", "kl_estimator"]
     return {
-        "linear_logp": (*tensors, p.target, p.ids, mask, *call, True, True, True),
+        "linear_logp": (*tensors, p.target, p.ids, mask, *call, True, True, True, "linear_logp"),
         "linear_logp_bwd": (
             *plain, p.target, p.ids, mask, *call, saved[1], saved[8], saved[2], saved[4], ones, zero, ones, torch.ones(6, 5), ones,
             True, True, True,
         ),
         "linear_topk": (*plain, p.target, mask, *call, 3, True),
-        "linear_gather": (*tensors, p.ids, mask, 30),
+        "linear_gather": (*tensors, p.ids, mask, 30, "linear_gather"),
         "linear_gather_bwd": (torch.ones(6, 5), *plain, p.ids, mask, 30, True, True, True),
         "clipped_ratio": ratio,
         "topk_kl": topk,
         "fused_linear_loss": (
-            *tensors, p.target, p.ids, mask, *call, ones / 6, "rlad", names, [zero, ones], [0.5], ["k3"], True, True, True,
+            *tensors, p.target, p.ids, mask, *call, ones / 6, "rlad_loss", "rlad", names, [zero, ones], [0.5], ["k3"], True, True,
+            True,
         ),
     }  # fmt: skip
 

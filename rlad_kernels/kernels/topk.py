@@ -64,7 +64,7 @@ def fold_topk_kernel(
         b_x = load_raw(p_x, bias, o_c, m_c, True)
         b_z = tl.where(m_c, tempered(b_x, logit_scale, softcap, it, SOFTCAP)[0], -float("inf"))
         b_key = tl.where(m_c, ordered(b_z), NO_KEY)
-        m_in = m_c & (b_key == NO_KEY)  # none
+        m_in = o_b < 0  # none
         m_new = tl.maximum(m, tl.max(b_z, 0))
         if (held < K) | (tl.max(b_key, 0) > least):
             b_id = tl.load(p_ids + o_b, mask=(o_b < BLOCK_K) & (o_b < K), other=-1)

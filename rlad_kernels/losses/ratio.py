@@ -35,12 +35,16 @@ def ratio_tokens(
     if teacher_logp is not None:
         invalid = ~teacher_logp.isfinite()
         teacher_gap = torch.where(invalid, 0, logp - torch.where(invalid, 0, teacher_logp))
-        log_r = torch.where(invalid, old_gap, alpha * old_gap + (1 - alpha) * teacher_gap.clamp(-teacher_clamp, teacher_clamp))
+        clamped = teacher_gap.clamp(-teacher_clamp, teacher_clamp)
+        # an anchor of weight 0 must not bring in 0·(−∞)
+        mixed = (alpha * old_gap if alpha else 0) + ((1 - alpha) * clamped if alpha < 1 else 0)
+        log_r = torch.where(invalid, old_gap, mixed)
     r = log_r.detach().exp()
     high = (advantages > 0) & (r > 1 + clip_high)
     low = (advantages < 0) & (r < 1 - clip_low)
     over = (advantages < 0) & (r > dual_clip) if dual_clip else torch.zeros_like(high)
-    bound = torch.where(high, 1 + clip_high, torch.where(low, 1 - clip_low, dual_clip))
+    low_bound, dual_bound = torch.full_like(r, 1 - clip_low), torch.full_like(r, dual_clip)
+    bound = torch.where(high, 1 + clip_high, torch.where(low, low_bound, dual_bound))
     live = (advantages != 0) & ~(high | low | over)
     loss = torch.where(live, -advantages * torch.where(live, log_r, 0).exp(), torch.where(advantages == 0, 0, -advantages * bound))
     kl_ref = torch.zeros_like(logp)
@@ -103,6 +107,8 @@ def per_token(name: str, argument: str, x: Tensor, like: Tensor) -> Tensor:
     """``x`` detached, in the shape and dtype of the log-probs ``like``; ``(B,)`` advantages spread over ``(B, T)``."""
     if argument == "advantages" and x.dim() == 1 and like.dim() == 2 and x.shape[0] == like.shape[0]:
         x = x.unsqueeze(1).expand_as(like)
+    if x.device != like.device:
+        raise ValueError(f"{name}: {argument} is on {x.device}, wanted {like.device}; all tensors must share a device")
     if x.shape != like.shape:
         wanted = f"{tuple(like.shape)}" + (f" or ({like.shape[0]},)" if argument == "advantages" and like.dim() == 2 else "")
         raise ValueError(f"{name}: {argument} has shape {tuple(x.shape)}, wanted {wanted}")
@@ -180,6 +186,8 @@ def trrd_loss(
     Raises:
         ValueError: naming the argument, what came and what was wanted.
     """
+    if teacher_logp is None:
+        raise ValueError("trrd_loss: teacher_logp is None, wanted a tensor in logp's shape (without a teacher: grpo_loss)")
     check_ratio_options("trrd_loss", alpha, clip, teacher_clamp, dual_clip, ref_logp, kl_coef, kl_estimator)
     tensors = {"old_logp": old_logp, "teacher_logp": teacher_logp, "advantages": advantages, "ref_logp": ref_logp}
     options = {"dual_clip": dual_clip, "kl_coef": kl_coef, "kl_estimator": kl_estimator}

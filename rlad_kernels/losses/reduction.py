@@ -38,6 +38,8 @@ def keep_mask(name: str, mask: Tensor | None, like: Tensor) -> Tensor:
         return torch.ones_like(like, dtype=torch.bool)
     if mask.shape != like.shape:
         raise ValueError(f"{name}: mask has shape {tuple(mask.shape)}, wanted {tuple(like.shape)}")
+    if mask.device != like.device:
+        raise ValueError(f"{name}: mask is on {mask.device}, wanted {like.device}; all tensors must share a device")
     if mask.dtype == torch.bool:
         return mask
     if (settings.checks or not mask.is_cuda) and not torch.compiler.is_compiling():
@@ -58,7 +60,9 @@ def token_weights(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"{name}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    if denominator is not None and not isinstance(denominator, Tensor) and not denominator > 0:
+    if isinstance(denominator, Tensor):
+        denominator = _scalar_denominator(name, denominator.detach())
+    elif denominator is not None and not denominator > 0:
         raise ValueError(f"{name}: denominator must be positive, got {denominator!r}")
     kept = keep.to(dtype)
     if reduction == "token-mean":
@@ -68,6 +72,14 @@ def token_weights(
         divisor = sequences.to(dtype)
         per_sequence = kept / counts.clamp_min(1) if reduction == "seq-mean-token-mean" else kept
     return per_sequence / (divisor.clamp_min(1) if denominator is None else denominator)
+
+
+def _scalar_denominator(name: str, denominator: Tensor) -> Tensor:
+    if denominator.numel() != 1:
+        raise ValueError(f"{name}: denominator must be a positive number or a 0-dim tensor, got shape {tuple(denominator.shape)}")
+    if (settings.checks or not denominator.is_cuda) and not torch.compiler.is_compiling() and not bool((denominator > 0).all()):
+        raise ValueError(f"{name}: denominator must be positive, got {denominator.item()}")
+    return denominator.reshape(())
 
 
 def _sequence_counts(name: str, keep: Tensor, reduction: str, seq_ids: Tensor | None) -> tuple[Tensor, Tensor]:

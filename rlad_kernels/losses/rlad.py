@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlad_kernels.fused import fused_linear_loss
+from rlad_kernels.fused import fuse
 from rlad_kernels.head import LMHead
 from rlad_kernels.losses.ratio import check_ratio_options, per_token, ratio_loss_tokens
 from rlad_kernels.losses.reduction import LossOutput
 from rlad_kernels.losses.topk_kl import check_topk_options, teacher_rows, topk_kl_loss_tokens
+from rlad_kernels.ops import acc_dtype
 from rlad_kernels.registry import register
-from rlad_kernels.scores import TokenScores, TopK
+from rlad_kernels.scores import TokenScores, TopK, target_shape
 
 _TOPK_INPUTS = ("ids", "topk_teacher_logp", "teacher_tail", "topk_kl_coef", "direction", "normalize", "scale")
 
@@ -62,7 +63,8 @@ def rlad_loss(
     """
     name = "rlad_loss"
     check_ratio_options(name, alpha, clip, teacher_clamp, dual_clip, ref_logp, kl_coef, kl_estimator)
-    like = torch.empty(target.shape, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32, device=target.device)
+    target_shape(name, hidden, target)
+    like = torch.empty(target.shape, dtype=acc_dtype(hidden.dtype), device=head.weight.device)
     if teacher_logp is None:
         teacher_logp = None if teacher is None else teacher.target_logp
         if teacher_logp is None:
@@ -80,7 +82,7 @@ def rlad_loss(
         inputs |= {**rows, "topk_kl_coef": topk_kl_coef, "direction": direction, "normalize": normalize, "scale": scale}
     elif topk_kl_coef is not None:
         raise ValueError(f"{name}: topk_kl_coef={topk_kl_coef!r} needs teacher, got None")
-    return fused_linear_loss(
-        hidden, head, target, rlad_tokens, inputs=inputs, mask=mask, topk_ids=None if teacher is None else teacher.ids,
+    return fuse(
+        name, hidden, head, target, rlad_tokens, inputs=inputs, mask=mask, topk_ids=None if teacher is None else teacher.ids,
         filter_eps=filter_eps, reduction=reduction, seq_ids=seq_ids, denominator=denominator,
     )  # fmt: skip

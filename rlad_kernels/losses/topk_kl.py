@@ -11,7 +11,7 @@ from rlad_kernels.losses.ratio import per_token
 from rlad_kernels.losses.reduction import LossOutput, keep_mask, reduce, token_weights
 from rlad_kernels.moments import first_occurrence
 from rlad_kernels.ops import autograd_inside
-from rlad_kernels.scores import LMHead, TopK, linear_gather, linear_logp
+from rlad_kernels.scores import LMHead, TopK, check_k, gather, score
 
 DIRECTIONS = ("reverse", "forward")
 NORMALIZE = ("both", "teacher", "none", "tail")
@@ -49,9 +49,9 @@ def topk_kl_tokens(
         use = some & teacher_tail.isfinite()
         tail = _term(torch.where(use, tail_logp, -torch.inf), torch.where(use, teacher_tail, -torch.inf), direction)
     if normalize == "both":
-        lq = lq - lq.logsumexp(1, keepdim=True)
+        lq = lq.log_softmax(1)
     if normalize in ("both", "teacher"):
-        lp = lp - lp.logsumexp(1, keepdim=True)
+        lp = lp.log_softmax(1)
     loss = torch.where(some, _term(lq, lp, direction).sum(1) + tail, 0)
     rows = (student_mass, teacher_mass, invalid.to(loss.dtype), clamped.to(loss.dtype))
     return loss, torch.stack(rows)
@@ -98,6 +98,9 @@ def check_topk_options(name: str, teacher: TopK, direction: str, normalize: str)
         raise ValueError(f"{name}: normalize must be one of {NORMALIZE}, got {normalize!r}")
     if teacher.ids.shape != teacher.logp.shape:
         raise ValueError(f"{name}: teacher.ids has shape {tuple(teacher.ids.shape)}, teacher.logp {tuple(teacher.logp.shape)}")
+    if teacher.ids.dim() < 1 or teacher.ids.is_floating_point() or teacher.ids.dtype == torch.bool:
+        raise ValueError(f"{name}: teacher.ids must be integers (…, K), got {teacher.ids.dtype} {tuple(teacher.ids.shape)}")
+    check_k(name, teacher.ids.shape[-1], None, "teacher.ids (…, K)")
     if normalize == "tail" and teacher.tail_logp is None:
         raise ValueError(f"{name}: normalize='tail' needs teacher.tail_logp, got None")
 
@@ -141,7 +144,16 @@ def topk_kl_loss(
     Raises:
         ValueError: naming the argument, what came and what was wanted.
     """
-    name = "topk_kl_loss"
+    return kl_on_support(
+        "topk_kl_loss", topk_logp, teacher, mask, tail_logp, direction, normalize, scale, reduction, seq_ids, denominator
+    )
+
+
+def kl_on_support(
+    name: str, topk_logp: Tensor, teacher: TopK, mask: Tensor | None, tail_logp: Tensor | None, direction: str, normalize: str,
+    scale: float, reduction: str, seq_ids: Tensor | None, denominator: float | Tensor | None,
+) -> LossOutput:  # fmt: skip
+    """:func:`topk_kl_loss` for a public function ``name``."""
     check_topk_options(name, teacher, direction, normalize)
     if topk_logp.shape != teacher.ids.shape:
         raise ValueError(f"{name}: topk_logp has shape {tuple(topk_logp.shape)}, teacher.ids {tuple(teacher.ids.shape)}")
@@ -172,15 +184,15 @@ def linear_topk_kl_loss(
     """
     name = "linear_topk_kl_loss"
     check_topk_options(name, teacher, direction, normalize)
-    options = {"direction": direction, "normalize": normalize, "scale": scale}
-    options |= {"reduction": reduction, "seq_ids": seq_ids, "denominator": denominator}
+    options = (direction, normalize, scale, reduction, seq_ids, denominator)
     if teacher.ids.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(f"{name}: teacher.ids (…, K) has shape {tuple(teacher.ids.shape)}, hidden (…, D) {tuple(hidden.shape)}")
     if normalize == "both":
-        out = topk_kl_loss(linear_gather(hidden, head, teacher.ids, mask=mask), teacher, mask, **options)
+        z = gather(name, hidden, head, teacher.ids, mask=mask, ids_name="teacher.ids")
+        out = kl_on_support(name, z, teacher, mask, None, *options)
         out.metrics.pop("student_mass")
         return out
     target = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
-    scores = linear_logp(hidden, head, target, topk_ids=teacher.ids, tail=normalize == "tail", mask=mask)
+    scores = score(name, hidden, head, target, topk_ids=teacher.ids, tail=normalize == "tail", mask=mask, ids_name="teacher.ids")
     assert scores.topk_logp is not None
-    return topk_kl_loss(scores.topk_logp, teacher, mask, tail_logp=scores.tail_logp, **options)
+    return kl_on_support(name, scores.topk_logp, teacher, mask, scores.tail_logp, *options)
