@@ -146,8 +146,9 @@ def linear_logp(
         ValueError: naming the argument, what came and what was wanted. On CUDA an id out of range gives a NaN row instead,
             or raises under ``set_checks(True)``.
     """
+    extras = (extras,) if isinstance(extras, str) else tuple(extras)
     return score(
-        "linear_logp", hidden, head, target, topk_ids=topk_ids, entropy=entropy, tail=tail, extras=(extras,) if isinstance(extras, str) else tuple(extras), mask=mask,
+        "linear_logp", hidden, head, target, topk_ids=topk_ids, entropy=entropy, tail=tail, extras=extras, mask=mask,
         filter_eps=filter_eps,
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ def blocks(page: Path) -> list[str]:
     return ["\n".join(line.removeprefix(indent) for line in code.split("\n")) for indent, code in found]
 
 
+@pytest.mark.cpu
 def test_readme_example_runs_and_its_loss_moves_the_student() -> None:
     (code,) = blocks(ROOT / "README.md")
     world: dict[str, object] = {}

@@ -61,7 +61,7 @@ def test_float32_is_as_good_as_plain_pytorch(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("tile", [None, (4, 17)], ids=["one_tile", "tiles"])
 def test_low_precision_keeps_float32_logits(dtype: torch.dtype, tile: tuple[int, int] | None) -> None:
-    p = problem(n=24, d=32, v=211, dtype=dtype, sigma=2.0)
+    p = problem(n=16, d=32, v=61 if INTERPRET else 211, dtype=dtype, sigma=2.0)
     with rk.set_tile(*(tile or (None, None))):
         scores, _ = run(p)
         cotangents = [torch.randn_like(x) for x in scores]
@@ -98,7 +98,7 @@ def test_acceptance_shape_bf16(tile: tuple[int, int] | None) -> None:
         assert relative(g, e) <= 3e-3
 
 
-@pytest.mark.parametrize("tile", [(1, 1000), (3, 7), (1000, 1)], ids=str)
+@pytest.mark.parametrize("tile", [(1, 1000), (3, 7), (1000, 1 if not INTERPRET else 5)], ids=str)
 def test_tiles_do_not_change_the_result(tile: tuple[int, int]) -> None:
     p = problem(n=7, d=8, v=40 if INTERPRET else 101)
     scores, _ = run(p)

@@ -36,7 +36,8 @@ def check_topk(p: Problem, k: int, top: rk.TopK) -> None:
 @pytest.mark.parametrize("k", [1, 5, 64])
 @pytest.mark.parametrize("tile", [None, (5, 33)], ids=["one_tile", "tiles"])
 def test_topk(k: int, tile: tuple[int, int] | None) -> None:
-    p = problem(n=24, v=203, softcap=8.0, logit_scale=1.2, vocab_size=190, temperature=torch.rand(24) + 0.5)
+    n = 8 if INTERPRET else 24
+    p = problem(n=n, v=203, softcap=8.0, logit_scale=1.2, vocab_size=190, temperature=torch.rand(n) + 0.5)
     with rk.set_tile(*(tile or (None, None))):
         check_topk(p, k, rk.linear_topk(p.hidden, p.head, k, target=p.target, entropy=True))
 
@@ -148,7 +149,7 @@ def test_gather_value_and_gradient(dtype: torch.dtype) -> None:
 
 
 def test_gather_budget_float32() -> None:
-    p = problem(n=64, d=48, v=301, k=16)
+    p = problem(n=16 if INTERPRET else 64, d=48, v=301, k=16)
     z = rk.linear_gather(p.hidden, p.head, p.ids)
     want, plain = p.twin(), p.twin(torch.float32)
     truth, usual = reference.gather(want.logits(), p.ids), reference.gather(plain.logits(), p.ids)

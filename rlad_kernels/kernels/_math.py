@@ -12,13 +12,14 @@ NO_KEY = tl.constexpr(-(2**31))  # below the key of every float32, -inf included
 
 @triton.jit
 def cast(b_x, DTYPE: tl.constexpr):
-    """float32 → DTYPE, rounding to nearest even everywhere (the interpreter alone would truncate bfloat16)."""
+    """float32 → DTYPE, rounding to nearest even everywhere (the interpreter truncates bfloat16, and garbles subnormals)."""
     if INTERPRET and DTYPE == tl.bfloat16:  # noqa: SIM300
         b_bits = b_x.to(tl.uint32, bitcast=True)
-        b_even = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & 0xFFFF0000
+        b_even = b_bits + 0x7FFF + ((b_bits >> 16) & 1)
         b_bits = tl.where(b_x == b_x, b_even, b_bits | 0x400000)  # a carry must not turn NaN into a number
-        b_x = b_bits.to(tl.float32, bitcast=True)
-    return b_x.to(DTYPE)
+        return (b_bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return b_x.to(DTYPE)
 
 
 @triton.jit
