@@ -34,7 +34,7 @@ Bundle = TypeVar("Bundle", bound=tuple)
 class Recipe:
     """Everything that decides the outcome of a run, next to the model and the seed."""
 
-    steps: int = 20
+    steps: int = 15
     prompts: int = 16  # problems a step
     group: int = 4  # answers a problem
     updates: int = 2  # optimiser steps a batch, each on its own share of the problems
@@ -44,13 +44,12 @@ class Recipe:
     warmup: int = 3
     last_lr: float = 0.1  # share of lr left at the end of the linear decay
     alpha: float = 0.5
-    teacher_temperature: float = 1.0
     teacher_clamp: float = 2.0
     topk: int = 16
     topk_kl_coef: float = 1.0
     max_grad_norm: float = 1.0
     held_out: int = 240
-    evaluate_every: int = 10
+    evaluate_every: int = 8
 
 
 class Problem(NamedTuple):
@@ -256,7 +255,7 @@ class Trainer:
         """The teacher's top-K and its log-prob of every sampled token, over the answers only."""
         reading = read(self.teacher, self.tokenizer, [teacher_chat(problem) for problem in batch], self.recipe.group)
         hidden = response_hidden(self.teacher, reading, rollout.tokens)
-        head = rk.LMHead.from_model(self.teacher, temperature=self.recipe.teacher_temperature)
+        head = rk.LMHead.from_model(self.teacher)
         return rk.linear_topk(hidden, head, self.recipe.topk, target=rollout.tokens, mask=rollout.mask)
 
     def update(self, batch: list[Problem], rollout: Rollout, teacher: rk.TopK, advantage: Tensor) -> dict[str, float]:
