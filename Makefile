@@ -23,16 +23,16 @@ demo: .venv/.built  ## the main job on a real model: loss without logits, then a
 demo-smoke: .venv/.built
 	$(RUN) examples/rlad_smollm2.py --smoke --out $(OUT)/demo-smoke
 
-test: test-cpp test-triton  ## the suite on the C++ backend, then on the interpreted Triton kernels
+test: test-cpp test-triton gate  ## the suite on the C++ backend and on the interpreted Triton kernels, then the compile gate
 
 test-cpp: .venv/.built  # one thread a worker: two workers fill two cores
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -q -n 2 --dist worksteal --ignore tests/test_compile_gate.py
 
 test-triton: .venv/.built
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest tests -q -n 2 --dist worksteal
 
 gate: .venv/.built  ## compile every Triton kernel ahead of time for sm_80, sm_90 and sm_100; no GPU needed
-	$(RUN) -m rlad_kernels.kernels.compile_gate --arch 80 90 100
+	$(RUN) -m pytest tests/test_compile_gate.py -q
 
 lint: .venv/.deps
 	$(BIN)/ruff check .
