@@ -6,6 +6,7 @@
 namespace rlad {
 
 constexpr int64_t kMaxTopK = 1024;
+constexpr int64_t kColumnStretch = 1024;  // columns column_stats handles at a time: their sums stay in the first-level cache
 
 enum class Elem { f32, f64, bf16, f16 };
 inline int64_t size_of(Elem e) { return e == Elem::f64 ? 8 : e == Elem::f32 ? 4 : 2; }
@@ -68,6 +69,14 @@ struct DlogitsArgs {
 };
 
 template <class T>
+struct ColumnArgs {
+  Tile<T> tile;  // without slots
+  const T* lse;  // (R,)
+  int64_t rows, block;
+  Mat<T> top, sum, sloped;  // (blocks, C); sloped only with a softcap
+};
+
+template <class T>
 struct GatherArgs {
   AnyMat hidden;  // (N, D): read by dot and dweight, written by dhidden
   AnyMat weight;  // (V, D): read by dot and dhidden, written by dweight
@@ -79,12 +88,13 @@ struct GatherArgs {
   int64_t positions;
 };
 
-// Every function does the rows (dweight: the runs that start at the positions) of [begin, end).
+// Every function does the rows of [begin, end); column_stats: the stretches of columns; dweight: the runs that start there.
 template <class T>
 struct RowPasses {
   void (*fold)(const FoldArgs<T>&, int64_t begin, int64_t end);
   void (*fold_topk)(const TopkArgs<T>&, int64_t begin, int64_t end);
   void (*dlogits)(const DlogitsArgs<T>&, int64_t begin, int64_t end);
+  void (*column_stats)(const ColumnArgs<T>&, int64_t begin, int64_t end);
   void (*gather_dot)(const GatherArgs<T>&, int64_t begin, int64_t end);
   void (*gather_dhidden)(const GatherArgs<T>&, int64_t begin, int64_t end);
   void (*gather_dweight)(const GatherArgs<T>&, int64_t begin, int64_t end);

@@ -105,12 +105,43 @@ void dlogits_(const Tensor& out, const Tensor& logits, int64_t col0, const std::
   });
 }
 
+void column_stats_(const Tensor& out, const Tensor& logits, const std::optional<Tensor>& bias, const Tensor& inv_temp,
+                   double logit_scale, double softcap, const Tensor& lse, int64_t block) {
+  const Checker check("column_stats_");
+  by_dtype(check, logits, [&](auto acc) {
+    using T = decltype(acc);
+    check.shape("logits", logits, {kAny, kAny});
+    const int64_t rows = logits.size(0), cols = logits.size(1);
+    if (block < 1) check.fail("block", "at least 1", std::to_string(block));
+    const int64_t blocks = (rows + block - 1) / block;
+    const Tile<T> tile{check.mat<const T>("logits", logits, kAcc<T>, rows, cols),
+                       cols,
+                       0,
+                       bias ? check.vec<T>("bias", *bias, kAcc<T>, cols) : nullptr,
+                       check.vec<T>("inv_temp", inv_temp, kAcc<T>, rows),
+                       logit_scale,
+                       softcap,
+                       {nullptr, 0},
+                       0};
+    const int64_t parts = softcap > 0 ? 3 : 2;
+    check.tensor("out", out, kAcc<T>, {parts, blocks, cols});
+    T* data = static_cast<T*>(out.mutable_data_ptr());
+    const auto part = [&](int64_t i) { return Mat<T>{data + i * out.stride(0), out.stride(1)}; };
+    const ColumnArgs<T> args{tile,    check.vec<T>("lse", lse, kAcc<T>, rows), rows, block, part(0), part(1),
+                             part(parts - 1)};
+    const auto pass = row_passes<T>().column_stats;
+    const int64_t stretches = (cols + kColumnStretch - 1) / kColumnStretch;
+    torch::stable::parallel_for(0, stretches, 1, [&](int64_t begin, int64_t end) { pass(args, begin, end); });
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rlad, CPU, m) {
   m.impl("fold_", TORCH_BOX(&fold_));
   m.impl("fold_topk_", TORCH_BOX(&fold_topk_));
   m.impl("dlogits_", TORCH_BOX(&dlogits_));
+  m.impl("column_stats_", TORCH_BOX(&column_stats_));
 }
 
 }  // namespace rlad

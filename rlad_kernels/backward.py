@@ -68,6 +68,11 @@ class Cotangents:
         tail = None if self.slot_tail is None else self.slot_tail[rows]
         return replace(self, slots=self.slots[rows], slot_grad=self.slot_grad[rows], slot_tail=tail, rows=self.rows[:, rows])
 
+    @property
+    def total(self) -> Tensor:
+        """Σ_v dL/dz_v of each row: everything cancels but the gradient of lse."""
+        return self.rows[1] + self.slot_grad.sum(1) + self.rows[4]
+
     def rescale(self, factor: Tensor) -> None:
         """Bring dlogits into float16's range by one power of two for the call; ``unscale`` takes it out of the gradients."""
         _, w, b, h, t, _ = self.rows
@@ -83,24 +88,25 @@ class Gradients:
     """The gradients asked for, accumulated in the accumulation dtype and cast once.
 
     ``whole`` keeps all of d_weight in the accumulation dtype, for loops with tokens outermost; otherwise one vocabulary
-    tile's slab at a time is enough.
+    tile's slab at a time is enough. ``scattered`` starts it from zero, for :meth:`add_columns` instead of :meth:`add`.
     """
 
     def __init__(
-        self, tiles: Tiles, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool, *, whole: bool = False
-    ) -> None:
+        self, tiles: Tiles, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool, *, whole: bool = False,
+        scattered: bool = False,
+    ) -> None:  # fmt: skip
         new = tiles.inv_temp.new_empty
-        self.tiles, self.dtype = tiles, weight.dtype
+        self.tiles, self.dtype, self._scattered = tiles, weight.dtype, scattered
         self.hidden = new(tiles.n, weight.shape[1]).zero_() if need_hidden else None
         self.bias = new(weight.shape[0]).zero_() if need_bias else None
         self.weight, self._whole, self._slab = None, None, None
         if need_weight:
             exact = weight.dtype == tiles.acc
-            self._whole = new(weight.shape) if whole or exact else None
+            self._whole = new(weight.shape) if whole or scattered or exact else None
             self.weight = self._whole if exact else torch.empty_like(weight, memory_format=torch.contiguous_format)
             for x in (self.weight, self._whole):
                 if x is not None:
-                    (x if tiles.n == 0 else x[tiles.vocab :]).zero_()
+                    (x if scattered or tiles.n == 0 else x[tiles.vocab :]).zero_()
 
     def add(self, g: Tensor, w: Tensor, c0: int, rows: slice | Tensor, *, first: bool, last: bool, unscale: Tensor | None) -> None:
         """Add dlogits ``g`` of ``rows`` and the columns from c0, whose weight rows are ``w``.
@@ -108,13 +114,7 @@ class Gradients:
         ``first`` overwrites d_weight of these columns, ``last`` finishes it.
         """
         c1 = c0 + g.shape[1]
-        if self.hidden is not None:
-            if isinstance(rows, slice):
-                self.tiles.add_product(self.hidden[rows], g, w, unscale)
-            else:
-                part = self.hidden.index_select(0, rows)
-                self.tiles.add_product(part, g, w, unscale)
-                self.hidden.index_copy_(0, rows, part)
+        self._add_hidden(g, w, rows, unscale)
         if self.weight is not None:
             if self._whole is not None:
                 slab = self._whole[c0:c1]
@@ -129,9 +129,36 @@ class Gradients:
             total = g.sum(0, dtype=self.bias.dtype)
             self.bias[c0:c1] += total if unscale is None else total * unscale
 
+    def add_columns(
+        self, g: Tensor, w: Tensor, columns: Tensor, rows: Tensor, rest: Tensor, mean: Tensor, unscale: Tensor | None
+    ) -> None:
+        """Add dlogits ``g`` of ``rows`` and the scattered ``columns``; ``rest·mean`` stands for all other columns in d_hidden."""
+        factor = 1 if unscale is None else unscale
+        if self.hidden is not None:
+            self._add_hidden(g, w, rows, unscale)
+            self.hidden.index_add_(0, rows, torch.outer(rest * factor, mean))
+        if self._whole is not None:
+            part = self._whole.new_empty(len(columns), self._whole.shape[1])
+            self.tiles.add_product(part, g.t(), self.tiles.hidden.index_select(0, rows), unscale, first=True)
+            self._whole.index_add_(0, columns, part)
+        if self.bias is not None:
+            self.bias.index_add_(0, columns, g.sum(0, dtype=self.bias.dtype) * factor)
+
+    def _add_hidden(self, g: Tensor, w: Tensor, rows: slice | Tensor, unscale: Tensor | None) -> None:
+        if self.hidden is None:
+            return
+        if isinstance(rows, slice):
+            self.tiles.add_product(self.hidden[rows], g, w, unscale)
+        else:
+            part = self.hidden.index_select(0, rows)
+            self.tiles.add_product(part, g, w, unscale)
+            self.hidden.index_copy_(0, rows, part)
+
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """d_hidden, d_weight, d_bias in the head's dtype; empty where not asked for."""
         nothing = self.tiles.weight.new_empty(0)
+        if self._scattered and self.weight is not None and self._whole is not None and self._whole is not self.weight:
+            self.weight.copy_(self._whole)
         hidden = nothing if self.hidden is None else self.hidden.to(self.dtype)
         bias = nothing if self.bias is None else self.bias.to(self.dtype)
         return hidden, nothing if self.weight is None else self.weight, bias

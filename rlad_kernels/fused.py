@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from rlad_kernels import sparse
 from rlad_kernels.backward import Cotangents, Gradients, backward_tile
 from rlad_kernels.head import LMHead
 from rlad_kernels.losses.metrics import METRICS, MetricSums
@@ -21,7 +22,7 @@ from rlad_kernels.moments import Stats
 from rlad_kernels.ops import autograd_inside
 from rlad_kernels.registry import TOKEN_LOSSES
 from rlad_kernels.rows import IGNORE, Kept, checked_finite, kept_inv_temp
-from rlad_kernels.scores import Call, TokenScores, check_k, flat_call, flat_rows, maybe_rows, target_shape
+from rlad_kernels.scores import Call, TokenScores, check_eps, check_k, flat_call, flat_rows, maybe_rows, target_shape
 from rlad_kernels.sweep import outputs, row_slots
 from rlad_kernels.tiles import Tiles
 
@@ -51,7 +52,7 @@ def _token_loss(token_loss: TokenLoss, scores: TokenScores, inputs: Mapping[str,
 
 def run(
     name: str, call: Call, target: Tensor, topk_ids: Tensor | None, keep: Tensor, row_weight: Tensor, token_loss: TokenLoss,
-    inputs: Mapping[str, Any], need: tuple[bool, bool, bool],
+    inputs: Mapping[str, Any], filter_eps: float, need: tuple[bool, bool, bool],
 ) -> Fused:  # fmt: skip
     """The fused sweep on flat arguments; ``inputs`` hold ``(N, …)`` tensors, or scalars."""
     kept = Kept(keep)
@@ -60,15 +61,14 @@ def run(
     tiles = Tiles(kept.take(call.hidden), *call[1:3], inv_temp, *call[4:], keep_logits=True)
     weight = kept.take(row_weight)
     inputs = tree_map_only(Tensor, lambda x: kept.take(x) if x.dim() else x, dict(inputs))
-    grads = Gradients(tiles, call.weight, *need, whole=True) if any(need) else None
+    grads = Gradients(tiles, call.weight, *need, whole=True, scattered=filter_eps > 0) if any(need) else None
     logits = tiles.hidden.new_empty(tiles.rows * tiles.vocab, dtype=tiles.acc)
     losses, sums = weight.new_zeros(tiles.n), MetricSums()
     stats, z = tiles.new_stats(slots.shape[1])
     for r0, r1 in tiles.row_ranges():
         rows = slice(r0, r1)
         x = logits[: (r1 - r0) * tiles.vocab].view(r1 - r0, tiles.vocab)
-        for c0, c1, w in tiles.columns():
-            tiles.fold(tiles.logits(r0, r1, w, x[:, c0:c1]), c0, r0, r1, slots, stats, z, entropy=True, extras=False)
+        tiles.fold_rows(x, r0, r1, slots, stats, z, entropy=True, extras=False)
         flags = (True, topk_ids is not None, False)
         out = outputs(Stats(*stats[:, rows]), z[rows], slots[rows], tiles.vocab, *flags)
         checked_finite(name, out[1])
@@ -79,7 +79,8 @@ def run(
             loss, metrics = _token_loss(token_loss, scores, cut)
             losses[rows] = loss.detach()
             if grads is not None:
-                metrics = {**metrics, "rows_skipped": _backward(tiles, grads, slots, leaves, loss, weight, x, r0, r1, out[8])}
+                found = _backward(tiles, grads, slots, leaves, loss, weight, x, r0, r1, out[8], filter_eps)
+                metrics = {**metrics, **found}
         sums.add(metrics, None if kept.dense is None else kept.dense[rows])
     count = keep.sum() if kept.index is None else torch.tensor(tiles.n, device=keep.device)
     token = kept.put(losses)
@@ -99,8 +100,9 @@ def _backward(
     r0: int,
     r1: int,
     lse_error: Tensor,
-) -> Tensor:
-    """Send one chunk's gradient back through its logits ``x``; returns which rows had none and were skipped."""
+    filter_eps: float,
+) -> dict[str, Tensor]:
+    """Send one chunk's gradient back through its logits ``x``; returns its metrics, per row."""
     total = (loss * weight[r0:r1]).sum()
     found = [None] * len(leaves)
     if total.requires_grad:
@@ -117,11 +119,17 @@ def _backward(
             rows, cot = live + r0, cot.take(live)
         if tiles.grad_dtype == torch.float16:
             cot.rescale(tiles.inv_temp[rows] * abs(tiles.logit_scale))
+        skipped = torch.zeros_like(dead, dtype=lse.dtype) if isinstance(rows, slice) else dead.to(lse.dtype)
+        if filter_eps:
+            columns = sparse.choose(tiles, x, r0, lse, slots[r0:r1], filter_eps)
+            alive = torch.arange(r1 - r0, device=x.device) if isinstance(rows, slice) else live
+            sparse.backward(tiles, grads, cot, alive, columns.keep, columns.mean, r0, x)
+            return {"rows_skipped": skipped, "dropped_mass_mean": columns.dropped, "dropped_mass_max": columns.dropped}
         for c0, c1, w in tiles.columns():
             part = x[:, c0:c1] if isinstance(rows, slice) else x[:, c0:c1].index_select(0, live)
             g = backward_tile(tiles, cot, part, c0, tiles.inv_temp[rows])
             grads.add(g, w, c0, rows, first=r0 == 0, last=r1 == tiles.n, unscale=cot.unscale)
-        return torch.zeros_like(dead, dtype=lse.dtype) if isinstance(rows, slice) else dead.to(lse.dtype)
+        return {"rows_skipped": skipped}
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -143,21 +151,21 @@ class _FusedLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(f"{ctx.name}: backward has run already; its gradients were given away, call the loss again")
-        return *(None if g is None else g.mul_(g_loss) for g in gradients), *[None] * 8
+        return *(None if g is None else g.mul_(g_loss) for g in gradients), *[None] * 9
 
 
 def fused_linear_loss_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, topk_ids: Tensor | None, mask: Tensor | None,
-    inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int, row_weight: Tensor, caller: str, loss: str,
-    names: list[str], tensors: list[Tensor], numbers: list[float], words: list[str], need_hidden: bool, need_weight: bool,
-    need_bias: bool,
+    inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int, row_weight: Tensor, filter_eps: float, caller: str,
+    loss: str, names: list[str], tensors: list[Tensor], numbers: list[float], words: list[str],
+    need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Implements ``rlad::fused_linear_loss``, for registered losses under ``torch.compile``."""
     call = Call(hidden, weight, bias, inv_temp, logit_scale, softcap, vocab_size)
     given = dict(zip(names, [*tensors, *numbers, *words], strict=True))
     keep = torch.ones_like(target, dtype=torch.bool) if mask is None else mask
     need = (need_hidden, need_weight, need_bias)
-    out = run(caller, call, target, topk_ids, keep, row_weight, TOKEN_LOSSES[loss], given, need)
+    out = run(caller, call, target, topk_ids, keep, row_weight, TOKEN_LOSSES[loss], given, filter_eps, need)
     metrics = torch.stack([out.metrics.get(k, out.loss.new_zeros(())) for k in METRICS])
     return out.loss, out.token_loss, metrics, *out[3:]
 
@@ -176,7 +184,7 @@ def fused_linear_loss(
             A loss that needs other rows (a sequence-level ratio) belongs to :func:`linear_logp`.
         inputs: what ``token_loss`` needs. Tensors have the target's leading shape and are cut with the rows; 0-dim tensors
             and everything else pass through.
-        filter_eps: must be 0.0, the exact backward.
+        filter_eps: as in :func:`linear_logp`; metrics then also have dropped_mass_mean and dropped_mass_max.
         reduction, seq_ids, denominator: as in :func:`grpo_loss`.
 
     Returns:
@@ -200,8 +208,7 @@ def fuse(
     """:func:`fused_linear_loss` for a public function ``name``."""
     call = flat_call(name, hidden, head)
     shape = target_shape(name, hidden, target)
-    if filter_eps != 0.0:
-        raise ValueError(f"{name}: filter_eps must be 0.0, only the exact backward is available; got {filter_eps!r}")
+    check_eps(name, filter_eps)
     if not getattr(token_loss, "rowwise", True):
         raise ValueError(f"{name}: token_loss needs other rows (a sequence-level loss); compute it from linear_logp instead")
     ids = maybe_rows(name, "topk_ids", topk_ids, shape, hidden.device, ids=True, extra=1)
@@ -222,18 +229,18 @@ def fuse(
     args = (flat_target, ids, keep, weights)
     registered = next((k for k, f in TOKEN_LOSSES.items() if f is token_loss), None)
     if registered is not None and torch.compiler.is_compiling():
-        return _compiled(name, call, *args, registered, flat, need, shape)
+        return _compiled(name, call, *args, registered, flat, filter_eps, need, shape)
     if any(need):
-        loss, token, keys, *values = _FusedLoss.apply(*call[:3], name, call, *args, token_loss, flat)
+        loss, token, keys, *values = _FusedLoss.apply(*call[:3], name, call, *args, token_loss, flat, filter_eps)
     else:
-        out = run(name, call, *args, token_loss, flat, (False, False, False))
+        out = run(name, call, *args, token_loss, flat, 0.0, (False, False, False))
         loss, token, keys, values = out.loss, out.token_loss, tuple(out.metrics), list(out.metrics.values())
     return LossOutput(loss, token.view(shape), dict(zip(keys, values, strict=True)))
 
 
 def _compiled(
     name: str, call: Call, target: Tensor, ids: Tensor | None, keep: Tensor, weights: Tensor, loss: str, inputs: Mapping[str, Any],
-    need: tuple[bool, ...], shape: torch.Size,
+    filter_eps: float, need: tuple[bool, ...], shape: torch.Size,
 ) -> LossOutput:  # fmt: skip
     """The same call as one op; which metrics exist is found by tracing the loss on no tokens."""
     tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
@@ -247,6 +254,7 @@ def _compiled(
         keep,
         *call[3:],
         weights,
+        filter_eps,
         name,
         loss,
         names,
@@ -259,5 +267,6 @@ def _compiled(
     none_k = None if ids is None else weights.new_empty(0, ids.shape[1])
     empty = TokenScores(none, none, none, none_k, None if ids is None else none, {})
     _, found = TOKEN_LOSSES[loss](empty, **{k: v[:0] if v.dim() else v for k, v in tensors.items()}, **numbers, **words)
-    keys = [k for k in METRICS if k in found or (k == "rows_skipped" and any(need))]
+    made = ("rows_skipped", *(("dropped_mass_mean", "dropped_mass_max") if filter_eps else ())) if any(need) else ()
+    keys = [k for k in METRICS if k in found or k in made]
     return LossOutput(total, token.detach().view(shape), {k: metrics[METRICS.index(k)].detach() for k in keys})

@@ -27,6 +27,8 @@ ROW_OPS = {
     "fold_topk_": f"({_TILE}, Tensor(a!) stats, Tensor(b!) slot_logits, Tensor(c!) top_logits, Tensor(d!) top_ids, "
     "bool entropy) -> ()",
     "dlogits_": f"(Tensor(a!) out, {_TILE}, Tensor slot_grad, Tensor? slot_tail, Tensor rows, bool entropy, bool tail) -> ()",
+    "column_stats_": "(Tensor(a!) out, Tensor logits, Tensor? bias, Tensor inv_temp, float logit_scale, float softcap, Tensor lse, "
+    "int block) -> ()",
     "gather_dot": "(Tensor hidden, Tensor weight, Tensor ids) -> Tensor",
     "gather_dhidden": "(Tensor grad, Tensor weight, Tensor ids) -> Tensor",
     "gather_dweight_": "(Tensor(a!) d_weight, Tensor grad, Tensor hidden, Tensor order, Tensor sorted_ids) -> ()",
@@ -40,18 +42,20 @@ LOSS_OPS = {
 }
 SWEEP_OPS = {
     "linear_logp": f"({_HEAD}, Tensor target, Tensor? topk_ids, Tensor? mask, {_CALL}, bool entropy, bool tail, bool extras, "
-    "str caller) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float filter_eps, bool ahead, str caller) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "linear_logp_bwd": f"({_HEAD}, Tensor target, Tensor? topk_ids, Tensor? mask, {_CALL}, Tensor lse, Tensor lse_error, "
-    "Tensor entropy, Tensor tail_logp, Tensor g_logp, Tensor g_lse, Tensor? g_entropy, Tensor? g_topk, Tensor? g_tail, "
+    "Tensor entropy, Tensor tail_logp, Tensor slope, Tensor keep_columns, Tensor mean, "
+    "Tensor g_logp, Tensor g_lse, Tensor? g_entropy, Tensor? g_topk, Tensor? g_tail, "
     "bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     "linear_topk": f"({_HEAD}, Tensor? target, Tensor? mask, {_CALL}, int k, bool entropy) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "linear_gather": f"({_HEAD}, Tensor ids, Tensor? mask, int vocab_size, str caller) -> Tensor",
     "linear_gather_bwd": f"(Tensor grad, {_HEAD}, Tensor ids, Tensor? mask, int vocab_size, bool need_hidden, bool need_weight, "
     "bool need_bias) -> (Tensor, Tensor, Tensor)",
-    "fused_linear_loss": f"({_HEAD}, Tensor target, Tensor? topk_ids, Tensor? mask, {_CALL}, Tensor row_weight, str caller, "
-    "str loss, str[] names, Tensor[] tensors, float[] numbers, str[] words, bool need_hidden, bool need_weight, bool need_bias) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "fused_linear_loss": f"({_HEAD}, Tensor target, Tensor? topk_ids, Tensor? mask, {_CALL}, Tensor row_weight, float filter_eps, "
+    "str caller, str loss, str[] names, Tensor[] tensors, float[] numbers, str[] words, bool need_hidden, bool need_weight, "
+    "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
 
@@ -126,8 +130,13 @@ def _empty(like: Tensor, shape: Sequence[int] | torch.Size, wanted: bool = True,
 
 
 @torch.library.register_fake("rlad::linear_logp")
-def _(hidden, weight, bias, target, topk_ids, mask, inv_temp, scale, softcap, vocab_size, entropy, tail, extras, caller):
+def _(
+    hidden, weight, bias, target, topk_ids, mask, inv_temp, scale, softcap, vocab_size, entropy, tail, extras, eps, ahead, caller
+):
+    from rlad_kernels.sparse import blocks_of
+
     rows = target.shape
+    blocks = blocks_of(rows[0]) if eps > 0 else 0
     topk = topk_ids.shape if topk_ids is not None else (0,)
     return (
         _empty(hidden, rows),
@@ -139,6 +148,10 @@ def _(hidden, weight, bias, target, topk_ids, mask, inv_temp, scale, softcap, vo
         _empty(hidden, rows, extras, torch.bool),
         _empty(hidden, rows, extras),
         _empty(hidden, rows),
+        _empty(hidden, hidden.shape, ahead),
+        _empty(hidden, rows, eps > 0),
+        _empty(hidden, (blocks, vocab_size if eps > 0 else 0), dtype=torch.bool),
+        _empty(hidden, (blocks, hidden.shape[1] if eps > 0 else 0)),
     )
 
 
@@ -215,8 +228,9 @@ def _given(grads: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor | None]
 
 
 def _logp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, target, topk_ids, mask, inv_temp, *ctx.head, ctx.entropy, ctx.tail, _, _ = inputs
-    ctx.save_for_backward(hidden, weight, bias, target, topk_ids, mask, inv_temp, output[1], output[8], output[2], output[4])
+    hidden, weight, bias, target, topk_ids, mask, inv_temp, *ctx.head, ctx.entropy, ctx.tail, _, _, _, _ = inputs
+    made = (output[1], output[8], output[2], output[4], output[9], *output[11:])
+    ctx.save_for_backward(hidden, weight, bias, target, topk_ids, mask, inv_temp, *made)
 
 
 def _logp_backward(ctx: Any, g_logp: Tensor, g_lse: Tensor, g_entropy: Tensor, g_topk: Tensor, g_tail: Tensor, *_: Tensor) -> Any:
@@ -226,7 +240,7 @@ def _logp_backward(ctx: Any, g_logp: Tensor, g_lse: Tensor, g_entropy: Tensor, g
         hidden, weight, bias, target, topk_ids, mask, inv_temp, *ctx.head, *saved, g_logp, g_lse,
         g_entropy if ctx.entropy else None, g_topk if topk_ids is not None else None, g_tail if ctx.tail else None, *need,
     )  # fmt: skip
-    return *_given(grads, need), *[None] * 11
+    return *_given(grads, need), *[None] * 13
 
 
 torch.library.register_autograd("rlad::linear_logp", _logp_backward, setup_context=_logp_setup)
@@ -269,13 +283,13 @@ torch.library.register_autograd("rlad::topk_kl", _topk_kl_backward, setup_contex
 
 
 def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.need, ctx.tensors = tuple(inputs[-3:]), len(inputs[14])
+    ctx.need, ctx.tensors = tuple(inputs[-3:]), len(inputs[15])
     ctx.save_for_backward(*output[3:])
 
 
 def _fused_backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> Any:
     grads = [(g_loss * d).to(d.dtype) if need else None for need, d in zip(ctx.need, ctx.saved_tensors, strict=True)]
-    return *grads, *[None] * 11, [None] * ctx.tensors, *[None] * 5
+    return *grads, *[None] * 12, [None] * ctx.tensors, *[None] * 5
 
 
 torch.library.register_autograd("rlad::fused_linear_loss", _fused_backward, setup_context=_fused_setup)

@@ -113,6 +113,12 @@ def maybe_rows(
     return None if x is None else flat_rows(name, argument, x, shape, device, ids=ids, extra=extra)
 
 
+def check_eps(name: str, filter_eps: float) -> None:
+    """Raise a ValueError unless 0 ≤ filter_eps < 1."""
+    if isinstance(filter_eps, bool) or not isinstance(filter_eps, int | float) or not 0 <= filter_eps < 1:
+        raise ValueError(f"{name}: filter_eps must be a probability in [0, 1), 0.0 for the exact backward; got {filter_eps!r}")
+
+
 def check_k(name: str, k: int, vocab_size: int | None, argument: str = "k") -> None:
     """Raise a ValueError unless 1 ≤ K ≤ min(1024, vocab_size)."""
     if not 1 <= k <= min(K_MAX, vocab_size or K_MAX):
@@ -136,7 +142,10 @@ def linear_logp(
         tail: also the log-mass outside ``topk_ids``, differentiable, to 1e-3 relative down to a mass of 1e-7.
         extras: any of ``mean_logits``, ``is_top1``, ``log_sum_sq_probs``; no gradient.
         mask: bool or 0/1 ``(…)``; masked rows are never computed and exactly 0 in outputs and gradients.
-        filter_eps: must be 0.0, the exact backward.
+        filter_eps: 0.0 is the exact backward. Above it, each block of 128 tokens sends gradient only through the columns to
+            which one of them gives p > filter_eps, its targets and its ``topk_ids``; for d_hidden the rest goes through their
+            mean weighted by p, their d_weight is zero. |Δd_hidden_t| ≤ |cotangent_t|·dropped_mass_t·max‖W_v − mean‖; the
+            dropped mass of each token is ``extras["dropped_mass"]``. Outputs stay exact.
 
     Returns:
         TokenScores in the target's shape, float32 (float64 for float64). Gradient reaches hidden, weight and bias only, and
@@ -161,8 +170,7 @@ def score(
     """:func:`linear_logp` for a public function ``name``, whose argument ``ids_name`` holds the ids."""
     call = flat_call(name, hidden, head)
     shape = target_shape(name, hidden, target)
-    if filter_eps != 0.0:
-        raise ValueError(f"{name}: filter_eps must be 0.0, only the exact backward is available; got {filter_eps!r}")
+    check_eps(name, filter_eps)
     unknown = [x for x in extras if x not in EXTRAS]
     if unknown:
         raise ValueError(f"{name}: extras must be among {EXTRAS}, got {unknown[0]!r}")
@@ -171,19 +179,25 @@ def score(
     ids = maybe_rows(name, ids_name, topk_ids, shape, hidden.device, ids=True, extra=1)
     if ids is not None:
         check_k(name, ids.shape[1], call.vocab_size, f"{ids_name} (…, K)")
+    need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in call[:3]]
+    eps = float(filter_eps) if any(need) else 0.0
+    ahead = need == [True, False, False] and not (entropy or ids is not None or eps)  # frozen head, one direction per token
     out = torch.ops.rlad.linear_logp(
         *call[:3], flat_rows(name, "target", target, shape, hidden.device, ids=True), ids,
         maybe_rows(name, "mask", mask, shape, hidden.device), *call[3:],
-        entropy, tail, bool(extras), name,
+        entropy, tail, bool(extras), eps, ahead, name,
     )  # fmt: skip
-    return token_scores(out, shape, entropy, ids is not None, tail, extras)
+    scores = token_scores(out, shape, entropy, ids is not None, tail, extras)
+    if eps:
+        scores.extras["dropped_mass"] = out[10].detach().view(shape)
+    return scores
 
 
 def token_scores(
     out: tuple[Tensor, ...], shape: torch.Size, entropy: bool, topk: bool, tail: bool, extras: Iterable[str]
 ) -> TokenScores:
     """The op's outputs in the target's shape, None for what was not asked."""
-    logp, lse, h, topk_logp, tail_logp, *more, _ = out
+    logp, lse, h, topk_logp, tail_logp, *more = out[:8]
     found = {k: x.detach().view(shape) for k, x in zip(EXTRAS, more, strict=True) if k in extras}
     return TokenScores(
         logp.view(shape), lse.view(shape), h.view(shape) if entropy else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlad_kernels import sparse
 from rlad_kernels.backward import Cotangents, Gradients, backward_tile
 from rlad_kernels.moments import Stats, add_slots, first_occurrence
 from rlad_kernels.ops import acc_dtype
@@ -45,38 +46,76 @@ def outputs(stats: Stats, z: Tensor, slots: Tensor, vocab_size: int, entropy: bo
 
 def linear_logp(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, topk_ids: Tensor | None, mask: Tensor | None,
-    inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int, entropy: bool, tail: bool, extras: bool, caller: str,
+    inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int, entropy: bool, tail: bool, extras: bool,
+    filter_eps: float, ahead: bool, caller: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Implements ``rlad::linear_logp``; ``caller`` is the public function that errors name."""
+    """Implements ``rlad::linear_logp``; ``caller`` is the public function that errors name.
+
+    What the backward can use is made here, while whole rows of logits are at hand: with ``ahead`` ∂logp/∂hidden, with
+    ``filter_eps`` the choice of columns.
+    """
     kept = Kept(row_mask(caller, target, mask))
     slots = row_slots(caller, kept, target, topk_ids, vocab_size)
     inv_temp = kept_inv_temp(caller, kept, inv_temp, target.shape[0])
-    tiles = Tiles(kept.take(hidden), weight, bias, inv_temp, logit_scale, softcap, vocab_size)
+    whole = ahead or filter_eps > 0
+    head = (weight, bias, inv_temp, logit_scale, softcap, vocab_size)
+    tiles = Tiles(kept.take(hidden), *head, keep_logits=whole, multiple=sparse.BLOCK if filter_eps > 0 else 1)
     stats, z = tiles.new_stats(slots.shape[1])
-    for c0, _, w in tiles.columns():
+    rows = target.shape[0]
+    blocks = sparse.blocks_of(rows) if filter_eps > 0 else 0
+    keep = torch.zeros(blocks, vocab_size if blocks else 0, dtype=torch.bool, device=hidden.device)
+    mean = stats.new_zeros(blocks, hidden.shape[1] if blocks else 0)
+    dropped = stats.new_zeros(tiles.n if blocks else 0)
+    slope = stats.new_zeros(tiles.n, hidden.shape[1]) if ahead else stats.new_empty(0)
+    flags = (entropy, tail, extras)
+    if whole:
+        logits = stats.new_empty(tiles.rows * tiles.vocab)
         for r0, r1 in tiles.row_ranges():
-            tiles.fold(tiles.logits(r0, r1, w), c0, r0, r1, slots, stats, z, entropy=entropy, extras=extras)
-    results = outputs(Stats(*stats), z, slots, vocab_size, entropy, tail, extras)
+            at = slice(r0, r1)
+            x = logits[: (r1 - r0) * tiles.vocab].view(r1 - r0, tiles.vocab)
+            tiles.fold_rows(x, r0, r1, slots, stats, z, entropy=entropy, extras=extras)
+            done = outputs(Stats(*stats[:, at]), z[at], slots[at], vocab_size, False, False, False)
+            if ahead:
+                one = torch.ones_like(done[1])
+                cot = Cotangents.of(slots[at], done[1], done[-1], one, 0 * one, None, None, None, None, None)
+                for c0, c1, w in tiles.columns():
+                    g = backward_tile(tiles, cot, x[:, c0:c1], c0, tiles.inv_temp[at])
+                    tiles.add_product(slope[at], g, w)
+            else:
+                b = slice(r0 // sparse.BLOCK, sparse.blocks_of(r1))
+                keep[b], mean[b], dropped[at] = sparse.choose(tiles, x, r0, done[1], slots[at], filter_eps)
+    else:
+        for c0, _, w in tiles.columns():
+            for r0, r1 in tiles.row_ranges():
+                tiles.fold(tiles.logits(r0, r1, w), c0, r0, r1, slots, stats, z, entropy=entropy, extras=extras)
+    results = (*outputs(Stats(*stats), z, slots, vocab_size, *flags), slope, dropped)
     checked_finite(caller, results[1])
-    wanted = (True, True, entropy, topk_ids is not None, tail, extras, extras, extras, True)
-    return tuple(kept.put(x) if w else x for x, w in zip(results, wanted, strict=True))
+    wanted = (True, True, entropy, topk_ids is not None, tail, extras, extras, extras, True, ahead, blocks > 0)
+    return *(kept.put(x) if w else x.new_empty(0) for x, w in zip(results, wanted, strict=True)), keep, mean
 
 
 def linear_logp_bwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, topk_ids: Tensor | None, mask: Tensor | None,
     inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int, lse: Tensor, lse_error: Tensor,
-    entropy: Tensor, tail_logp: Tensor,
+    entropy: Tensor, tail_logp: Tensor, slope: Tensor, keep_columns: Tensor, mean: Tensor,
     g_logp: Tensor, g_lse: Tensor, g_entropy: Tensor | None, g_topk: Tensor | None, g_tail: Tensor | None,
     need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Implements ``rlad::linear_logp_bwd``: recompute each tile, turn it into dlogits, two products; vocabulary outermost."""
+    """Implements ``rlad::linear_logp_bwd``: recompute each tile, turn it into dlogits, two products; vocabulary outermost.
+
+    With ``slope`` = ∂logp/∂hidden there is nothing to recompute; with ``keep_columns`` each block of rows computes only those.
+    """
+    if slope.numel():
+        head = (weight, bias, inv_temp, logit_scale, softcap, vocab_size)
+        return _from_slope(hidden, *head, target, mask, lse, slope, g_logp, g_lse), weight.new_empty(0), weight.new_empty(0)
     live = (g_logp != 0) | (g_lse != 0)
     for g in (g_entropy, g_tail):
         live = live if g is None else live | (g != 0)
     if g_topk is not None and topk_ids is not None:
         live |= ((g_topk != 0) & (topk_ids >= 0)).any(1)
     keep = row_mask("linear_logp", target, mask)
-    kept = Kept(live if keep is None else live & keep)
+    filtered = keep_columns.numel() > 0
+    kept = Kept(keep if filtered else live if keep is None else live & keep)  # the choice of columns counts the forward's rows
 
     slots = row_slots("linear_logp", kept, target, topk_ids, vocab_size)
     inv_temp = kept.take(inv_temp.expand(target.shape[0]))
@@ -86,13 +125,34 @@ def linear_logp_bwd(
     cot = Cotangents.of(slots, kept.take(lse), kept.take(lse_error), kept.take(g_logp), kept.take(g_lse), b, c, t, h, tau)
     if tiles.grad_dtype == torch.float16:
         cot.rescale(tiles.inv_temp * abs(logit_scale))
-    out = Gradients(tiles, weight, need_hidden, need_weight, need_bias)
-    for c0, _, w in tiles.columns():
+    out = Gradients(tiles, weight, need_hidden, need_weight, need_bias, scattered=filtered)
+    if filtered:
+        alive = kept.take(live).nonzero().squeeze(1)
+        sparse.backward(tiles, out, cot.take(alive), alive, keep_columns, mean, 0)
+    for c0, _, w in () if filtered else tiles.columns():
         for r0, r1 in tiles.row_ranges():
             g = backward_tile(tiles, cot.take(slice(r0, r1)), tiles.logits(r0, r1, w), c0, tiles.inv_temp[r0:r1])
             out.add(g, w, c0, slice(r0, r1), first=r0 == 0, last=r1 == tiles.n, unscale=cot.unscale)
     d_hidden, d_weight, d_bias = out.finish()
     return kept.put(d_hidden) if need_hidden else d_hidden, d_weight, d_bias
+
+
+def _from_slope(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int,
+    target: Tensor, mask: Tensor | None, lse: Tensor, slope: Tensor, g_logp: Tensor, g_lse: Tensor,
+) -> Tensor:  # fmt: skip
+    """d_hidden = a·∂logp/∂h + l·∂lse/∂h, where ∂lse/∂h = ∂z_y/∂h − ∂logp/∂h."""
+    keep = row_mask("linear_logp", target, mask)
+    ids = target if keep is None else torch.where(keep, target, -1)
+    ids = torch.where((ids < 0) | (ids >= vocab_size), -1, ids).to(torch.int32).unsqueeze(1)
+    factor = inv_temp.expand_as(lse) * logit_scale
+    if softcap:
+        raw = torch.ops.rlad.gather_dot(hidden, weight[:vocab_size], ids).squeeze(1)
+        raw = raw if bias is None else raw + bias.to(raw.dtype)[ids.squeeze(1).clamp_min(0).long()]
+        factor = factor * (1 - torch.tanh(raw * logit_scale / softcap).square())
+    at_target = torch.ops.rlad.gather_dhidden((g_lse * factor).unsqueeze(1).contiguous(), weight[:vocab_size], ids)
+    d_hidden = at_target + (g_logp - g_lse).unsqueeze(1) * slope
+    return (d_hidden if keep is None else torch.where(keep.unsqueeze(1), d_hidden, 0)).to(hidden.dtype)
 
 
 def linear_topk(

@@ -11,17 +11,18 @@ from rlad_kernels.moments import Stats
 from rlad_kernels.ops import INTERPRET, acc_dtype
 from rlad_kernels.settings import settings
 
-# Bytes of one tile of logits. On CPU, products of this size run at full speed and the row pass finds part of the tile in
-# cache; on CUDA, tiles must be large enough for cuBLAS to fill the chip.
-_TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
-_TILE_ROWS = {"cpu": 2048, "cuda": 4096}
-# The three-product path keeps whole rows of logits; each chunk reads and writes all of d_weight, hence the floor.
+# Rows and columns of one tile of logits. On CPU, products of this size run at full speed and the row pass finds part of the
+# tile in cache; on CUDA, tiles must be large enough for cuBLAS to fill the chip.
+_TILE = {"cpu": (1024, 4096), "cuda": (4096, 16384)}
+# Some paths keep whole rows of logits; each chunk of rows reads and writes all of d_weight, hence the floor.
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2048 << 20}
-_CHUNK_ROWS_MIN = 256
+_CHUNK_ROWS_MIN = 512
 
 
 class Tiles:
     """Hidden rows, head and tile sizes of one call; every product it makes has an accumulation-dtype result.
+
+    ``keep_logits`` sizes chunks for callers that hold all logits of their rows, a ``multiple`` of rows at a time.
 
     On CUDA low-precision operands go to cuBLAS as they are, with float32 results. CPU products have no such form, so there
     a tile of the weight is widened first: bfloat16 products are exact in float32.
@@ -38,6 +39,7 @@ class Tiles:
         vocab_size: int,
         *,
         keep_logits: bool = False,
+        multiple: int = 1,
     ) -> None:
         self.acc = acc_dtype(hidden.dtype)
         self.native = hidden.is_cuda
@@ -49,16 +51,15 @@ class Tiles:
         # Triton writes dlogits in the operands' dtype, which is what the tensor cores read; C++ in the accumulator's.
         self.grad_dtype = hidden.dtype if self.native or INTERPRET else self.acc
         self.n, self.vocab = hidden.shape[0], vocab_size
-        self.rows, self.cols = self._sizes(hidden.device.type, keep_logits)
+        self.rows, self.cols = self._sizes(hidden.device.type, keep_logits, multiple)
         self._buffers: dict[torch.dtype, Tensor] = {}
 
-    def _sizes(self, device: str, keep_logits: bool) -> tuple[int, int]:
-        size = self.acc.itemsize
-        n, vocab = max(self.n, 1), self.vocab
-        rows = max(_CHUNK_BYTES[device] // (size * vocab), _CHUNK_ROWS_MIN) if keep_logits else _TILE_ROWS[device]
-        rows = min(settings.tile_rows or rows, n)
-        cols = min(settings.tile_cols or max(_TILE_BYTES[device] // (size * rows), 256), vocab)
-        return rows, cols
+    def _sizes(self, device: str, keep_logits: bool, multiple: int) -> tuple[int, int]:
+        rows, cols = _TILE[device]
+        if keep_logits:
+            rows = max(_CHUNK_BYTES[device] // (self.acc.itemsize * self.vocab), _CHUNK_ROWS_MIN)
+        rows = -(-(settings.tile_rows or rows) // multiple) * multiple
+        return min(rows, max(self.n, 1)), min(settings.tile_cols or cols, self.vocab)
 
     def row_ranges(self) -> Iterator[tuple[int, int]]:
         return ((r, min(r + self.rows, self.n)) for r in range(0, self.n, self.rows))
@@ -81,6 +82,10 @@ class Tiles:
     def logits(self, r0: int, r1: int, w: Tensor, out: Tensor | None = None) -> Tensor:
         """Raw logits ``hidden[r0:r1] @ w.T`` in the accumulation dtype."""
         return self._product(self.hidden[r0:r1], w.t(), self.buffer(r1 - r0, w.shape[0], self.acc) if out is None else out)
+
+    def gathered(self, rows: Tensor, w: Tensor) -> Tensor:
+        """Raw logits of scattered rows."""
+        return self._product(self.hidden.index_select(0, rows), w.t())
 
     def add_product(self, into: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None, *, first: bool = False) -> None:
         """into ← (0 if first else into) + factor·a @ b, accumulated in the accumulation dtype."""
@@ -109,6 +114,13 @@ class Tiles:
             x, c0, self.bias_tile(c0, c0 + x.shape[1]), self.inv_temp[r0:r1], self.logit_scale, self.softcap, slots[r0:r1], True,
             stats[:, r0:r1], z[r0:r1], entropy, extras,
         )  # fmt: skip
+
+    def fold_rows(
+        self, x: Tensor, r0: int, r1: int, slots: Tensor, stats: Tensor, z: Tensor, *, entropy: bool, extras: bool
+    ) -> None:
+        """Compute all logits of some rows into ``x (R, V)`` and fold them."""
+        for c0, c1, w in self.columns():
+            self.fold(self.logits(r0, r1, w, x[:, c0:c1]), c0, r0, r1, slots, stats, z, entropy=entropy, extras=extras)
 
     def new_stats(self, slots: int) -> tuple[Tensor, Tensor]:
         """Statistics ``(5, N)`` and slot logits ``(N, J)`` of no columns yet."""

@@ -133,7 +133,7 @@ CASES: dict[str, dict[str, tuple[Any, ...]]] = {
         "denominator_tensor_0": (REDUCED, lambda w: {"denominator": torch.tensor(0.0)}, "denominator", "positive", "0"),
         "denominator_tensor_vector": (REDUCED, lambda w: {"denominator": torch.ones(T)}, "denominator", "(3,)"),
         "reduction": (REDUCED, lambda w: {"reduction": "mean"}, "reduction", "token-mean", "'mean'"),
-        "filter_eps": (TARGETS, lambda w: {"filter_eps": 1e-4}, "filter_eps", "0.0", "0.0001"),
+        "filter_eps": (TARGETS, lambda w: {"filter_eps": 1.5}, "filter_eps", "[0, 1)", "1.5"),
         "extras": ("linear_logp", lambda w: {"extras": ("top2",)}, "extras", "mean_logits", "'top2'"),
         "tail_without_ids": ("linear_logp", lambda w: {"tail": True}, "tail", "topk_ids", "None"),
         "clip_float": (RATIOS, lambda w: {"clip": 0.2}, "clip", "(low, high)", "0.2"),

@@ -22,6 +22,7 @@ from rlad_kernels.kernels.registry import REGISTRY, WIDE_LOAD  # noqa: E402
 from rlad_kernels.kernels.topk_kl import NORMALIZATIONS  # noqa: E402
 
 HALVES = {torch.float32, torch.bfloat16, torch.float16}
+FLOAT32_OUT = {"gather_dot_kernel", "column_stats_kernel"}
 CHOICES = {"ESTIMATOR": {"none", *ESTIMATORS}, "NORMALIZE": set(NORMALIZATIONS)}  # the constants that are not booleans
 
 
@@ -51,7 +52,7 @@ def test_cases_reach_every_config_row_dtype_flag_and_optional_argument(name):
         assert {values[flag] for values in seen} == CHOICES.get(flag, {False, True}), flag
     for optional in {"bias", "teacher_logp", "ref_logp", "tail_logp", "slot_tail"} & set(parameters) - {"teacher_logp"}:
         assert {values[optional] is None for values in seen} == {False, True}, optional
-    for tensor in {"out", "weight", "hidden", "d_weight"} & set(parameters) - ({"out"} if name == "gather_dot_kernel" else set()):
+    for tensor in {"out", "weight", "hidden", "d_weight"} & set(parameters) - ({"out"} if name in FLOAT32_OUT else set()):
         assert {values[tensor].dtype for values in seen} == HALVES, tensor
 
 

@@ -20,6 +20,7 @@ def test_public_functions_launch_every_kernel() -> None:
     rk.rlad_loss(p.hidden, p.head, p.target, **inputs).loss.backward()  # fold, dlogits, clipped ratio, top-K KL; top-K before
     rk.linear_topk_kl_loss(p.hidden, p.head, inputs["teacher"]).loss.backward()  # gather and its two gradients
     rk.linear_topk(p.hidden, p.head, 3)
+    rk.linear_logp(p.hidden, p.head, p.target, filter_eps=1e-3)  # column statistics
     assert set(LAUNCHES) == set(REGISTRY)
 
 

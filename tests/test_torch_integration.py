@@ -28,16 +28,19 @@ def cases() -> dict[str, tuple[object, ...]]:
     p, mask, call = sweep_args()
     tensors = (p.hidden, p.weight, p.bias)
     plain = tuple(x.detach() for x in tensors)
+    frozen = (p.hidden, *plain[1:])
     ones, zero = torch.ones(6), torch.zeros(6)
-    saved = (*R.linear_logp(*plain, p.target, p.ids, mask, *call, True, True, False, "linear_logp"),)
+    saved = (*R.linear_logp(*plain, p.target, p.ids, mask, *call, True, True, False, 0.0, False, "linear_logp"),)
     ratio = (zero.clone().requires_grad_(), ones * 0.1, ones * 0.2, torch.randn(6), ones * 0.1, 0.5, 0.2, 0.2, 1.0, 3.0, 0.1, "k3")
     topk = torch.randn(6, 5).requires_grad_(), p.ids.int(), -torch.rand(6, 5), (-ones).requires_grad_(), -ones, "reverse", "tail"
     names = ["old_logp", "advantages", "alpha", "kl_estimator"]
     return {
-        "linear_logp": (*tensors, p.target, p.ids, mask, *call, True, True, True, "linear_logp"),
+        "linear_logp": (*tensors, p.target, p.ids, mask, *call, True, True, True, 0.0, False, "linear_logp"),
+        "linear_logp sparse": (*tensors, p.target, p.ids, mask, *call, True, True, True, 0.1, False, "linear_logp"),
+        "linear_logp frozen": (*frozen, p.target, None, mask, *call, False, False, False, 0.0, True, "linear_logp"),
         "linear_logp_bwd": (
-            *plain, p.target, p.ids, mask, *call, saved[1], saved[8], saved[2], saved[4], ones, zero, ones, torch.ones(6, 5), ones,
-            True, True, True,
+            *plain, p.target, p.ids, mask, *call, saved[1], saved[8], saved[2], saved[4], *saved[9:10], *saved[11:],
+            ones, zero, ones, torch.ones(6, 5), ones, True, True, True,
         ),
         "linear_topk": (*plain, p.target, mask, *call, 3, True),
         "linear_gather": (*tensors, p.ids, mask, 30, "linear_gather"),
@@ -45,24 +48,25 @@ def cases() -> dict[str, tuple[object, ...]]:
         "clipped_ratio": ratio,
         "topk_kl": topk,
         "fused_linear_loss": (
-            *tensors, p.target, p.ids, mask, *call, ones / 6, "rlad_loss", "rlad", names, [zero, ones], [0.5], ["k3"], True, True,
-            True,
+            *tensors, p.target, p.ids, mask, *call, ones / 6, 0.0, "rlad_loss", "rlad", names, [zero, ones], [0.5], ["k3"],
+            True, True, True,
         ),
     }  # fmt: skip
 
 
-ALL = (*ops.SWEEP_OPS, *ops.LOSS_OPS)
+ALL = (*ops.SWEEP_OPS, *ops.LOSS_OPS, "linear_logp sparse", "linear_logp frozen")
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_opcheck(name: str) -> None:
-    opcheck(getattr(R, name).default, cases()[name])
+    opcheck(getattr(R, name.split()[0]).default, cases()[name])
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_fake_cuda_tensors_give_shapes_and_dtypes_without_a_gpu(name: str) -> None:
     args = cases()[name]
-    real = getattr(R, name)(*args)
+    op = getattr(R, name.split()[0])
+    real = op(*args)
     with FakeTensorMode(allow_non_fake_inputs=True):
 
         def fake(x: object) -> object:
@@ -70,7 +74,7 @@ def test_fake_cuda_tensors_give_shapes_and_dtypes_without_a_gpu(name: str) -> No
                 return [fake(y) for y in x]
             return torch.empty(x.shape, dtype=x.dtype, device="cuda") if isinstance(x, torch.Tensor) else x
 
-        out = getattr(R, name)(*[fake(x) for x in args])
+        out = op(*[fake(x) for x in args])
     for a, b in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (out, real)), strict=True):
         assert (a.shape, a.dtype, a.device.type) == (b.shape, b.dtype, "cuda")
 

@@ -9,12 +9,13 @@
 #include "fold.h"
 #include "topk.h"
 #include "dlogits.h"
+#include "columns.h"
 #include "gather.h"
 
 namespace rlad::RLAD_ISA {
 
 template <class T>
-constexpr RowPasses<T> kPasses = {fold<T>, fold_topk<T>, dlogits<T>, gather_dot<T>, gather_dhidden<T>, gather_dweight<T>};
+constexpr RowPasses<T> kPasses = {fold<T>, fold_topk<T>, dlogits<T>, column_stats<T>, gather_dot<T>, gather_dhidden<T>, gather_dweight<T>};
 
 extern const Variant variant;
 const Variant variant = {kPasses<float>, kPasses<double>};

@@ -1,6 +1,7 @@
 """Triton backend: one module per operation, each a kernel and its launcher. Imported only when an operation first runs."""
 
 from .clipped_ratio import clipped_ratio
+from .columns import column_stats_
 from .dlogits import dlogits_
 from .fold import fold_
 from .gather import gather_dhidden, gather_dot, gather_dweight_
@@ -9,6 +10,7 @@ from .topk_kl import topk_kl
 
 __all__ = [
     "clipped_ratio",
+    "column_stats_",
     "dlogits_",
     "fold_",
     "fold_topk_",

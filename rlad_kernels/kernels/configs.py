@@ -44,6 +44,9 @@ TABLES = MappingProxyType(
             _row(1024, 2, BLOCK=1024, BLOCK_J=64),
             _row(inf, 8, BLOCK=4096, BLOCK_J=256),
         ),
+        # size: columns. A program walks down a block of rows; the sums of 2 columns a thread are all it keeps, and each row's
+        # loads are independent of the last's, so short blocks of columns give the chip enough programs.
+        "column_stats_kernel": (_row(inf, 4, BLOCK=512),),
         # size: D. Rows of W are far apart, so a program keeps BLOCK_K of them in flight; 512 columns of bf16 are one
         # 16-byte load for each of 2 warps' lanes.
         "gather_dot_kernel": (

@@ -8,6 +8,7 @@ import torch
 
 from ._launch import Launch, record
 from .clipped_ratio import ESTIMATORS, clipped_ratio
+from .columns import column_stats_
 from .configs import TABLES
 from .dlogits import dlogits_
 from .fold import fold_
@@ -97,6 +98,15 @@ def dlogits_cases() -> Iterator[Case]:
                 yield Case(f"{dtype} C={cols} {'+'.join(sorted(f))}", lambda a=args: dlogits_(*a), cols > 1)
 
 
+def column_cases() -> Iterator[Case]:
+    for tile in (_f32(R, C), _f32(R, C)[:, :-1]):
+        cols = tile.shape[1]
+        for f in _flag_sets("bias", "softcap", single=False):
+            out = _f32(3 if "softcap" in f else 2, R // 128, cols)
+            args = (out, tile, *_sweep_args(f, cols), _f32(R), 128)
+            yield Case(f"C={cols} {'+'.join(sorted(f))}", lambda a=args: column_stats_(*a))
+
+
 def gather_dot_cases() -> Iterator[Case]:
     for dtype in HALVES:
         for d in _sizes("gather_dot_kernel", D):
@@ -141,6 +151,7 @@ CASES: dict[str, list[Case]] = {
     "fold_kernel": list(fold_cases()),
     "fold_topk_kernel": list(topk_cases()),
     "dlogits_kernel": list(dlogits_cases()),
+    "column_stats_kernel": list(column_cases()),
     "gather_dot_kernel": list(gather_dot_cases()),
     "gather_dhidden_kernel": list(gather_dhidden_cases()),
     "gather_dweight_kernel": list(gather_dweight_cases()),

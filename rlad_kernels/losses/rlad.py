@@ -52,7 +52,7 @@ def rlad_loss(
         teacher: TopK of the teacher (:func:`linear_topk`); adds the truncated KL of :func:`topk_kl_loss` on its support.
         topk_kl_coef: factor on that term; required when ``teacher`` is given.
         direction, normalize, scale: as in :func:`topk_kl_loss`; the student's tail mass comes from the sweep.
-        filter_eps: must be 0.0, the exact backward.
+        filter_eps: as in :func:`fused_linear_loss`.
         reduction, seq_ids, denominator: as in :func:`grpo_loss`, one reduction for both terms.
 
     Returns:

@@ -1,0 +1,101 @@
+"""Sparse backward: softmax mass sits in few columns, so a block of tokens sends its gradient through those alone.
+
+Kept are the columns to which some token of the block gives p > eps, and the block's targets and supports. The rest of each
+row's gradient, Σ_dropped dL/dz_v, is known without them, since a row's total is; it goes through the mean of the dropped
+rows of W, weighted by the block's own probabilities. Their d_weight is zero.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlad_kernels.backward import Cotangents, Gradients
+from rlad_kernels.tiles import Tiles
+
+BLOCK = 128  # tokens that share their columns: more would widen the union, fewer make the products small
+
+
+class Columns(NamedTuple):
+    """The choice for some blocks of tokens."""
+
+    keep: Tensor  # (B, V) bool
+    mean: Tensor  # (B, D) Σ p·slope·W_v / Σ p over the dropped columns and the block's tokens
+    dropped: Tensor  # (R,) dropped probability of each token
+
+
+def blocks_of(rows: int) -> int:
+    return -(-rows // BLOCK)
+
+
+def choose(tiles: Tiles, x: Tensor, r0: int, lse: Tensor, slots: Tensor, eps: float) -> Columns:
+    """The columns of the blocks whose rows start at r0; ``x (R, V)`` are their raw logits, ``lse`` and ``slots`` their rows'."""
+    n = x.shape[0]
+    out = x.new_empty(3 if tiles.softcap > 0 else 2, blocks_of(n), tiles.vocab)
+    inv_temp = tiles.inv_temp[r0 : r0 + n]
+    torch.ops.rlad.column_stats_(out, x, tiles.bias, inv_temp, tiles.logit_scale, tiles.softcap, lse, BLOCK)
+    keep = out[0] > eps
+    places = torch.where(slots < 0, slots[:, :1], slots).clamp(0, tiles.vocab - 1).long()
+    block = torch.arange(n, device=x.device) // BLOCK
+    keep[block.unsqueeze(1), places] = True
+    out[1:].masked_fill_(keep, 0)
+    mean = x.new_zeros(len(keep), tiles.hidden.shape[1])
+    share = out[-1] / out[1].sum(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    for c0, c1, w in tiles.columns():
+        tiles.add_product(mean, share[:, c0:c1].to(tiles.grad_dtype), w)
+    dropped = x.new_empty(n)
+    for b in range(len(keep)):
+        rows = slice(b * BLOCK, min((b + 1) * BLOCK, n))
+        columns = keep[b].nonzero().squeeze(1)
+        z, _ = _tempered(tiles, x[rows].index_select(1, columns), columns, inv_temp[rows])
+        dropped[rows] = (1 - (z - lse[rows].unsqueeze(1)).exp().sum(1)).clamp_min(0)
+    return Columns(keep, mean, dropped)
+
+
+def backward(
+    tiles: Tiles, grads: Gradients, cot: Cotangents, live: Tensor, keep: Tensor, mean: Tensor, r0: int, x: Tensor | None = None
+) -> None:
+    """Send the gradient of the rows r0 + ``live`` back, block by block; ``cot`` are their cotangents.
+
+    ``x (R, V)`` are the raw logits from row r0 on; where not given, those of the kept columns are computed again.
+    """
+    done = 0
+    for b, count in enumerate((live // BLOCK).bincount(minlength=len(keep)).tolist()):
+        here, part = live[done : done + count], cot.take(slice(done, done + count))
+        done += count
+        if not count:
+            continue
+        rows, columns = here + r0, keep[b].nonzero().squeeze(1)
+        w = tiles.operand(tiles.weight.index_select(0, columns))
+        if x is None:
+            raw = tiles.gathered(rows, w)
+        else:
+            block = x[b * BLOCK : (b + 1) * BLOCK].index_select(1, columns)
+            raw = block if count == len(block) else block.index_select(0, here - b * BLOCK)
+        inv_temp = tiles.inv_temp.index_select(0, rows)
+        z, slope = _tempered(tiles, raw, columns, inv_temp)
+        g = _dlogits(tiles, part, z, keep[b])
+        rest = (part.total - g.sum(1)) * inv_temp * tiles.logit_scale
+        grads.add_columns((g * slope).to(tiles.grad_dtype), w, columns, rows, rest, mean[b], part.unscale)
+
+
+def _dlogits(tiles: Tiles, cot: Cotangents, z: Tensor, keep: Tensor) -> Tensor:
+    """dL/dz of the kept columns, from their tempered logits and over them."""
+    place = torch.where(cot.slots < 0, -1, (keep.cumsum(0) - 1)[cot.slots.clamp(0, tiles.vocab - 1)]).to(torch.int32)
+    torch.ops.rlad.dlogits_(
+        z, z, 0, None, z.new_ones(len(z)), 1.0, 0.0, place, cot.slot_grad, cot.slot_tail, cot.rows, cot.entropy, cot.tail
+    )
+    return z
+
+
+def _tempered(tiles: Tiles, raw: Tensor, columns: Tensor, inv_temp: Tensor) -> tuple[Tensor, Tensor]:
+    """(z, dz/draw) of raw logits at scattered columns."""
+    raw = raw if tiles.bias is None else raw + tiles.bias.index_select(0, columns)
+    inv_temp = inv_temp.unsqueeze(1)
+    z = raw * tiles.logit_scale
+    if not tiles.softcap:
+        return z * inv_temp, tiles.logit_scale * inv_temp
+    bend = torch.tanh(z / tiles.softcap)
+    return bend * tiles.softcap * inv_temp, (1 - bend * bend) * (tiles.logit_scale * inv_temp)

@@ -1,0 +1,228 @@
+"""filter_eps and the frozen head's forward-made gradient, against float64 and against the exact path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rlad_kernels as rk
+from rlad_kernels import sparse
+from tests.conftest import DEVICE
+from tests.sweeps import EPS32, Problem, leaf, problem, relative, weighted_sum
+
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tempered": {"temperature": 0.6, "logit_scale": 1.3},
+    "softcap": {"softcap": 4.0, "temperature": 0.8},
+    "padded": {"vocab_size": 211},
+}
+EPS = 2.0**-7
+N = 45
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "BLOCK", 16)  # three blocks of a few tokens, so that the interpreter can follow
+
+
+def peaked(n: int = N, v: int = 229, **options: Any) -> Problem:
+    """More than two blocks of tokens, most columns below EPS."""
+    p = problem(n=n, v=v, d=24, sigma=4.0, **options)
+    p.mask = torch.rand(n, device=p.hidden.device) > 0.2
+    return p
+
+
+def cotangents(p: Problem, *shapes: tuple[int, ...]) -> list[Tensor]:
+    drawn = [torch.randn(s, device=p.hidden.device) for s in shapes]
+    drawn[0][::3] = 0  # rows without gradient
+    return drawn
+
+
+def dense_sparse(p: Problem, dlogits: Tensor, prob: Tensor, slope: Tensor, slots: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """The definition in float64: what each block keeps of dL/dz, the rest through the mean dropped row; hidden, weight, dropped."""
+    hidden, weight = p.hidden.detach().double(), p.weight.detach().double()[: dlogits.shape[1]]
+    kept = torch.arange(len(hidden), device=hidden.device) if p.mask is None else p.mask.nonzero().squeeze(1)
+    d_hidden, d_weight, dropped = (
+        torch.zeros_like(hidden),
+        torch.zeros_like(p.weight, dtype=torch.float64),
+        hidden.new_zeros(len(hidden)),
+    )
+    for rows in kept.split(sparse.BLOCK):
+        keep = (prob[rows] > eps).any(0)
+        keep[slots[rows].flatten()] = True
+        g, out = dlogits[rows], ~keep
+        q, mass = (prob * slope)[rows][:, out].sum(0), prob[rows][:, out].sum()
+        mean = q @ weight[out] / mass.clamp_min(1e-300)
+        factor = p.head.logit_scale / p.head.temperature
+        d_hidden[rows] = (g * slope[rows])[:, keep] @ weight[keep] * factor + torch.outer(g[:, out].sum(1) * factor, mean)
+        d_weight[keep.nonzero().squeeze(1)] += ((g * slope[rows])[:, keep] * factor).T @ hidden[rows]
+        dropped[rows] = prob[rows][:, out].sum(1)
+    return d_hidden, d_weight, dropped
+
+
+def exact_dlogits(p: Problem, loss: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """dL/dz, p and the softcap's slope in float64; ``loss(log_softmax)`` is the objective."""
+    twin = p.twin()
+    z = twin.logits().detach().requires_grad_()
+    (g,) = torch.autograd.grad(loss(z.log_softmax(-1)), z)
+    cap, temperature = p.options.get("softcap"), p.options.get("temperature", 1.0)
+    slope = torch.ones_like(z) if cap is None else 1 - (z.detach() * temperature / cap).square()
+    return g, z.detach().softmax(-1), slope
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("path", ["linear_logp", "fused"])
+def test_gradients_are_those_of_the_definition(head: str, path: str) -> None:
+    p = peaked(bias=head != "padded", **HEADS[head])
+    (a,) = cotangents(p, (N,))
+    keep = p.mask.double()
+
+    def loss(logp: Tensor) -> Tensor:
+        return (logp.gather(1, p.target[:, None])[:, 0] * a.double() * keep).sum()
+
+    d_hidden, d_weight, dropped = dense_sparse(p, *exact_dlogits(p, loss), p.target[:, None], EPS)
+    if path == "linear_logp":
+        scores = rk.linear_logp(p.hidden, p.head, p.target, mask=p.mask, filter_eps=EPS)
+        (scores.logp * a).sum().backward()
+        assert torch.allclose(
+            scores.extras["dropped_mass"].double(), dropped, rtol=1e-3, atol=1e-5 * max(1, scores.lse.max().item() / 16)
+        )
+    else:
+        out = rk.fused_linear_loss(
+            p.hidden, p.head, p.target, lambda s, a: s.logp * a, inputs={"a": a}, mask=p.mask, filter_eps=EPS,
+            reduction="token-mean", denominator=1.0,
+        )  # fmt: skip
+        out.loss.backward()
+        assert out.metrics["dropped_mass_max"].item() == pytest.approx(dropped.max().item(), rel=1e-3)
+        assert out.metrics["dropped_mass_mean"].item() == pytest.approx(dropped.sum().item() / keep.sum().item(), rel=1e-3)
+    assert dropped.max() > 1e-3, "nothing was dropped: the test would prove nothing"
+    assert relative(p.hidden.grad, d_hidden) < 1e-5
+    assert relative(p.weight.grad, d_weight) < 1e-5
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_entropy_support_and_tail_terms(head: str) -> None:
+    p = peaked(v=701, k=1, **{**HEADS[head], **({"vocab_size": 690} if head == "padded" else {})})
+    k = p.ids.shape[1]
+    a, b, c, t, l = cotangents(p, (N,), (N,), (N, k), (N,), (N,))
+    names = ("logp", "entropy", "topk_logp", "tail_logp", "lse")
+    scores = rk.linear_logp(p.hidden, p.head, p.target, topk_ids=p.ids, entropy=True, tail=True, mask=p.mask, filter_eps=EPS)
+    weighted_sum(tuple(getattr(scores, n) for n in names), [a, b, c, t, l]).backward()
+    twin = p.twin()
+    z = twin.logits().detach().requires_grad_()
+    logp = z.log_softmax(-1)
+    outside = torch.ones_like(z, dtype=torch.bool).scatter_(1, p.ids, False)
+    values = (
+        logp.gather(1, p.target[:, None])[:, 0], -(logp.exp() * logp).sum(-1), logp.gather(1, p.ids),
+        torch.where(outside, logp, -torch.inf).logsumexp(-1), z.logsumexp(-1),
+    )  # fmt: skip
+    keep = p.mask.double()
+    total = sum(
+        (v * w.double() * (keep if v.dim() == 1 else keep[:, None])).sum() for v, w in zip(values, (a, b, c, t, l), strict=True)
+    )
+    (g,) = torch.autograd.grad(total, z)
+    cap, temperature = p.options.get("softcap"), p.options.get("temperature", 1.0)
+    slope = torch.ones_like(z) if cap is None else 1 - (z.detach() * temperature / cap).square()
+    slots = torch.cat([p.target[:, None], p.ids], 1)
+    d_hidden, d_weight, dropped = dense_sparse(p, g, z.detach().softmax(-1), slope, slots, EPS)
+    assert dropped.max() > 1e-3
+    assert relative(p.hidden.grad, d_hidden) < 1e-5
+    assert relative(p.weight.grad, d_weight) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_dropped_mass_bounds_the_error(dtype: torch.dtype) -> None:
+    p = peaked(dtype=dtype)
+    a = cotangents(p, (N,))[0]
+    scores = rk.linear_logp(p.hidden, p.head, p.target, mask=p.mask, filter_eps=EPS)
+    (scores.logp * a).sum().backward()
+    twin = p.twin()
+    logp = torch.where(p.mask, twin.logits().log_softmax(-1).gather(1, p.target[:, None])[:, 0], 0)
+    (logp * a.double()).sum().backward()
+    error = (p.hidden.grad.double() - twin.hidden.grad).norm(dim=1)
+    spread = 2 * twin.weight.detach().norm(dim=1).max()
+    rounding = 0.01 if dtype == torch.bfloat16 else 1e-5
+    bound = a.abs().double() * scores.extras["dropped_mass"].double() * spread
+    assert (error <= bound + rounding * twin.hidden.grad.norm(dim=1).max()).all()
+    assert (error > 1e-4).any() and relative(p.hidden.grad, twin.hidden.grad) < 0.05
+
+
+@pytest.mark.cpu
+def test_the_real_block_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    p, a = peaked(n=300, v=2000, dtype=torch.bfloat16), torch.randn(300)
+    (rk.linear_logp(p.hidden, p.head, p.target, mask=p.mask, filter_eps=2.0**-14).logp * a).sum().backward()
+    twin = p.twin()
+    (torch.where(p.mask, twin.logits().log_softmax(-1).gather(1, p.target[:, None])[:, 0], 0) * a.double()).sum().backward()
+    assert relative(p.hidden.grad, twin.hidden.grad) < 5e-3
+    assert relative(p.weight.grad, twin.weight.grad) < 5e-3
+
+
+@pytest.mark.parametrize("path", ["linear_logp", "fused"])
+def test_a_tiny_eps_is_the_exact_backward(path: str) -> None:
+    p, a = peaked(), torch.randn(N, device=DEVICE)
+    grads = []
+    for eps in (0.0, 1e-30):
+        hidden, weight = leaf(p.hidden), leaf(p.weight)
+        head = rk.LMHead(weight, p.bias)
+        if path == "linear_logp":
+            loss = (rk.linear_logp(hidden, head, p.target, mask=p.mask, filter_eps=eps).logp * a).sum()
+        else:
+            loss = rk.fused_linear_loss(
+                hidden, head, p.target, lambda s, a: s.logp * a, inputs={"a": a}, mask=p.mask, filter_eps=eps
+            ).loss
+        loss.backward()
+        grads.append((hidden.grad, weight.grad))
+    for exact, filtered in zip(*grads, strict=True):
+        assert relative(filtered, exact) < 1e-6
+
+
+@pytest.mark.cpu
+def test_set_tile_and_dropped_rows_do_not_change_the_choice() -> None:
+    p, a = peaked(), torch.randn(N, device=DEVICE)
+    found = []
+    for rows, compaction in ((None, True), (40, True), (None, False)):
+        q = p.twin(torch.float32)
+        with rk.set_tile(rows, 50), rk.set_compaction(compaction):
+            mask = p.mask if compaction else None
+            weight = a if compaction else torch.where(p.mask, a, 0)
+            (rk.linear_logp(q.hidden, q.head, q.target, mask=mask, filter_eps=EPS).logp * weight).sum().backward()
+        found.append(q.weight.grad)
+    assert relative(found[1], found[0]) < 1e-6
+    assert relative(found[2], found[0]) < 0.05  # other blocks, another choice, the same gradient within what was dropped
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("cotangent", ["logp", "logp and lse"])
+def test_frozen_head(head: str, cotangent: str) -> None:
+    p = peaked(n=70, **HEADS[head])
+    a, l = cotangents(p, (70,), (70,))
+    frozen = rk.LMHead(p.weight.detach(), p.bias.detach(), **p.options)
+    scores = rk.linear_logp(p.hidden, frozen, p.target, mask=p.mask)
+    ((scores.logp * a).sum() + ((scores.lse * l).sum() if "lse" in cotangent else 0)).backward()
+    grads = []
+    for dtype in (torch.float64, torch.float32):
+        twin = p.twin(dtype)
+        z = twin.logits()
+        logp = torch.where(p.mask, z.log_softmax(-1).gather(1, p.target[:, None])[:, 0], 0)
+        lse = torch.where(p.mask, z.logsumexp(-1), 0)
+        ((logp * a.to(dtype)).sum() + ((lse * l.to(dtype)).sum() if "lse" in cotangent else 0)).backward()
+        grads.append(twin.hidden.grad.double())
+    budget = 2 * (grads[1] - grads[0]).abs().max() + EPS32 * grads[0].abs().max()
+    assert (p.hidden.grad.double() - grads[0]).abs().max() <= budget
+    assert torch.equal(p.hidden.grad[~p.mask], torch.zeros_like(p.hidden.grad[~p.mask]))
+
+
+@pytest.mark.cpu
+def test_frozen_head_gradcheck() -> None:
+    p = problem(n=5, v=23, d=4, dtype=torch.float64, softcap=3.0)
+    head = rk.LMHead(p.weight.detach(), p.bias.detach(), softcap=3.0)
+
+    def f(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        scores = rk.linear_logp(hidden, head, p.target)
+        return scores.logp, scores.lse
+
+    assert torch.autograd.gradcheck(f, (p.hidden,))
