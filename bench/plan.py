@@ -83,7 +83,9 @@ def groups(case: Case, names: list[str], device: str) -> list[list[str]]:
     if device == "cuda":
         free = torch.cuda.mem_get_info()[0]
     else:
-        free = next(int(s.split()[1]) * 1024 for s in Path("/proc/meminfo").read_text().splitlines() if s.startswith("MemAvailable"))
+        free = next(
+            int(s.split()[1]) * 1024 for s in Path("/proc/meminfo").read_text().splitlines() if s.startswith("MemAvailable")
+        )
     size = 4 if case.dtype == "float32" else 2
     inputs = (case.n + case.v) * case.d * size
     computing = 3 * inputs + 5 * 4 * case.n * case.v + (1 << 30)

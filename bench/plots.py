@@ -89,5 +89,9 @@ def _curves(ax: Axes, cases: list[dict[str, Any]], curve: str, name: str) -> Non
     ax.set_yscale("log")
     ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
     fixed = f"V {cases[0]['v']:,}" if key == "n" else f"N {cases[0]['n']:,}"
-    ax.set(xlabel=label, ylabel="extra memory, MB" if name == "memory" else "seconds", title=f"growth: D {cases[0]['d']:,}, {fixed}\n{cases[0]['dtype']}")
+    ax.set(
+        xlabel=label,
+        ylabel="extra memory, MB" if name == "memory" else "seconds",
+        title=f"growth: D {cases[0]['d']:,}, {fixed}\n{cases[0]['dtype']}",
+    )
     ax.legend(frameon=False)

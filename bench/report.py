@@ -12,6 +12,11 @@ from bench.plan import MODELS
 from bench.providers import PROVIDERS
 
 Row = dict[str, Any]
+COLUMNS = (
+    "Forward and backward of the mean of −advantage·logp. Time: median and spread of the interleaved rounds, also in units of the run's "
+    "bare products (three: h@W.T, g@W, g.T@h; one for what has no backward sweep). Memory: peak of a fresh process beyond inputs and "
+    "gradients. Error: against float64 at N 96, D 64, V 4,096, relative for gradients. TFLOP and GB: by count, not measured."
+)
 
 
 def units(row: Row) -> list[float]:
@@ -34,7 +39,8 @@ def model(row: Row) -> str:
 
 def table(rows: list[Row]) -> str:
     lines = [
-        "| | time, s (min–max) | in bare products | extra memory, MB | of N×V float32 logits | error: loss, d_hidden, d_weight | TFLOP | GB moved |",
+        "| | time, s (min–max) | in bare products | extra memory, MB | of N×V float32 logits "
+        "| error: loss, d_hidden, d_weight | TFLOP | GB moved |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -56,20 +62,13 @@ def table(rows: list[Row]) -> str:
 
 def markdown(run: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
-    parts = [f"{run['device']}. {run['date']}, commit {run['commit'] or 'unknown'}. {versions}.", __doc_of_columns]
+    parts = [f"{run['device']}. {run['date']}, commit {run['commit'] or 'unknown'}. {versions}.", COLUMNS]
     for case in run["cases"]:
         measured = [r for r in case["rows"] if r.get("bare_s")]
         unit = "" if not measured else "; one bare product {:.3g} s, three {:.3g} s".format(*units(measured[0]))
         title = f"## {model(case)}: N {case['n']:,}, D {case['d']:,}, V {case['v']:,}, {case['dtype']}"
         parts += [title, f"{case['rounds']} interleaved rounds{unit}.", table(case["rows"])]
     return "\n\n".join(parts) + "\n"
-
-
-__doc_of_columns = (
-    "Forward and backward of the mean of −advantage·logp. Time: median and spread of the interleaved rounds, also in units of the run's bare "
-    "products (three: h@W.T, g@W, g.T@h; one for what has no backward). Memory: peak of a fresh process beyond inputs and gradients. "
-    "Error: against float64 at N 96, D 64, V 4,096, relative for gradients. TFLOP and GB: by count, not measured."
-)
 
 
 def write(path: Path) -> list[Path]:
