@@ -24,7 +24,7 @@ pytestmark = pytest.mark.cpu
 def test_gate_rejects_a_wrong_provider_of_ours_and_reports_a_wrong_peer() -> None:
     fused = PROVIDERS["fused"]
     wrong = dataclasses.replace(fused, loss=lambda x: 1.001 * fused.loss(x))
-    with pytest.raises(Wrong, match="fused .* is wrong, not slow"):
+    with pytest.raises(Wrong, match=r"fused .* is wrong, not slow"):
         gate(wrong, torch.float32, "cpu")
     peer = dataclasses.replace(wrong, bound=None)
     assert gate(peer, torch.float32, "cpu")["d_hidden"] == pytest.approx(1e-3, rel=0.01)
