@@ -16,7 +16,7 @@ import torch
 
 import rlad_kernels
 from bench import report
-from bench.plan import PRESETS, Case
+from bench.plan import PRESETS
 from bench.rounds import measure
 
 PEERS = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "verl", "quack-kernels")
@@ -65,17 +65,13 @@ def main() -> None:
         key = json.loads(json.dumps(asdict(case)))
         cases.append(done.get(_key(key)) or {**key, "rows": measure(case, args.device)})
         path.write_text(json.dumps({**info, "cases": cases}, indent=1) + "\n")  # after every case: a cut-off run can go on
-        print(f"\n{_title(case)}\n{report.table(cases[-1]['rows'])}", flush=True)
+        print(f"\n{report.title(key)}\n{report.table(cases[-1]['rows'])}", flush=True)
     for file in report.write(path):
         print(f"written: {file}")
 
 
 def _key(case: dict[str, Any]) -> str:
     return json.dumps({k: v for k, v in case.items() if k != "rows"}, sort_keys=True)
-
-
-def _title(case: Case) -> str:
-    return f"N {case.n:,}, D {case.d:,}, V {case.v:,}, {case.dtype}"
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ def relative(row: Row) -> tuple[float, float, float, int]:
     return statistics.median(times) / unit, min(times) / unit, max(times) / unit, of
 
 
-def model(row: Row) -> str:
-    names = [name for name, shape in MODELS.items() if shape == (row["d"], row["v"])]
-    return names[0] if names else "–"
+def title(case: dict[str, Any]) -> str:
+    names = [f"{name}: " for name, shape in MODELS.items() if shape == (case["d"], case["v"])]
+    return f"{''.join(names)}N {case['n']:,}, D {case['d']:,}, V {case['v']:,}, {case['dtype']}"
 
 
 def table(rows: list[Row]) -> str:
@@ -66,8 +66,7 @@ def markdown(run: dict[str, Any]) -> str:
     for case in run["cases"]:
         measured = [r for r in case["rows"] if r.get("bare_s")]
         unit = "" if not measured else "; one bare product {:.3g} s, three {:.3g} s".format(*units(measured[0]))
-        title = f"## {model(case)}: N {case['n']:,}, D {case['d']:,}, V {case['v']:,}, {case['dtype']}"
-        parts += [title, f"{case['rounds']} interleaved rounds{unit}.", table(case["rows"])]
+        parts += [f"## {title(case)}", f"{case['rounds']} interleaved rounds{unit}.", table(case["rows"])]
     return "\n\n".join(parts) + "\n"
 
 
