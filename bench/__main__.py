@@ -16,7 +16,7 @@ import torch
 
 import rlad_kernels
 from bench import report
-from bench.plan import PRESETS
+from bench.plan import PRESETS, real
 from bench.rounds import measure
 
 PEERS = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "verl", "quack-kernels")
@@ -52,18 +52,22 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group()
     for name in ("smoke", "full"):
         size.add_argument(f"--{name}", dest="preset", action="store_const", const=name, default="quick", help=PRESETS[name].__doc__)
+    parser.add_argument(
+        "--data", type=Path, help="instead: a file of real tensors, hidden (N, D), weight (V, D), target (N,), by torch.save"
+    )
     parser.add_argument("--resume", action="store_true", help="keep the cases that an interrupted run of this commit has finished")
     args = parser.parse_args()
 
     info = header(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{args.preset}-{args.device}-{info['date']}.json"
+    plan = real(args.data) if args.data else PRESETS[args.preset](args.device)
+    path = args.out / f"{args.data.stem if args.data else args.preset}-{args.device}-{info['date']}.json"
     old = json.loads(path.read_text()) if args.resume and path.exists() else {}
     done = {_key(c): c for c in old.get("cases", [])} if old.get("commit") == info["commit"] else {}
     cases: list[dict[str, Any]] = []
-    for case in PRESETS[args.preset](args.device):
+    for case in plan:
         key = json.loads(json.dumps(asdict(case)))
-        cases.append(done.get(_key(key)) or {**key, "rows": measure(case, args.device)})
+        cases.append(done.get(_key(key)) or {**key, "rows": measure(case, args.device, args.data and str(args.data))})
         path.write_text(json.dumps({**info, "cases": cases}, indent=1) + "\n")  # after every case: a cut-off run can go on
         print(f"\n{report.title(key)}\n{report.table(cases[-1]['rows'])}", flush=True)
     for file in report.write(path):

@@ -23,7 +23,8 @@ class Inputs:
     teacher_logp: Tensor  # (N, SUPPORT)
 
     @classmethod
-    def make(cls, n: int, d: int, v: int, dtype: torch.dtype, device: str, peaked: bool = False) -> Inputs:
+    def make(cls, n: int, d: int, v: int, dtype: torch.dtype, device: str, peaked: bool = False, data: str | None = None) -> Inputs:
+        """Random inputs; hidden, weight and target come from ``data``, a file of tensors under these names, if there is one."""
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -32,6 +33,9 @@ class Inputs:
         weight = normal(v, d, scale=(1 if peaked else 3) / d**0.5)
         hidden = _peaked(weight, n, generator) if peaked else normal(n, d)
         target = torch.randint(v, (n,), generator=generator, device=device)
+        if data:
+            real = torch.load(data, map_location=device)
+            hidden, weight, target = real["hidden"][:n].to(dtype), real["weight"].to(dtype), real["target"][:n]
         sequence = min(256, n // 4)
         advantage = torch.empty(n // sequence, device=device).normal_(generator=generator).repeat_interleave(sequence)
         ids = (target[:, None] + 97 * torch.arange(SUPPORT, device=device)) % v

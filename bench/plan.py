@@ -37,6 +37,7 @@ class Case:
     providers: tuple[str, ...]
     rounds: int
     figure: str = "speed"  # or growth_n, growth_v: where the report shows it
+    data: str = ""  # the name of a file of real hidden states
 
 
 def _growth(dtype: str, d: int, tokens: tuple[int, ...], vocabularies: tuple[int, ...] = ()) -> Iterator[Case]:
@@ -73,6 +74,14 @@ def full(device: str) -> Iterator[Case]:
             yield Case(n, d, v, dtype, tuple(PROVIDERS), 5 if cuda else 3)
     for dtype in dtypes:
         yield from _growth(dtype, 1024, tuple(1024 << i for i in range(5)), tuple(GROWTH_V << i for i in range(5)))
+
+
+def real(data: Path) -> Iterator[Case]:
+    """Real hidden states, head and targets from a file, in both dtypes."""
+    tensors = torch.load(data, mmap=True)
+    (n, d), v = tensors["hidden"].shape, tensors["weight"].shape[0]
+    for dtype in ("float32", "bfloat16"):
+        yield Case(n, d, v, dtype, (*TRADE, *OURS, *MODES), 3, data=data.name)
 
 
 PRESETS = {"smoke": smoke, "quick": quick, "full": full}

@@ -71,18 +71,21 @@ def _bars(ax: Axes, case: dict[str, Any], value: Callable[[Row], float | None], 
     found = [(r, value(r)) for r in case["rows"] if "absent" not in r]
     bars = [(r, x) for r, x in found if x is not None][::-1]
     names, values = [r["provider"] for r, _ in bars], [x for _, x in bars]
-    drawn = ax.barh(names, values, color=[OURS if PROVIDERS[name].bound else THEIRS for name in names])
-    ax.bar_label(drawn, fmt=_short, padding=8, fontsize=9)
+    ax.barh(names, values, color=[OURS if PROVIDERS[name].bound else THEIRS for name in names])
+    ends = values
     if value is _time:
         spread = [relative(r) for r, _ in bars]
         low, high = ([abs(s[0] - s[i]) * s[3] / 3 for s in spread] for i in (1, 2))
         ax.errorbar(values, names, xerr=[low, high], fmt="none", ecolor="black", elinewidth=1, capsize=2)
+        ends = [s[2] * s[3] / 3 for s in spread]
         ax.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    for i, (end, x) in enumerate(zip(ends, values, strict=True)):
+        ax.annotate(_short(x), (end, i), (4, 0), textcoords="offset points", va="center", fontsize=9)
     if log and values:
         ax.set_xscale("log")
-        ax.set_xlim(10 ** (math.floor(math.log10(min(values))) - 1), 8 * max(values))
+        ax.set_xlim(min(values) / 5, 8 * max(values))
     elif values:
-        ax.set_xlim(0, 1.18 * max(values))
+        ax.set_xlim(0, 1.15 * max(ends))
     ax.set(xlabel=label, title=title(case))
 
 

@@ -33,8 +33,9 @@ def relative(row: Row) -> tuple[float, float, float, int]:
 
 
 def title(case: dict[str, Any]) -> str:
-    names = [f"{name}: " for name, shape in MODELS.items() if shape == (case["d"], case["v"])]
-    return f"{''.join(names)}N {case['n']:,}, D {case['d']:,}, V {case['v']:,}, {case['dtype']}"
+    names = [case["data"]] if case.get("data") else [name for name, shape in MODELS.items() if shape == (case["d"], case["v"])]
+    shape = f"N {case['n']:,}, D {case['d']:,}, V {case['v']:,}, {case['dtype']}"
+    return ": ".join([*names, shape])
 
 
 def table(rows: list[Row]) -> str:

@@ -54,21 +54,21 @@ class Process:
         return self.hear()
 
 
-def measure(case: Case, device: str) -> list[Row]:
+def measure(case: Case, device: str, data: str | None = None) -> list[Row]:
     """A row per provider of the case: its figures, or why it is absent."""
     shape = {"n": case.n, "d": case.d, "v": case.v, "dtype": case.dtype, "device": device}
     missing = {p: absent(PROVIDERS[p], device) for p in case.providers}
     rows = {p: {"provider": p, **shape, "absent": why} for p, why in missing.items() if why}
     for group in groups(case, [p for p in case.providers if p not in rows], device):
-        rows |= _together(group, shape, case.rounds)
+        rows |= _together(group, shape, case.rounds, data)
     return [rows[p] for p in case.providers]
 
 
-def _together(names: list[str], shape: dict[str, Any], rounds: int) -> dict[str, Row]:
+def _together(names: list[str], shape: dict[str, Any], rounds: int, data: str | None) -> dict[str, Row]:
     """One group: all start and pass the gate side by side; from then on only one computes at a time."""
     rows: dict[str, Row] = {p: {"provider": p, **shape} for p in [BARE, *names]}
     with ExitStack() as stack:
-        alive = {p: Process({"provider": p, **shape}, stack) for p in rows}
+        alive = {p: Process({"provider": p, **shape, "data": data}, stack) for p in rows}
 
         def attempt(name: str, command: str | None) -> Any:
             try:

@@ -52,9 +52,10 @@ class Peak:
 class Worker:
     """The commands, in the order in which the driver gives them."""
 
-    def __init__(self, provider: str, n: int, d: int, v: int, dtype: str, device: str) -> None:
+    def __init__(self, provider: str, n: int, d: int, v: int, dtype: str, device: str, data: str | None = None) -> None:
         self.provider = None if provider == BARE else PROVIDERS[provider]
         self.shape, self.dtype, self.device = (n, d, v), getattr(torch, dtype), device
+        self.data = data
 
     def prepare(self) -> dict[str, Any]:
         """The gate. It also starts threads, loads kernels and compiles: not part of the peak."""
@@ -62,7 +63,8 @@ class Worker:
 
     def warm(self) -> dict[str, Any]:
         """The inputs, then the first step at the full shape: the one whose memory counts."""
-        self.x = Inputs.make(*self.shape, self.dtype, self.device, self.provider is not None and self.provider.peaked)
+        peaked = self.provider is not None and self.provider.peaked
+        self.x = Inputs.make(*self.shape, self.dtype, self.device, peaked, self.data)
         if self.provider is None:
             self.steps = bare_products(self.x)
             return {"warm_s": [self._time(f) for f in self.steps]}

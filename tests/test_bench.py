@@ -96,6 +96,15 @@ def test_a_provider_that_dies_is_reported_and_the_others_go_on(monkeypatch: pyte
     assert ours["times_s"]
 
 
+def test_real_inputs_come_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "real.pt"
+    torch.save({"hidden": torch.ones(16, 8), "weight": torch.ones(64, 8), "target": torch.arange(16)}, file)
+    case, half = plan.real(file)
+    assert (case.n, case.d, case.v, case.data, half.dtype) == (16, 8, 64, "real.pt", "bfloat16")
+    x = Inputs.make(16, 8, 64, torch.bfloat16, "cpu", data=str(file))
+    assert x.hidden.requires_grad and x.hidden.dtype == torch.bfloat16 and x.target.tolist() == list(range(16))
+
+
 def test_one_case_by_hand() -> None:
     """The command that README.md prints, at a small shape."""
     case = {"provider": "topk", "n": 16, "d": 8, "v": 256, "dtype": "float32", "device": "cpu", "rounds": 0}

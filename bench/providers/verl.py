@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
+from importlib.util import find_spec, module_from_spec
 from typing import Any
 
 from torch import Tensor
@@ -18,15 +17,12 @@ from bench.providers.base import Provider
 @cache
 def _room(name: str) -> Any:
     """The module ``name`` with its parent packages left empty."""
-    spec = find_spec("verl")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError("not installed: verl")
-    path, parts = spec.submodule_search_locations[0], name.split(".")[:-1]
-    for i, part in enumerate(parts):
-        path = path if i == 0 else f"{path}/{part}"
-        package = ModuleType(".".join(parts[: i + 1]))
-        package.__path__ = [path]
-        sys.modules.setdefault(package.__name__, package)
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        spec = find_spec(".".join(parts[:i]))
+        if spec is None:
+            raise ImportError("not installed: verl")
+        sys.modules.setdefault(spec.name, module_from_spec(spec))  # found, but not executed
     return import_module(name)
 
 
