@@ -36,11 +36,18 @@ def _chip(device: str) -> str:
     return f"{names[0] if names else platform.machine()}, {torch.ops.rlad.cpu_isa()}, {torch.get_num_threads()} threads"
 
 
+def _commit() -> str:
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # a copy of the tree without git
+        return "unknown"
+
+
 def header(device: str) -> dict[str, Any]:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, check=False)
     versions = {"rlad_kernels": rlad_kernels.__version__, "torch": torch.__version__, **{p: _version(p) for p in PEERS}}
     return {
-        "date": datetime.date.today().isoformat(), "commit": commit.stdout.strip(), "device": f"{device}: {_chip(device)}",
+        "date": datetime.date.today().isoformat(), "commit": _commit(), "device": f"{device}: {_chip(device)}",
         "versions": {k: v for k, v in versions.items() if v},
     }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,9 +53,8 @@ class Inputs:
 def _peaked(weight: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """Hidden states as a trained model has them: 16 likely tokens a row, drawn from a Zipf law, with logits 16, 14.6, 13.8, …"""
     v, device = weight.shape[0], weight.device
-    rank = (
-        torch.rand(n, 16, generator=generator, device=device).mul(torch.log(torch.tensor(float(v)))).exp().long().clamp(max=v - 1)
-    )
+    uniform = torch.rand(n, 16, generator=generator, device=device)
+    rank = (uniform * math.log(v)).exp().long().clamp(max=v - 1)
     logits = 16 - 2 * torch.arange(1, 17, device=device).log()
     rows = weight[rank].float()
     return torch.einsum("k,nkd->nd", logits, rows).to(weight.dtype)

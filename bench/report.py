@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def table(rows: list[Row]) -> str:
 
 def markdown(run: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
-    parts = [f"{run['device']}. {run['date']}, commit {run['commit'] or 'unknown'}. {versions}.", COLUMNS]
+    parts = [f"{run['device']}. {run['date']}, commit {run['commit']}. {versions}.", COLUMNS]
     for case in run["cases"]:
         measured = [r for r in case["rows"] if r.get("bare_s")]
         unit = "" if not measured else "; one bare product {:.3g} s, three {:.3g} s".format(*units(measured[0]))
@@ -73,11 +74,13 @@ def markdown(run: dict[str, Any]) -> str:
 
 def write(path: Path) -> list[Path]:
     """The tables beside the JSON, and the pictures."""
-    from bench.plots import draw
-
     run = json.loads(path.read_text())
     tables = path.with_suffix(".md")
     tables.write_text(markdown(run))
+    if find_spec("matplotlib") is None:  # a GPU machine may lack it: draw from the JSON elsewhere
+        return [tables]
+    from bench.plots import draw
+
     return [tables, *draw(run, path)]
 
 
