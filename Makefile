@@ -5,7 +5,7 @@ RUN := HF_HUB_OFFLINE=1 $(BIN)/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
 OUT ?= out
 
-.PHONY: demo demo-smoke test test-cpp test-triton gate lint format bench bench-smoke docs gpu gpu-build gpu-test gpu-bench clean
+.PHONY: demo demo-smoke test test-cpp test-triton gate lint format bench bench-full bench-smoke docs gpu gpu-build gpu-test gpu-bench clean
 
 .venv/.deps: requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -15,6 +15,11 @@ OUT ?= out
 
 .venv/.built: .venv/.deps $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+.venv/.peers: .venv/.deps requirements-bench.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1
 	touch $@
 
 demo: .venv/.built  ## the main job on a real model: loss without logits, then a short RLAD training run
@@ -43,8 +48,11 @@ format: .venv/.deps
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/.built  ## time and peak memory against naive PyTorch, a fresh process each; writes bench/results/
+bench: .venv/.built .venv/.peers  ## time, memory and error beside the peers, ten minutes on two cores; writes bench/results/
 	$(RUN) -m bench --out bench/results
+
+bench-full: .venv/.built .venv/.peers  ## every provider at the shape of every model: hours
+	$(RUN) -m bench --full --resume --out bench/results
 
 bench-smoke: .venv/.built
 	$(RUN) -m bench --smoke --out $(OUT)/bench

@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m bench``. Each provider runs in a process of its own; nothing is timed before it is right."""
+"""Benchmarks: ``python -m bench``. A process per provider, rounds interleaved; nothing is timed before it is right."""

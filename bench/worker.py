@@ -1,15 +1,28 @@
-"""One provider at one shape in a fresh process: gate, peak memory, times. Prints one JSON line."""
+"""One provider at one shape in a process of its own: gate, peak memory, times.
+
+With a JSON case as its argument it runs the whole case and prints one JSON line. Without, it takes commands from the driver,
+a line each: a case, then ``prepare``, ``warm`` and any number of ``round``s.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench.providers import PRODUCTS, Inputs, gate, step
+from bench.bare import bare_products
+from bench.gate import Wrong, gate
+from bench.inputs import Inputs
+from bench.providers import PROVIDERS
+
+BARE = "bare"
 
 
 def _status(key: str) -> int:
@@ -36,42 +49,93 @@ class Peak:
         return (torch.cuda.max_memory_allocated() if self.cuda else _status("VmHWM")) - self.before
 
 
-def _timed(f: object, device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    f()  # type: ignore[operator]
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+class Worker:
+    """The commands, in the order in which the driver gives them."""
+
+    def __init__(self, provider: str, n: int, d: int, v: int, dtype: str, device: str, data: str | None = None) -> None:
+        self.provider = None if provider == BARE else PROVIDERS[provider]
+        self.shape, self.dtype, self.device = (n, d, v), getattr(torch, dtype), device
+        self.data = data
+
+    def prepare(self) -> dict[str, Any]:
+        """The gate, then another small shape: threads, kernels and dynamic compilation are not part of the peak."""
+        if self.provider is None:
+            return {}
+        errors = gate(self.provider, self.dtype, self.device)
+        self.provider.step(Inputs.make(32, self.shape[1], 512, self.dtype, self.device, self.provider.peaked))
+        return {"errors": errors}
+
+    def warm(self) -> dict[str, Any]:
+        """The inputs, then the first step at the full shape: the one whose memory counts."""
+        peaked = self.provider is not None and self.provider.peaked
+        self.x = Inputs.make(*self.shape, self.dtype, self.device, peaked, self.data)
+        if self.provider is None:
+            self.steps = bare_products(self.x)
+            return {"warm_s": [self._time(f) for f in self.steps]}
+        provider = self.provider
+        self.steps = [lambda: provider.step(self.x)]
+        peak = Peak(self.device)
+        warm = self._time(self.steps[0])
+        gradients = sum(g.nbytes for g in (self.x.hidden.grad, self.x.weight.grad) if g is not None)
+        extra = peak.bytes() - gradients
+        self._rest()
+        return {"warm_s": warm, "extra_bytes": extra}
+
+    def round(self) -> list[float]:
+        """Seconds of each step; on CUDA the median of five after one that wakes the clocks."""
+        times = []
+        for f in self.steps:
+            repeats = [self._time(f) for _ in range(6 if self.device == "cuda" else 1)]
+            times.append(statistics.median(repeats[1:] or repeats))
+        self._rest()
+        return times
+
+    def _time(self, f: Callable[[], object]) -> float:
+        cuda = self.device == "cuda"
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        f()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def _rest(self) -> None:
+        """Hold no more than the inputs while others are measured."""
+        self.x.hidden.grad = self.x.weight.grad = None
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
 
 
-def bare_product(x: Inputs) -> None:
-    """One N×D×V product by the library's own matrix multiply, in row chunks so that it needs no N×V buffer."""
-    n = max(1, min(x.hidden.shape[0], (256 << 20) // (4 * x.weight.shape[0])))
-    for r in range(0, x.hidden.shape[0], n):
-        x.hidden.detach()[r : r + n] @ x.weight.detach().T
+def whole(case: dict[str, Any]) -> dict[str, Any]:
+    """One case from start to end, alone on the machine."""
+    rounds = case.pop("rounds", 0)
+    worker = Worker(**case)
+    row = {**case, **worker.prepare(), **worker.warm()}
+    return {**row, "times_s": [worker.round()[0] for _ in range(rounds)]}
 
 
-def measure(provider: str, n: int, d: int, v: int, dtype: str, device: str, rounds: int) -> dict[str, object]:
-    kind = getattr(torch, dtype)
-    errors = gate(provider, kind, device)
-    x = Inputs.make(n, d, v, kind, device)
-    step(provider, Inputs.make(8, d, 512, kind, device))  # threads, allocator, kernels: not part of the peak
-    peak = Peak(device)
-    warm = _timed(lambda: step(provider, x), device)
-    gradients = sum(g.nbytes for g in (x.hidden.grad, x.weight.grad) if g is not None)
-    extra = peak.bytes() - gradients
-    times, bare = [], []
-    for _ in range(rounds):
-        bare.append(_timed(lambda: bare_product(x), device))
-        times.append(_timed(lambda: step(provider, x), device))
-    return {
-        "provider": provider, "n": n, "d": d, "v": v, "dtype": dtype, "errors": errors, "extra_bytes": extra, "warm_s": warm,
-        "times_s": times, "bare_product_s": bare, "products": PRODUCTS[provider], "flops_per_product": 2 * n * d * v,
-        "logits_bytes": 4 * n * v,
-    }  # fmt: skip
+def serve() -> None:
+    """Answer the driver. A framework may print: only answers go to the real stdout."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(**reply: object) -> None:
+        print(json.dumps(reply), file=out, flush=True)
+
+    worker = Worker(**json.loads(input()))
+    answer(ready=True)
+    for line in sys.stdin:
+        try:
+            answer(value=getattr(worker, line.strip())())
+        except Wrong as wrong:
+            answer(wrong=str(wrong))
+        except Exception as error:
+            answer(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(**json.loads(sys.argv[1]))))
+    if len(sys.argv) > 1:
+        print(json.dumps(whole(json.loads(sys.argv[1]))))
+    else:
+        serve()

@@ -1,0 +1,34 @@
+"""Liger's chunked GRPO loss: its advantages are per sequence, its value a ratio of 1 whose gradient is the policy gradient."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.inputs import Inputs
+from bench.providers.base import Provider, logits
+
+
+@cache
+def _loss() -> Any:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    return LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo")
+
+
+def liger(x: Inputs) -> Tensor:
+    hidden, target = x.hidden.unflatten(0, (-1, x.sequence)), x.target.unflatten(0, (-1, x.sequence))
+    mask = torch.ones_like(target)
+    loss, _ = _loss()(hidden, x.weight, target, mask, x.advantage[:: x.sequence])
+    return loss
+
+
+def ratio(x: Inputs) -> Tensor:
+    logp = logits(x).log_softmax(-1).gather(1, x.target[:, None])[:, 0]
+    return -((logp - logp.detach()).exp() * x.advantage).mean()
+
+
+PROVIDERS = (Provider("liger", liger, "Liger LigerFusedLinearGRPOLoss", 4, 7, ratio, needs=("liger_kernel",)),)

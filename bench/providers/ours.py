@@ -1,0 +1,104 @@
+"""This library, a row a mode."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import rlad_kernels as rk
+from bench.inputs import Inputs
+from bench.providers.base import Provider, logits, policy_gradient
+
+K = 64
+FILTER_EPS = 2.0**-14
+EXACT, SPARSE = (1e-5, 3e-3), (2e-2, 2e-2)
+
+
+def _logp(x: Inputs, advantage: Tensor, weight: Tensor, filter_eps: float = 0.0) -> Tensor:
+    return -(rk.linear_logp(x.hidden, rk.LMHead(weight), x.target, filter_eps=filter_eps).logp * advantage).mean()
+
+
+def linear_logp(x: Inputs) -> Tensor:
+    return _logp(x, x.advantage, x.weight)
+
+
+def sparse(x: Inputs) -> Tensor:
+    return _logp(x, x.advantage, x.weight, FILTER_EPS)
+
+
+def frozen(x: Inputs) -> Tensor:
+    return _logp(x, x.advantage, x.weight.detach())
+
+
+def frozen_truth(x: Inputs) -> Tensor:
+    return policy_gradient(Inputs(**{**vars(x), "weight": x.weight.detach()}))
+
+
+def _half(x: Inputs) -> Tensor:
+    """Every second sequence without advantage, as a group whose answers are all right or all wrong."""
+    return x.advantage * ((torch.arange(len(x.advantage), device=x.advantage.device) // x.sequence) % 2)
+
+
+def half(x: Inputs) -> Tensor:
+    return _logp(x, _half(x), x.weight)
+
+
+def half_truth(x: Inputs) -> Tensor:
+    return policy_gradient(Inputs(**{**vars(x), "advantage": _half(x)}))
+
+
+def scoring(x: Inputs) -> Tensor:
+    with torch.no_grad():
+        return linear_logp(x)
+
+
+def scoring_truth(x: Inputs) -> Tensor:
+    with torch.no_grad():
+        return policy_gradient(x)
+
+
+def _pg(scores: rk.TokenScores, advantage: Tensor) -> Tensor:
+    return -scores.logp * advantage
+
+
+def fused(x: Inputs, filter_eps: float = 0.0) -> Tensor:
+    inputs = {"advantage": x.advantage}
+    return rk.fused_linear_loss(x.hidden, rk.LMHead(x.weight), x.target, _pg, inputs=inputs, filter_eps=filter_eps).loss
+
+
+def fused_sparse(x: Inputs) -> Tensor:
+    return fused(x, FILTER_EPS)
+
+
+def topk(x: Inputs) -> Tensor:
+    top = rk.linear_topk(x.hidden, rk.LMHead(x.weight), K, target=x.target)
+    assert top.target_logp is not None and top.tail_logp is not None
+    return top.logp.mean() + top.tail_logp.mean() - (top.target_logp * x.advantage).mean()
+
+
+def topk_truth(x: Inputs) -> Tensor:
+    with torch.no_grad():
+        top = logits(x).log_softmax(-1).topk(K).values
+        return top.mean() + (1 - top.exp().sum(-1)).log().mean() + policy_gradient(x)
+
+
+def topk_kl(x: Inputs) -> Tensor:
+    return rk.linear_topk_kl_loss(x.hidden, rk.LMHead(x.weight), rk.TopK(x.ids, x.teacher_logp), normalize="both").loss
+
+
+def topk_kl_truth(x: Inputs) -> Tensor:
+    student = logits(x).gather(1, x.ids).log_softmax(-1)
+    return (student.exp() * (student - x.teacher_logp)).sum(-1).mean()
+
+
+PROVIDERS = (
+    Provider("linear_logp", linear_logp, "ours, log-probs, any loss after them", 4, 7, bound=EXACT),
+    Provider("fused", fused, "ours, the loss inside the sweep", 3, 6, bound=EXACT),
+    Provider("half", half, "ours, linear_logp, half of the sequences without advantage", 2.5, 4.5, half_truth, EXACT),
+    Provider("frozen", frozen, "ours, linear_logp, frozen head", 3, 6, frozen_truth, EXACT),
+    Provider("sparse", sparse, "ours, linear_logp, filter_eps 2⁻¹⁴, peaked logits", 4, 7, bound=SPARSE, peaked=True),
+    Provider("fused_sparse", fused_sparse, "ours, fused, filter_eps 2⁻¹⁴, peaked logits", 3, 6, bound=SPARSE, peaked=True),
+    Provider("topk", topk, "ours, linear_topk, K 64, no gradient", 1, 2, topk_truth, EXACT),
+    Provider("topk_kl", topk_kl, "ours, renormalised top-K loss, K 32", 0, 0, topk_kl_truth, EXACT),
+    Provider("scoring", scoring, "ours, linear_logp under no_grad", 1, 2, scoring_truth, EXACT),
+)
