@@ -81,6 +81,8 @@ def _missing(name: str) -> Callable[..., Any]:
 
 def _register() -> None:
     torch.library.define("rlad::cpu_isa", "() -> str")
+    torch.library.define("rlad::has_bf16_mm", "() -> bool")
+    torch.library.define("rlad::bf16_mm_", "(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()")
     for name, schema in {**ROW_OPS, **LOSS_OPS, **SWEEP_OPS}.items():
         torch.library.define(f"rlad::{name}", schema)
     triton_devices = ("cuda", "cpu") if INTERPRET else ("cuda",)
