@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlad_kernels.moments import Stats
-from rlad_kernels.ops import INTERPRET, acc_dtype
+from rlad_kernels.ops import INTERPRET, acc_dtype, has_bf16_mm
 from rlad_kernels.settings import settings
 
 # Bytes of one tile of logits. On CPU, products of this size run at full speed and the row pass finds part of the tile in
@@ -23,8 +23,8 @@ _CHUNK_ROWS_MIN = 256
 class Tiles:
     """Hidden rows, head and tile sizes of one call; every product it makes has an accumulation-dtype result.
 
-    On CUDA low-precision operands go to cuBLAS as they are, with float32 results. CPU products have no such form, so there
-    a tile of the weight is widened first: bfloat16 products are exact in float32.
+    On CUDA low-precision operands go to cuBLAS as they are, with float32 results; on a CPU with bfloat16 instructions,
+    bfloat16 ones to ``bf16_mm_``. Otherwise a tile of the weight is widened first: bfloat16 products are exact in float32.
     """
 
     def __init__(
@@ -40,13 +40,14 @@ class Tiles:
         keep_logits: bool = False,
     ) -> None:
         self.acc = acc_dtype(hidden.dtype)
-        self.native = hidden.is_cuda
+        self.bf16_mm = hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu" and has_bf16_mm()
+        self.native = hidden.is_cuda or self.bf16_mm
         self.hidden = hidden if self.native else hidden.to(self.acc)
         self.weight = weight[:vocab_size]
         self.bias = None if bias is None else bias[:vocab_size].to(self.acc)
         self.inv_temp = inv_temp.to(self.acc).expand(hidden.shape[0]).contiguous()
         self.logit_scale, self.softcap = logit_scale, softcap
-        # Triton writes dlogits in the operands' dtype, which is what the tensor cores read; C++ in the accumulator's.
+        # dlogits are an operand too: in the operands' dtype where that is what the products read.
         self.grad_dtype = hidden.dtype if self.native or INTERPRET else self.acc
         self.n, self.vocab = hidden.shape[0], vocab_size
         self.rows, self.cols = self._sizes(hidden.device.type, keep_logits)
@@ -80,12 +81,18 @@ class Tiles:
 
     def logits(self, r0: int, r1: int, w: Tensor, out: Tensor | None = None) -> Tensor:
         """Raw logits ``hidden[r0:r1] @ w.T`` in the accumulation dtype."""
-        return self._product(self.hidden[r0:r1], w.t(), self.buffer(r1 - r0, w.shape[0], self.acc) if out is None else out)
+        out = self.buffer(r1 - r0, w.shape[0], self.acc) if out is None else out
+        if self.bf16_mm:
+            torch.ops.rlad.bf16_mm_(out, self.hidden[r0:r1], w.t(), False)
+            return out
+        return self._product(self.hidden[r0:r1], w.t(), out)
 
     def add_product(self, into: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None, *, first: bool = False) -> None:
         """into ← (0 if first else into) + factor·a @ b, accumulated in the accumulation dtype."""
         a, b = self.operand(a), self.operand(b)
-        if factor is not None:
+        if self.bf16_mm:
+            torch.ops.rlad.bf16_mm_(into, a, b, not first)
+        elif factor is not None:
             product = self._product(a, b) * factor
             into.copy_(product) if first else into.add_(product)
         elif a.dtype == into.dtype:
