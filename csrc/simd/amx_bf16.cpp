@@ -31,8 +31,13 @@ struct alignas(64) TileConfig {
 };
 constexpr TileConfig kConfig{};
 
+constexpr int64_t kTile = kBf16Step / 2, kAhead = 2 * kBf16Step;
+
+inline __attribute__((always_inline)) void fetch(const uint16_t* tile) {
+  for (int64_t i = 0; i < kTile; i += 32) __builtin_prefetch(tile + i, 0, 3);
+}
+
 void block(const uint16_t* a, const uint16_t* b, int64_t steps, float* out, int64_t stride, bool accumulate) {
-  constexpr int64_t kTile = kBf16Step / 2;
   const int64_t bytes = stride * int64_t(sizeof(float));
   float* low = out + 16 * stride;
   if (accumulate) {
@@ -47,14 +52,18 @@ void block(const uint16_t* a, const uint16_t* b, int64_t steps, float* out, int6
     _tile_zero(3);
   }
   for (int64_t s = 0; s < steps; ++s, a += kBf16Step, b += kBf16Step) {
-    // each load has a product between it and the next: they overlap
+    // Each load has a product between it and the next, so that they overlap; panels are in L2, which a tile load waits for.
     _tile_loadd(4, a, 64);
     _tile_loadd(6, b, 64);
+    fetch(a + kAhead);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, b + kTile, 64);
+    fetch(b + kAhead);
     _tile_dpbf16ps(1, 4, 7);
     _tile_loadd(5, a + kTile, 64);
+    fetch(a + kAhead + kTile);
     _tile_dpbf16ps(2, 5, 6);
+    fetch(b + kAhead + kTile);
     _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, out, bytes);

@@ -1,5 +1,8 @@
 // Packs bfloat16 operands with AVX512. Empty elsewhere.
 #if defined(__x86_64__)
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // g++ 12 sees it in its own immintrin.h
+#endif
 #include <immintrin.h>
 
 #include "../bf16_product.h"
@@ -21,11 +24,6 @@ constexpr int64_t kTile = 16;  // vectors, and pairs, of a tile
 int64_t clamp(int64_t n, int64_t most) { return n < 0 ? 0 : n > most ? most : n; }
 uint32_t first_bits(int64_t n) { return uint32_t((uint64_t(1) << n) - 1); }
 
-template <int LANES>
-RLAD_INLINE __m512i lanes(__m512i x, __m512i y) {
-  return _mm512_maskz_shuffle_i32x4(0xffff, x, y, LANES);  // the form without a mask makes g++ 12 warn
-}
-
 // Turns word (i, j) into word (j, i).
 RLAD_INLINE void transpose(__m512i* w) {
   __m512i t[16];
@@ -41,16 +39,16 @@ RLAD_INLINE void transpose(__m512i* w) {
   }
   // w[4q + r] holds column r of each 128-bit lane for rows 4q … 4q + 3; what is left is a transposition of lanes
   for (int r = 0; r < 4; ++r) {
-    t[r] = lanes<0x88>(w[r], w[4 + r]);
-    t[4 + r] = lanes<0xdd>(w[r], w[4 + r]);
-    t[8 + r] = lanes<0x88>(w[8 + r], w[12 + r]);
-    t[12 + r] = lanes<0xdd>(w[8 + r], w[12 + r]);
+    t[r] = _mm512_shuffle_i32x4(w[r], w[4 + r], 0x88);
+    t[4 + r] = _mm512_shuffle_i32x4(w[r], w[4 + r], 0xdd);
+    t[8 + r] = _mm512_shuffle_i32x4(w[8 + r], w[12 + r], 0x88);
+    t[12 + r] = _mm512_shuffle_i32x4(w[8 + r], w[12 + r], 0xdd);
   }
   for (int r = 0; r < 4; ++r) {
-    w[r] = lanes<0x88>(t[r], t[8 + r]);
-    w[8 + r] = lanes<0xdd>(t[r], t[8 + r]);
-    w[4 + r] = lanes<0x88>(t[4 + r], t[12 + r]);
-    w[12 + r] = lanes<0xdd>(t[4 + r], t[12 + r]);
+    w[r] = _mm512_shuffle_i32x4(t[r], t[8 + r], 0x88);
+    w[8 + r] = _mm512_shuffle_i32x4(t[r], t[8 + r], 0xdd);
+    w[4 + r] = _mm512_shuffle_i32x4(t[4 + r], t[12 + r], 0x88);
+    w[12 + r] = _mm512_shuffle_i32x4(t[4 + r], t[12 + r], 0xdd);
   }
 }
 
