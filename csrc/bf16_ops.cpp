@@ -85,9 +85,9 @@ struct Product {
 void bf16_mm_(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
   const Checker check("bf16_mm_");
   const Isa& isa = current_isa();
-  if (!isa.bf16) check.fail("the instruction set", "one with a bfloat16 product (avx512_bf16, amx_bf16)", isa.name);
+  if (!isa.bf16) check.fail("RLAD_CPU_ISA", "avx512_bf16 or amx_bf16, on a CPU that has it", isa.name);
   const Bf16Operand left = operand(check, "a", a, 1), right = operand(check, "b", b, 0);
-  if (left.depth != right.depth) check.fail("b", "a matrix of a's " + std::to_string(left.depth) + " columns as rows", b);
+  if (left.depth != right.depth) check.fail("b", "a matrix with a's " + std::to_string(left.depth) + " columns as its rows", b);
   const Product product{*isa.bf16, left, right, check.mat<float>("out", out, ScalarType::Float, left.size, right.size)};
   if (left.size == 0 || right.size == 0) return;
   if (left.depth > 0) return product.run(accumulate);
