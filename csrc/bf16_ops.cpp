@@ -61,15 +61,13 @@ struct Product {
       const int64_t steps = std::min(most_steps, all_steps - s0);
       const auto block = [&](int64_t i) { return shared.get() + i * kBf16Step * steps; };
       torch::stable::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) kernel.pack(shorter, tall, i * kBf16Block, s0 * kBf16Depth, steps, block(i));
+        kernel.pack(shorter, tall, begin * kBf16Block, end * kBf16Block, s0 * kBf16Depth, steps, block(begin));
       });
       torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
         const Buffer own = packed_buffer(panel, steps);
         for (int64_t v0 = begin * panel; v0 < std::min(end * panel, longer.size); v0 += panel) {
           const int64_t size = std::min(panel, longer.size - v0);
-          for (int64_t v = 0; v < size; v += kBf16Block) {
-            kernel.pack(longer, !tall, v0 + v, s0 * kBf16Depth, steps, own.get() + v * steps * kBf16Depth);
-          }
+          kernel.pack(longer, !tall, v0, v0 + size, s0 * kBf16Depth, steps, own.get());
           for (int64_t i = 0; i < blocks; ++i) {
             const int64_t u = i * kBf16Block, rest = std::min(kBf16Block, shorter.size - u);
             const bool add = accumulate || s0 > 0;

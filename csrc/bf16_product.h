@@ -25,9 +25,9 @@ struct Bf16Panel {
   bool accumulate;
 };
 
-// Packs the 32 vectors from v0 on and `steps` steps from k0 on, zeros beyond the operand. A step is two tiles of 16 vectors,
-// in 32-bit words, each a pair of the summed dimension: word (vector, pair), or word (pair, vector) for b.
-using Bf16Pack = void (*)(const Bf16Operand&, bool is_b, int64_t v0, int64_t k0, int64_t steps, uint16_t* to);
+// Packs the vectors [v0, v1) in blocks of 32, and of each block `steps` steps from k0 on, zeros beyond the operand. A step is
+// two tiles of 16 vectors, in 32-bit words, each a pair of the summed dimension: word (vector, pair), or (pair, vector) for b.
+using Bf16Pack = void (*)(const Bf16Operand&, bool is_b, int64_t v0, int64_t v1, int64_t k0, int64_t steps, uint16_t* to);
 
 struct Bf16Product {
   Bf16Pack pack;

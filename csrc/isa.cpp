@@ -13,7 +13,7 @@ namespace generic { extern const Variant variant; }
 #if defined(__x86_64__)
 namespace avx2 { extern const Variant variant; }
 namespace avx512 { extern const Variant variant; }
-namespace bf16 { void pack(const Bf16Operand&, bool is_b, int64_t v0, int64_t k0, int64_t steps, uint16_t* to); }
+namespace bf16 { void pack(const Bf16Operand&, bool is_b, int64_t v0, int64_t v1, int64_t k0, int64_t steps, uint16_t* to); }
 namespace avx512_bf16 { void multiply(const Bf16Panel&); }
 #if defined(__linux__)
 namespace amx_bf16 {

@@ -83,20 +83,27 @@ RLAD_INLINE void pack_tile(const Bf16Operand& x, bool is_b, int64_t v, int64_t k
 }
 
 template <bool DEEP>
-void pack_block(const Bf16Operand& x, bool is_b, int64_t v0, int64_t k0, int64_t steps, uint16_t* to) {
-  for (int64_t s = 0; s < steps; ++s) {
-    for (int64_t v = v0; v < v0 + kBf16Block; v += kTile, to += kTile * kBf16Depth) {
-      const int64_t k = k0 + s * kBf16Depth;
-      const bool whole = v + kTile <= x.size && k + kBf16Depth <= x.depth;
-      whole ? pack_tile<DEEP, true>(x, is_b, v, k, to) : pack_tile<DEEP, false>(x, is_b, v, k, to);
-    }
+void pack_step(const Bf16Operand& x, bool is_b, int64_t v, int64_t k, uint16_t* to) {
+  const bool whole = v + kBf16Block <= x.size && k + kBf16Depth <= x.depth;
+  for (int64_t end = v + kBf16Block; v < end; v += kTile, to += kTile * kBf16Depth) {
+    whole ? pack_tile<DEEP, true>(x, is_b, v, k, to) : pack_tile<DEEP, false>(x, is_b, v, k, to);
   }
 }
 
 }  // namespace
 
-void pack(const Bf16Operand& x, bool is_b, int64_t v0, int64_t k0, int64_t steps, uint16_t* to) {
-  x.deep ? pack_block<true>(x, is_b, v0, k0, steps, to) : pack_block<false>(x, is_b, v0, k0, steps, to);
+// In the order in which x lies in memory.
+void pack(const Bf16Operand& x, bool is_b, int64_t v0, int64_t v1, int64_t k0, int64_t steps, uint16_t* to) {
+  const auto at = [&](int64_t v, int64_t s) { return to + (v - v0) * steps * kBf16Depth + s * kBf16Step; };
+  if (x.deep) {
+    for (int64_t v = v0; v < v1; v += kBf16Block) {
+      for (int64_t s = 0; s < steps; ++s) pack_step<true>(x, is_b, v, k0 + s * kBf16Depth, at(v, s));
+    }
+  } else {
+    for (int64_t s = 0; s < steps; ++s) {
+      for (int64_t v = v0; v < v1; v += kBf16Block) pack_step<false>(x, is_b, v, k0 + s * kBf16Depth, at(v, s));
+    }
+  }
 }
 
 }  // namespace rlad::bf16
