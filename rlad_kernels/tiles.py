@@ -56,7 +56,8 @@ class Tiles:
     def _sizes(self, device: str, keep_logits: bool) -> tuple[int, int]:
         size = self.acc.itemsize
         n, vocab = max(self.n, 1), self.vocab
-        rows = max(_CHUNK_BYTES[device] // (size * vocab), _CHUNK_ROWS_MIN) if keep_logits else _TILE_ROWS[device]
+        least = _CHUNK_ROWS_MIN * (2 if self.bf16_mm else 1)  # the faster the products, the more d_weight's traffic weighs
+        rows = max(_CHUNK_BYTES[device] // (size * vocab), least) if keep_logits else _TILE_ROWS[device]
         rows = min(settings.tile_rows or rows, n)
         cols = min(settings.tile_cols or max(_TILE_BYTES[device] // (size * rows), 256), vocab)
         return rows, cols
