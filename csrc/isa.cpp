@@ -3,12 +3,24 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace rlad {
 
 namespace generic { extern const Variant variant; }
 #if defined(__x86_64__)
 namespace avx2 { extern const Variant variant; }
 namespace avx512 { extern const Variant variant; }
+namespace bf16 { void pack(const Bf16Operand&, bool is_b, int64_t v0, int64_t v1, int64_t k0, int64_t steps, uint16_t* to); }
+namespace avx512_bf16 { void multiply(const Bf16Panel&); }
+#if defined(__linux__)
+namespace amx_bf16 {
+void multiply(const Bf16Panel&);
+bool permitted();
+}
+#endif
 #endif
 
 namespace {
@@ -18,19 +30,41 @@ struct Candidate {
   bool supported;
 };
 
-// Best last. avx512_bf16 shares the avx512 row passes: they hold float32 only.
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+
+constexpr Bf16Product kAvx512Bf16{bf16::pack, avx512_bf16::multiply};
+#if defined(__linux__)
+constexpr Bf16Product kAmxBf16{bf16::pack, amx_bf16::multiply};
+
+bool has_amx_bf16() {
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  unsigned a, b, c, d;
+  return has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) && amx_bf16::permitted();
+}
+#else
+constexpr Bf16Product kAmxBf16{};
+bool has_amx_bf16() { return false; }
+#endif
+#endif
+
+// Best last. The last two share the avx512 row passes, which hold float32 only.
 const Candidate* candidates(int& count) {
   static const Candidate list[] = {
-      {{"generic", &generic::variant}, true},
+      {{"generic", &generic::variant, nullptr}, true},
 #if defined(__x86_64__)
-      {{"avx2", &avx2::variant}, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
-      {{"avx512", &avx512::variant}, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-      {{"avx512_bf16", &avx512::variant}, __builtin_cpu_supports("avx512bf16") != 0},
+      {{"avx2", &avx2::variant, nullptr}, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {{"avx512", &avx512::variant, nullptr}, has_avx512()},
+      {{"avx512_bf16", &avx512::variant, &kAvx512Bf16}, has_avx512() && __builtin_cpu_supports("avx512bf16")},
+      {{"amx_bf16", &avx512::variant, &kAmxBf16}, has_amx_bf16()},
 #else
-      {{"avx2", nullptr}, false},
-      {{"avx512", nullptr}, false},
-      {{"avx512_bf16", nullptr}, false},
+      {{"avx2", nullptr, nullptr}, false},
+      {{"avx512", nullptr, nullptr}, false},
+      {{"avx512_bf16", nullptr, nullptr}, false},
+      {{"amx_bf16", nullptr, nullptr}, false},
 #endif
   };
   count = sizeof(list) / sizeof(*list);

@@ -1,8 +1,9 @@
-// Which instruction-set variant of the row passes runs.
+// Which instruction-set variant of the row passes and of the bfloat16 product runs.
 #pragma once
 
 #include <string>
 
+#include "bf16_product.h"
 #include "row_args.h"
 
 namespace rlad {
@@ -10,6 +11,7 @@ namespace rlad {
 struct Isa {
   const char* name;
   const Variant* passes;
+  const Bf16Product* bf16;  // null: no product of bfloat16 operands
 };
 
 // The variant $RLAD_CPU_ISA names, or the best one this CPU has. Read at every call, so that a process can compare them.

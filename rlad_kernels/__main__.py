@@ -38,7 +38,8 @@ def _cpu_backend() -> tuple[str, str | None]:
     probe = torch.zeros(1, 2)
     head = rlad_kernels.LMHead(torch.zeros(3, 2))
     worked = rlad_kernels.linear_logp(probe, head, torch.zeros(1, dtype=torch.int64)).logp.isfinite().all()
-    return f"C++, instruction set {torch.ops.rlad.cpu_isa()}, {'works' if worked else 'BROKEN'}", None
+    products = "bfloat16 products native" if ops.has_bf16_mm() else "bfloat16 products widened to float32"
+    return f"C++, instruction set {torch.ops.rlad.cpu_isa()}, {products}, {'works' if worked else 'BROKEN'}", None
 
 
 def _cuda_backend() -> tuple[str, str | None]:

@@ -85,6 +85,8 @@ def _missing(name: str) -> Callable[..., Any]:
 
 def _register() -> None:
     torch.library.define("rlad::cpu_isa", "() -> str")
+    torch.library.define("rlad::has_bf16_mm", "() -> bool")
+    torch.library.define("rlad::bf16_mm_", "(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()")  # C++ only
     for name, schema in {**ROW_OPS, **LOSS_OPS, **SWEEP_OPS}.items():
         torch.library.define(f"rlad::{name}", schema)
     triton_devices = ("cuda", "cpu") if INTERPRET else ("cuda",)
@@ -119,6 +121,11 @@ def has_cpp() -> bool:
     except ModuleNotFoundError:  # any other ImportError is a build that does not load: that must be seen
         return False
     return True
+
+
+def has_bf16_mm() -> bool:
+    """Whether CPU products of bfloat16 matrices go to ``bf16_mm_``: the C++ backend, on a CPU with instructions for them."""
+    return not INTERPRET and has_cpp() and torch.ops.rlad.has_bf16_mm()
 
 
 _register()

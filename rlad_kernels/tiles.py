@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlad_kernels.moments import Stats
-from rlad_kernels.ops import INTERPRET, acc_dtype
+from rlad_kernels.ops import INTERPRET, acc_dtype, has_bf16_mm
 from rlad_kernels.settings import settings
 
 # Rows and columns of one tile of logits. On CPU, products of this size run at full speed and the row pass finds part of the
@@ -24,8 +24,8 @@ class Tiles:
 
     ``keep_logits`` sizes chunks for callers that hold all logits of their rows, a ``multiple`` of rows at a time.
 
-    On CUDA low-precision operands go to cuBLAS as they are, with float32 results. CPU products have no such form, so there
-    a tile of the weight is widened first: bfloat16 products are exact in float32.
+    On CUDA low-precision operands go to cuBLAS as they are, with float32 results; on a CPU with bfloat16 instructions,
+    bfloat16 ones to ``bf16_mm_``. Otherwise a tile of the weight is widened first: bfloat16 products are exact in float32.
     """
 
     def __init__(
@@ -42,13 +42,14 @@ class Tiles:
         multiple: int = 1,
     ) -> None:
         self.acc = acc_dtype(hidden.dtype)
-        self.native = hidden.is_cuda
+        self.bf16_mm = hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu" and has_bf16_mm()
+        self.native = hidden.is_cuda or self.bf16_mm
         self.hidden = hidden if self.native else hidden.to(self.acc)
         self.weight = weight[:vocab_size]
         self.bias = None if bias is None else bias[:vocab_size].to(self.acc)
         self.inv_temp = inv_temp.to(self.acc).expand(hidden.shape[0]).contiguous()
         self.logit_scale, self.softcap = logit_scale, softcap
-        # Triton writes dlogits in the operands' dtype, which is what the tensor cores read; C++ in the accumulator's.
+        # dlogits are an operand too: in the operands' dtype where that is what the products read.
         self.grad_dtype = hidden.dtype if self.native or INTERPRET else self.acc
         self.n, self.vocab = hidden.shape[0], vocab_size
         self.rows, self.cols = self._sizes(hidden.device.type, keep_logits, multiple)
@@ -90,7 +91,9 @@ class Tiles:
     def add_product(self, into: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None, *, first: bool = False) -> None:
         """into ← (0 if first else into) + factor·a @ b, accumulated in the accumulation dtype."""
         a, b = self.operand(a), self.operand(b)
-        if factor is not None:
+        if self.bf16_mm:
+            torch.ops.rlad.bf16_mm_(into, a, b, not first)
+        elif factor is not None:
             product = self._product(a, b) * factor
             into.copy_(product) if first else into.add_(product)
         elif a.dtype == into.dtype:
@@ -99,6 +102,10 @@ class Tiles:
             torch.addmm(into, a, b, beta=0 if first else 1, out_dtype=into.dtype, out=into)
 
     def _product(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        if self.bf16_mm:
+            out = self.inv_temp.new_empty(a.shape[0], b.shape[1]) if out is None else out
+            torch.ops.rlad.bf16_mm_(out, a, b, False)
+            return out
         if a.dtype == self.acc:
             return torch.mm(a, b, out=out)
         return torch.mm(a, b, out_dtype=self.acc, out=out)

@@ -18,7 +18,7 @@ if INTERPRET or not has_cpp():
 pytestmark = pytest.mark.cpu
 rlad = torch.ops.rlad
 INF, I32 = torch.inf, torch.int32
-ISAS = ("generic", "avx2", "avx512")  # avx512_bf16 runs the avx512 row passes
+ISAS = ("generic", "avx2", "avx512")  # avx512_bf16 and amx_bf16 run the avx512 row passes
 FLAGS = [(False, False), (True, False), (False, True), (True, True)]
 WIDTHS = (1, 7, 64, 1000, 5000)  # odd ones, one block, more than one stretch of a row
 UNTOUCHED = 77.0
@@ -442,7 +442,8 @@ def test_bad_arguments_name_the_op_and_the_argument(isa):
 
 def test_instruction_set_is_chosen_by_name(monkeypatch):
     monkeypatch.delenv("RLAD_CPU_ISA", raising=False)
-    assert rlad.cpu_isa() in (*ISAS, "avx512_bf16")
+    assert rlad.cpu_isa() in (*ISAS, "avx512_bf16", "amx_bf16")
     monkeypatch.setenv("RLAD_CPU_ISA", "sse9")
-    with pytest.raises(RuntimeError, match="must be one of generic, avx2, avx512, avx512_bf16, got 'sse9'; this CPU has generic"):
+    names = "generic, avx2, avx512, avx512_bf16, amx_bf16"
+    with pytest.raises(RuntimeError, match=f"must be one of {names}, got 'sse9'; this CPU has generic"):
         rlad.cpu_isa()
