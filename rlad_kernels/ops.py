@@ -30,6 +30,8 @@ ROW_OPS = {
     "gather_dot": "(Tensor hidden, Tensor weight, Tensor ids) -> Tensor",
     "gather_dhidden": "(Tensor grad, Tensor weight, Tensor ids) -> Tensor",
     "gather_dweight_": "(Tensor(a!) d_weight, Tensor grad, Tensor hidden, Tensor order, Tensor sorted_ids) -> ()",
+    "score_partials": f"({_HEAD}, Tensor inv_temp, float logit_scale, float softcap, Tensor slots, bool entropy, bool extras, "
+    "bool column_max) -> (Tensor, Tensor, Tensor)",
 }
 LOSS_OPS = {
     "clipped_ratio": "(Tensor logp, Tensor old_logp, Tensor? teacher_logp, Tensor advantages, Tensor? ref_logp, float alpha, "

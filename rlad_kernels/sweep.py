@@ -9,6 +9,7 @@ from rlad_kernels.backward import Cotangents, Gradients, backward_tile
 from rlad_kernels.moments import Stats, add_slots, first_occurrence
 from rlad_kernels.ops import acc_dtype
 from rlad_kernels.rows import Kept, checked_finite, checked_ids, kept_inv_temp, row_mask
+from rlad_kernels.scoring import fused, statistics
 from rlad_kernels.tiles import Tiles
 
 
@@ -51,11 +52,16 @@ def linear_logp(
     kept = Kept(row_mask(caller, target, mask))
     slots = row_slots(caller, kept, target, topk_ids, vocab_size)
     inv_temp = kept_inv_temp(caller, kept, inv_temp, target.shape[0])
-    tiles = Tiles(kept.take(hidden), weight, bias, inv_temp, logit_scale, softcap, vocab_size)
-    stats, z = tiles.new_stats(slots.shape[1])
-    for c0, _, w in tiles.columns():
-        for r0, r1 in tiles.row_ranges():
-            tiles.fold(tiles.logits(r0, r1, w), c0, r0, r1, slots, stats, z, entropy=entropy, extras=extras)
+    hidden = kept.take(hidden)
+    if fused(hidden, weight):
+        head = (weight[:vocab_size], None if bias is None else bias[:vocab_size])
+        stats, z = statistics(hidden, *head, inv_temp, logit_scale, softcap, slots, entropy, extras)
+    else:
+        tiles = Tiles(hidden, weight, bias, inv_temp, logit_scale, softcap, vocab_size)
+        stats, z = tiles.new_stats(slots.shape[1])
+        for c0, _, w in tiles.columns():
+            for r0, r1 in tiles.row_ranges():
+                tiles.fold(tiles.logits(r0, r1, w), c0, r0, r1, slots, stats, z, entropy=entropy, extras=extras)
     results = outputs(Stats(*stats), z, slots, vocab_size, entropy, tail, extras)
     checked_finite(caller, results[1])
     wanted = (True, True, entropy, topk_ids is not None, tail, extras, extras, extras, True)

@@ -4,6 +4,7 @@ from .clipped_ratio import clipped_ratio
 from .dlogits import dlogits_
 from .fold import fold_
 from .gather import gather_dhidden, gather_dot, gather_dweight_
+from .score import score_partials
 from .topk import fold_topk_
 from .topk_kl import topk_kl
 
@@ -15,5 +16,6 @@ __all__ = [
     "gather_dhidden",
     "gather_dot",
     "gather_dweight_",
+    "score_partials",
     "topk_kl",
 ]
