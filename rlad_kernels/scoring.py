@@ -9,8 +9,10 @@ from rlad_kernels.moments import Stats, merge_tiles
 from rlad_kernels.ops import INTERPRET
 from rlad_kernels.settings import settings
 
-# Statistics of all tiles of the vocabulary wait for the merge, which needs two or three times as much for a moment.
-_PARTIAL_BYTES = 96 << 20
+# All tiles' statistics wait for the merge, which needs as much again for a moment. A bound from the narrowest tiles: with
+# those of Hopper half of it is used.
+_PARTIAL_BYTES = 256 << 20
+_ROW_BLOCK = 128
 
 
 def fused(hidden: Tensor, weight: Tensor) -> bool:
@@ -38,8 +40,9 @@ def statistics(
     bias = None if bias is None else bias.float()
     inv_temp = inv_temp.float().expand(hidden.shape[0]).contiguous()
     stats, z = inv_temp.new_empty(len(Stats._fields), hidden.shape[0]), inv_temp.new_empty(slots.shape)
-    tiles = -(-weight.shape[0] // 64)
-    rows = settings.tile_rows or max(_PARTIAL_BYTES // (stats.shape[0] * stats.element_size() * tiles), 1)
+    tiles = -(-weight.shape[0] // (64 if hidden.dtype == torch.float32 else 128))
+    blocks = _PARTIAL_BYTES // (_ROW_BLOCK * stats.shape[0] * stats.element_size() * tiles)
+    rows = settings.tile_rows or _ROW_BLOCK * max(blocks, 1)
     for r0 in range(0, hidden.shape[0], rows):
         r = slice(r0, r0 + rows)
         parts, z[r], _ = torch.ops.rlad.score_partials(

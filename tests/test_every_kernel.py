@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import rlad_kernels as rk
+from rlad_kernels.settings import settings
 from tests.test_fused import rlad_inputs
 
 pytestmark = pytest.mark.interpreted
@@ -20,6 +21,8 @@ def test_public_functions_launch_every_kernel() -> None:
     rk.rlad_loss(p.hidden, p.head, p.target, **inputs).loss.backward()  # fold, dlogits, clipped ratio, top-K KL; top-K before
     rk.linear_topk_kl_loss(p.hidden, p.head, inputs["teacher"]).loss.backward()  # gather and its two gradients
     rk.linear_topk(p.hidden, p.head, 3)
+    settings.fused_scoring = True
+    rk.linear_logp(torch.randn(2, 4), rk.LMHead(torch.randn(5, 4)), torch.tensor([0, 1]))
     assert set(LAUNCHES) == set(REGISTRY)
 
 

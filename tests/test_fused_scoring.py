@@ -68,10 +68,9 @@ def test_several_row_blocks_and_vocabulary_tiles(arch: int, monkeypatch: pytest.
     from rlad_kernels.kernels import _launch
 
     monkeypatch.setattr(_launch, "INTERPRETED", (arch, 3))
-    p = problem(n=150, d=72, v=1025, k=19, dtype=torch.bfloat16, temperature=torch.rand(150) + 0.5)
-    settings.tile_rows = 140
-    agree(p)
-    agree(p, extras=False)
+    p = problem(n=131, d=72, v=319, k=2, dtype=torch.bfloat16, temperature=torch.rand(131) + 0.5)
+    settings.tile_rows = 130
+    agree(p, extras=arch == 80)
 
 
 def test_extreme_rows() -> None:
