@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlad_kernels.moments import merge_slots
-from rlad_kernels.tiles import Tiles
+from rlad_kernels.tiles import Tiles, empty
 
 
 @dataclass
@@ -102,8 +102,8 @@ class Gradients:
         self.weight, self._whole, self._slab = None, None, None
         if need_weight:
             exact = weight.dtype == tiles.acc
-            self._whole = new(weight.shape) if whole or scattered or exact else None
-            self.weight = self._whole if exact else torch.empty_like(weight, memory_format=torch.contiguous_format)
+            self._whole = empty(tiles.inv_temp, *weight.shape) if whole or scattered or exact else None
+            self.weight = self._whole if exact else empty(weight, *weight.shape)
             for x in (self.weight, self._whole):
                 if x is not None:
                     (x if scattered or tiles.n == 0 else x[tiles.vocab :]).zero_()

@@ -24,7 +24,7 @@ from rlad_kernels.registry import TOKEN_LOSSES
 from rlad_kernels.rows import IGNORE, Kept, checked_finite, kept_inv_temp
 from rlad_kernels.scores import Call, TokenScores, check_eps, check_k, flat_call, flat_rows, maybe_rows, target_shape
 from rlad_kernels.sweep import outputs, row_slots
-from rlad_kernels.tiles import Tiles
+from rlad_kernels.tiles import Tiles, empty
 
 TokenLoss = Callable[..., Any]
 
@@ -62,7 +62,7 @@ def run(
     weight = kept.take(row_weight)
     inputs = tree_map_only(Tensor, lambda x: kept.take(x) if x.dim() else x, dict(inputs))
     grads = Gradients(tiles, call.weight, *need, whole=True, scattered=filter_eps > 0) if any(need) else None
-    logits = tiles.hidden.new_empty(tiles.rows * tiles.vocab, dtype=tiles.acc)
+    logits = empty(tiles.inv_temp, tiles.rows * tiles.vocab)
     losses, sums = weight.new_zeros(tiles.n), MetricSums()
     stats, z = tiles.new_stats(slots.shape[1])
     for r0, r1 in tiles.row_ranges():
@@ -151,7 +151,9 @@ class _FusedLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(f"{ctx.name}: backward has run already; its gradients were given away, call the loss again")
-        return *(None if g is None else g.mul_(g_loss) for g in gradients), *[None] * 9
+        if g_loss.is_cuda or g_loss != 1:  # the usual 1 saves a pass over d_weight; reading it on CUDA would synchronise
+            gradients = [None if g is None else g.mul_(g_loss) for g in gradients]
+        return *gradients, *[None] * 9
 
 
 def fused_linear_loss_op(

@@ -32,6 +32,16 @@ class Slots(NamedTuple):
     exp: Tensor  # (N, J) e^{z−m} of the first occurrence of each id, else 0
 
 
+def merge_tiles(tiles: Tensor) -> Tensor:
+    """Statistics ``(5, N)`` of whole rows from those of T tiles of the vocabulary ``(5, T, N)``, added in a fixed order."""
+    m, rest, restz, restsq, sumz = tiles
+    top = m.amax(0)
+    # e^{-1e4} is 0: an empty tile must give 0·0, not 0·inf
+    gap = (m - torch.where(top == -torch.inf, 0, top)).clamp_min(-1e4)
+    e = gap.exp()
+    return torch.stack([top, (rest * e).sum(0), (e * (restz + gap * rest)).sum(0), (restsq * e * e).sum(0), sumz.sum(0)])
+
+
 def first_occurrence(ids: Tensor) -> Tensor:
     """Mark the slots ``(N, J)`` whose id is valid (≥ 0) and stands in no earlier slot of the row."""
     if ids.shape[1] == 1:

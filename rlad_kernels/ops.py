@@ -32,6 +32,8 @@ ROW_OPS = {
     "gather_dot": "(Tensor hidden, Tensor weight, Tensor ids) -> Tensor",
     "gather_dhidden": "(Tensor grad, Tensor weight, Tensor ids) -> Tensor",
     "gather_dweight_": "(Tensor(a!) d_weight, Tensor grad, Tensor hidden, Tensor order, Tensor sorted_ids) -> ()",
+    "score_partials": f"({_HEAD}, Tensor inv_temp, float logit_scale, float softcap, Tensor slots, bool entropy, bool extras, "
+    "bool column_max) -> (Tensor, Tensor, Tensor)",
 }
 LOSS_OPS = {
     "clipped_ratio": "(Tensor logp, Tensor old_logp, Tensor? teacher_logp, Tensor advantages, Tensor? ref_logp, float alpha, "
@@ -86,6 +88,7 @@ def _missing(name: str) -> Callable[..., Any]:
 def _register() -> None:
     torch.library.define("rlad::cpu_isa", "() -> str")
     torch.library.define("rlad::has_bf16_mm", "() -> bool")
+    torch.library.define("rlad::huge_pages_", "(Tensor(a!) x) -> ()")
     torch.library.define("rlad::bf16_mm_", "(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()")  # C++ only
     for name, schema in {**ROW_OPS, **LOSS_OPS, **SWEEP_OPS}.items():
         torch.library.define(f"rlad::{name}", schema)
@@ -143,7 +146,7 @@ def _(
     from rlad_kernels.sparse import blocks_of
 
     rows = target.shape
-    blocks = blocks_of(rows[0]) if eps > 0 else 0
+    blocks = blocks_of(rows[0])
     topk = topk_ids.shape if topk_ids is not None else (0,)
     return (
         _empty(hidden, rows),
@@ -157,8 +160,8 @@ def _(
         _empty(hidden, rows),
         _empty(hidden, hidden.shape, ahead),
         _empty(hidden, rows, eps > 0),
-        _empty(hidden, (blocks, vocab_size if eps > 0 else 0), dtype=torch.bool),
-        _empty(hidden, (blocks, hidden.shape[1] if eps > 0 else 0)),
+        _empty(hidden, (blocks, vocab_size), eps > 0, torch.bool),
+        _empty(hidden, (blocks, hidden.shape[1]), eps > 0),
     )
 
 

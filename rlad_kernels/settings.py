@@ -1,4 +1,8 @@
-"""The three process-wide switches: tile sizes, checks that synchronise, row compaction."""
+"""The three process-wide switches: tile sizes, checks that synchronise, row compaction.
+
+A fourth has no public name: ``settings.fused_scoring``, for benches and tests. None leaves the choice between the tiles
+and the fully fused kernel to the table ``kernels.configs.FUSED_SCORING``; True and False make it for every call.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ class _Settings:
         self.tile_cols: int | None = None
         self.checks = False
         self.compaction = True
+        self.fused_scoring: bool | None = None
 
 
 settings = _Settings()

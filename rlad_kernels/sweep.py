@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,8 @@ from rlad_kernels.backward import Cotangents, Gradients, backward_tile
 from rlad_kernels.moments import Stats, add_slots, first_occurrence
 from rlad_kernels.ops import acc_dtype
 from rlad_kernels.rows import Kept, checked_finite, checked_ids, kept_inv_temp, row_mask
-from rlad_kernels.tiles import Tiles
+from rlad_kernels.scoring import fused, statistics
+from rlad_kernels.tiles import Tiles, empty
 
 
 def row_slots(name: str, kept: Kept, target: Tensor, topk_ids: Tensor | None, vocab_size: int) -> Tensor:
@@ -57,41 +60,67 @@ def linear_logp(
     kept = Kept(row_mask(caller, target, mask))
     slots = row_slots(caller, kept, target, topk_ids, vocab_size)
     inv_temp = kept_inv_temp(caller, kept, inv_temp, target.shape[0])
-    whole = ahead or filter_eps > 0
+    hidden = kept.take(hidden)
     head = (weight, bias, inv_temp, logit_scale, softcap, vocab_size)
-    tiles = Tiles(kept.take(hidden), *head, keep_logits=whole, multiple=sparse.BLOCK if filter_eps > 0 else 1)
-    stats, z = tiles.new_stats(slots.shape[1])
-    rows = target.shape[0]
-    blocks = sparse.blocks_of(rows) if filter_eps > 0 else 0
-    keep = torch.zeros(blocks, vocab_size if blocks else 0, dtype=torch.bool, device=hidden.device)
-    mean = stats.new_zeros(blocks, hidden.shape[1] if blocks else 0)
-    dropped = stats.new_zeros(tiles.n if blocks else 0)
-    slope = stats.new_zeros(tiles.n, hidden.shape[1]) if ahead else stats.new_empty(0)
-    flags = (entropy, tail, extras)
-    if whole:
-        logits = stats.new_empty(tiles.rows * tiles.vocab)
-        for r0, r1 in tiles.row_ranges():
-            at = slice(r0, r1)
-            x = logits[: (r1 - r0) * tiles.vocab].view(r1 - r0, tiles.vocab)
-            tiles.fold_rows(x, r0, r1, slots, stats, z, entropy=entropy, extras=extras)
-            done = outputs(Stats(*stats[:, at]), z[at], slots[at], vocab_size, False, False, False)
-            if ahead:
-                one = torch.ones_like(done[1])
-                cot = Cotangents.of(slots[at], done[1], done[-1], one, 0 * one, None, None, None, None, None)
-                for c0, c1, w in tiles.columns():
-                    g = backward_tile(tiles, cot, x[:, c0:c1], c0, tiles.inv_temp[at])
-                    tiles.add_product(slope[at], g, w)
-            else:
-                b = slice(r0 // sparse.BLOCK, sparse.blocks_of(r1))
-                keep[b], mean[b], dropped[at] = sparse.choose(tiles, x, r0, done[1], slots[at], filter_eps)
+    made = _Made(*[inv_temp.new_empty(0)] * 4)
+    if ahead or filter_eps > 0:
+        stats, z, made = _whole_rows(hidden, head, slots, target.shape[0], entropy, extras, filter_eps)
+    elif fused(hidden, weight):
+        cut = (weight[:vocab_size], None if bias is None else bias[:vocab_size])
+        stats, z = statistics(hidden, *cut, inv_temp, logit_scale, softcap, slots, entropy, extras)
     else:
+        tiles = Tiles(hidden, *head)
+        stats, z = tiles.new_stats(slots.shape[1])
         for c0, _, w in tiles.columns():
             for r0, r1 in tiles.row_ranges():
                 tiles.fold(tiles.logits(r0, r1, w), c0, r0, r1, slots, stats, z, entropy=entropy, extras=extras)
-    results = (*outputs(Stats(*stats), z, slots, vocab_size, *flags), slope, dropped)
+    results = (*outputs(Stats(*stats), z, slots, vocab_size, entropy, tail, extras), made.slope, made.dropped)
     checked_finite(caller, results[1])
-    wanted = (True, True, entropy, topk_ids is not None, tail, extras, extras, extras, True, ahead, blocks > 0)
-    return *(kept.put(x) if w else x.new_empty(0) for x, w in zip(results, wanted, strict=True)), keep, mean
+    wanted = (True, True, entropy, topk_ids is not None, tail, extras, extras, extras, True, ahead, filter_eps > 0)
+    rows = tuple(kept.put(x) if w else x.new_empty(0) for x, w in zip(results, wanted, strict=True))
+    return *rows, made.keep.bool(), made.mean
+
+
+class _Made(NamedTuple):
+    """What a forward leaves for its backward besides statistics; empty where not asked for."""
+
+    slope: Tensor  # (n, D) ∂logp/∂hidden
+    dropped: Tensor  # (n,)
+    keep: Tensor  # (blocks, V)
+    mean: Tensor  # (blocks, D)
+
+
+def _whole_rows(
+    hidden: Tensor, head: tuple[Any, ...], slots: Tensor, rows: int, entropy: bool, extras: bool, filter_eps: float
+) -> tuple[Tensor, Tensor, _Made]:
+    """Chunks of rows with all their logits: statistics, and with ``filter_eps`` the choice of columns, without ∂logp/∂hidden.
+
+    ``rows`` counts masked ones too: the number of blocks must not depend on the mask's values.
+    """
+    filtered = filter_eps > 0
+    tiles = Tiles(hidden, *head, keep_logits=True, multiple=sparse.BLOCK if filtered else 1)
+    stats, z = tiles.new_stats(slots.shape[1])
+    blocks, new = sparse.blocks_of(rows), stats.new_zeros
+    if filtered:
+        keep = torch.zeros(blocks, tiles.vocab, dtype=torch.bool, device=hidden.device)
+        made = _Made(new(0), new(tiles.n), keep, new(blocks, hidden.shape[1]))
+    else:
+        made = _Made(new(tiles.n, hidden.shape[1]), new(0), new(0), new(0))
+    logits = empty(stats, tiles.rows * tiles.vocab)
+    for r0, r1 in tiles.row_ranges():
+        at = slice(r0, r1)
+        x = logits[: (r1 - r0) * tiles.vocab].view(r1 - r0, tiles.vocab)
+        tiles.fold_rows(x, r0, r1, slots, stats, z, entropy=entropy, extras=extras)
+        done = outputs(Stats(*stats[:, at]), z[at], slots[at], tiles.vocab, False, False, False)
+        if filtered:
+            b = slice(r0 // sparse.BLOCK, sparse.blocks_of(r1))
+            made.keep[b], made.mean[b], made.dropped[at] = sparse.choose(tiles, x, r0, done[1], slots[at], filter_eps)
+            continue
+        one = torch.ones_like(done[1])
+        cot = Cotangents.of(slots[at], done[1], done[-1], one, 0 * one, None, None, None, None, None)
+        for c0, c1, w in tiles.columns():
+            tiles.add_product(made.slope[at], backward_tile(tiles, cot, x[:, c0:c1], c0, tiles.inv_temp[at]), w)
+    return stats, z, made
 
 
 def linear_logp_bwd(

@@ -19,6 +19,14 @@ _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2048 << 20}
 _CHUNK_ROWS_MIN = 512
 
 
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """``like.new_empty`` for memory that is large and written once: on CPU with huge pages."""
+    x = like.new_empty(shape, dtype=dtype)
+    if x.device.type == "cpu" and not INTERPRET:
+        torch.ops.rlad.huge_pages_(x)
+    return x
+
+
 class Tiles:
     """Hidden rows, head and tile sizes of one call; every product it makes has an accumulation-dtype result.
 
@@ -77,7 +85,7 @@ class Tiles:
     def buffer(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
         """A ``(rows, cols)`` scratch tile, reused from tile to tile."""
         if dtype not in self._buffers:
-            self._buffers[dtype] = torch.empty(self.rows * self.cols, dtype=dtype, device=self.hidden.device)
+            self._buffers[dtype] = empty(self.inv_temp, self.rows * self.cols, dtype=dtype)
         return self._buffers[dtype][: rows * cols].view(rows, cols)
 
     def logits(self, r0: int, r1: int, w: Tensor, out: Tensor | None = None) -> Tensor:

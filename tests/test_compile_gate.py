@@ -43,17 +43,17 @@ def test_every_kernel_is_registered_configured_and_compiled():
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_cases_reach_every_config_row_dtype_flag_and_optional_argument(name):
-    launches = [case.launch() for case in CASES[name]]
+    launches = [case.launch(arch) for case in CASES[name] for arch in compile_gate.ARCHS]
     assert {launch.kernel for launch in launches} == {REGISTRY[name].fn}
     assert {launch.config for launch in launches} == set(TABLES[name])
     parameters = [p.name for p in REGISTRY[name].fn.params]
     seen = [dict(zip(parameters, launch.args, strict=False)) | launch.flags for launch in launches]
     for flag in launches[0].flags:
         assert {values[flag] for values in seen} == CHOICES.get(flag, {False, True}), flag
-    for optional in {"bias", "teacher_logp", "ref_logp", "tail_logp", "slot_tail"} & set(parameters) - {"teacher_logp"}:
+    for optional in {"bias", "ref_logp", "tail_logp", "slot_tail", "column_max"} & set(parameters):
         assert {values[optional] is None for values in seen} == {False, True}, optional
     for tensor in {"out", "weight", "hidden", "d_weight"} & set(parameters) - ({"out"} if name in FLOAT32_OUT else set()):
-        assert {values[tensor].dtype for values in seen} == HALVES, tensor
+        assert {getattr(values[tensor], "base", values[tensor]).dtype for values in seen} == HALVES, tensor
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,18 @@ def _copy(x, out, BLOCK: tl.constexpr):
     """out = x."""
     o = tl.arange(0, BLOCK)
     tl.store(out + o, tl.load(x + o))
+
+
+def test_products_of_16_bit_types_must_use_the_tensor_cores():
+    spec = REGISTRY["score_kernel"]
+    patterns = {case.label: compile_gate.required(spec, case, case.launch(90), 90) for case in CASES["score_kernel"]}
+    assert {label.split()[0]: len(found) for label, found in patterns.items()} == {
+        "torch.float32": 0, "torch.bfloat16": 1, "torch.float16": 1,
+    }  # fmt: skip
+    x = torch.empty(1 << 16, device="meta")
+    wanted = (compile_gate.TENSOR_CORES[90],)
+    assert "no wgmma" in faults(_tensor_core, x, PRECISION="ieee", wide=wanted)
+    assert "no wgmma" not in faults(_tensor_core, x.bfloat16(), PRECISION="ieee", wide=wanted)
 
 
 def faults(kernel, x, num_warps=4, max_registers=255, wide=(), **flags) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import rlad_kernels as rk
+from rlad_kernels.settings import settings
 from tests.test_fused import rlad_inputs
 
 pytestmark = pytest.mark.interpreted
@@ -21,6 +22,8 @@ def test_public_functions_launch_every_kernel() -> None:
     rk.linear_topk_kl_loss(p.hidden, p.head, inputs["teacher"]).loss.backward()  # gather and its two gradients
     rk.linear_topk(p.hidden, p.head, 3)
     rk.linear_logp(p.hidden, p.head, p.target, filter_eps=1e-3)  # column statistics
+    settings.fused_scoring = True
+    rk.linear_logp(torch.randn(2, 4), rk.LMHead(torch.randn(5, 4)), torch.tensor([0, 1]))
     assert set(LAUNCHES) == set(REGISTRY)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlad_kernels import kernels
-from rlad_kernels.kernels import dlogits_, fold_, fold_topk_, gather_dhidden, gather_dot, gather_dweight_, topk_kl
+from rlad_kernels.kernels import dlogits_, fold_, fold_topk_, gather_dhidden, gather_dot, gather_dweight_, score_partials, topk_kl
 from rlad_kernels.kernels._launch import LAUNCHES
 from rlad_kernels.kernels.clipped_ratio import ESTIMATORS, clipped_ratio
 from rlad_kernels.kernels.registry import REGISTRY
@@ -383,18 +383,17 @@ def test_topk_kl_at_the_edges():
 
 def test_every_kernel_runs_is_counted_and_refuses_float64():
     LAUNCHES.clear()
-    one, ids, none = torch.ones(1, 1), torch.zeros(1, 1, dtype=I32), torch.zeros(1, 0)
+    one, four, ids, none = torch.ones(1, 1), torch.ones(1, 4), torch.zeros(1, 1, dtype=I32), torch.zeros(1, 0)
     fold_(*plain(one), ids, True, fresh_stats(1), one.clone(), True, True)
     fold_topk_(*plain(one), ids, fresh_stats(1), one.clone(), -INF * one, ids - 1, True)
     dlogits_(one.clone(), *plain(one), none.to(I32), none, None, torch.ones(6, 1), True, True)
     gather_dweight_(one.clone(), gather_dot(one, one, ids), gather_dhidden(one, one, ids), ids[0].long(), ids[0])
     clipped_ratio(one[0], one[0], None, one[0], None, 1.0, 0.2, 0.2, INF, 0.0, 0.0, "k3")
     topk_kl(one, ids, one, None, None, "reverse", "both")
-    assert set(LAUNCHES) == set(REGISTRY)
-    assert set(LAUNCHES.values()) == {1}
+    score_partials(four, four, None, one[0], 1.0, 0.0, ids, True, True, False)
+    assert dict(LAUNCHES) == dict.fromkeys(REGISTRY, 1)
     gather_dot(one[:0], one, ids[:0])  # no rows: no launch
     assert LAUNCHES["gather_dot_kernel"] == 1
-    for name in kernels.__all__:
-        launcher = getattr(kernels, name)
-        with pytest.raises(TypeError, match=f"{name}: .*float64"):
+    for launcher in (getattr(kernels, name) for name in kernels.__all__):
+        with pytest.raises(TypeError, match=f"{launcher.__name__}: .*float64"):
             launcher(*[one.double()] * len(signature(launcher).parameters))

@@ -5,6 +5,7 @@ from .columns import column_stats_
 from .dlogits import dlogits_
 from .fold import fold_
 from .gather import gather_dhidden, gather_dot, gather_dweight_
+from .score import score_partials
 from .topk import fold_topk_
 from .topk_kl import topk_kl
 
@@ -17,5 +18,6 @@ __all__ = [
     "gather_dhidden",
     "gather_dot",
     "gather_dweight_",
+    "score_partials",
     "topk_kl",
 ]

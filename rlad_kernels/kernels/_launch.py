@@ -10,8 +10,11 @@ import torch
 
 from .configs import Config
 
+INTERPRETED = (90, 3)  # the interpreter runs Hopper's configurations, on fewer programs than there are tiles
+
 LAUNCHES: Counter[str] = Counter()  # kernel name → launches; tests read it to prove that a kernel ran
 _recording: list["Launch"] | None = None
+_recorded_for = 90
 
 
 @dataclass(frozen=True)
@@ -25,14 +28,30 @@ class Launch:
 
 
 @contextmanager
-def record() -> Iterator[list[Launch]]:
-    """Collect launches instead of running them. Meta tensors suffice: no kernel reads anything."""
-    global _recording
-    outer, _recording = _recording, []
+def record(arch: int = 90) -> Iterator[list[Launch]]:
+    """Collect launches as a device of `arch` would get them, instead of running them. Meta tensors suffice."""
+    global _recording, _recorded_for
+    outer = _recording, _recorded_for
+    _recording, _recorded_for = [], arch
     try:
         yield _recording
     finally:
-        _recording = outer
+        _recording, _recorded_for = outer
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability × 10 of the device that a launch is for."""
+    if _recording is not None:
+        return _recorded_for
+    if device.type != "cuda":
+        return INTERPRETED[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a persistent grid has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else INTERPRETED[1]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any, **flags: Any) -> None:

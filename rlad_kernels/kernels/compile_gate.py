@@ -17,14 +17,18 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._launch import Launch
-from .gate_cases import CASES
-from .registry import REGISTRY
+from .gate_cases import CASES, Case
+from .registry import REGISTRY, Kernel
 
 ARCHS = (80, 90, 100)
 # bytes a block may have (CUDA programming guide, "maximum amount of shared memory per thread block")
 MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+# the instruction of the tensor cores, in the 16-bit types; in float32 they would round the operands to tf32
+TENSOR_CORES = {80: r"mma\.sync\S*16\.f32\b", 90: r"wgmma\.mma_async\S*16\b", 100: r"tcgen05\.mma\S*kind::f16"}
 
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
@@ -57,6 +61,8 @@ def specialize(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict[
         elif isinstance(value, torch.Tensor):
             kind = TYPES[value.dtype]
             aligned = value.storage_offset() * value.element_size() % 16 == 0  # allocations are aligned to 256 bytes
+        elif isinstance(value, TensorDescriptor):
+            kind = f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
         elif isinstance(value, bool):
             kind = "u1"
         elif isinstance(value, int) and (value != 1 or param.do_not_specialize):
@@ -80,6 +86,13 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
         tool = triton.knobs.nvidia.cuobjdump.path
         text = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True).stdout
     return tuple(int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK"))
+
+
+def required(spec: Kernel, case: Case, launch: Launch, arch: int) -> tuple[str, ...]:
+    """What the PTX of a case must contain."""
+    tensors = [getattr(a, "base", a) for a in launch.args if isinstance(a, (torch.Tensor, TensorDescriptor))]
+    half = any(x.dtype.itemsize == 2 for x in tensors)
+    return (spec.wide if case.wide else ()) + ((TENSOR_CORES[arch],) if spec.dots and half else ())
 
 
 def inspect(launch: Launch, arch: int, max_registers: int, wide: tuple[str, ...] = ()) -> tuple[int, int, tuple[str, ...]]:
@@ -110,7 +123,8 @@ def inspect(launch: Launch, arch: int, max_registers: int, wide: tuple[str, ...]
 def check(kernel: str, index: int, arch: int) -> Report:
     """Compile one case of a kernel for one architecture."""
     spec, case = REGISTRY[kernel], CASES[kernel][index]
-    return Report(kernel, case.label, arch, *inspect(case.launch(), arch, spec.max_registers, spec.wide if case.wide else ()))
+    launch = case.launch(arch)
+    return Report(kernel, case.label, arch, *inspect(launch, arch, spec.max_registers, required(spec, case, launch, arch)))
 
 
 def run(archs: tuple[int, ...] = ARCHS, kernels: list[str] | None = None, jobs: int = 2) -> list[Report]:

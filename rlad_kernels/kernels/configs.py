@@ -1,5 +1,6 @@
 """Launch configurations: one frozen table per kernel, looked up by the size that decides. Nothing is tuned at run time."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
 from types import MappingProxyType
@@ -19,8 +20,10 @@ def _row(limit: float, num_warps: int, num_stages: int = 1, **blocks: int) -> Co
     return Config(limit, num_warps, num_stages, tuple(blocks.items()))
 
 
-# num_stages is 1 throughout: no kernel feeds a dot, so there is nothing for the software pipeliner to overlap; enough
-# programs per SM are resident to hide the latency instead.
+ROW_BLOCK = 128  # rows that share a column maximum
+
+# num_stages is 1 but for score_kernel: no other kernel feeds a dot, so there is nothing for the software pipeliner to
+# overlap; enough programs per SM are resident to hide the latency instead.
 TABLES = MappingProxyType(
     {
         # size: columns of the tile. Up to five running values a lane: with 4 lanes a thread (one 16-byte load) every flag
@@ -62,6 +65,16 @@ TABLES = MappingProxyType(
             _row(512, 4, BLOCK_P=8, BLOCK_D=256),
             _row(inf, 4, BLOCK_P=4, BLOCK_D=1024),
         ),
+        # size: 10 × compute capability for the 16-bit types, 0 for float32, whose products run on no tensor core. One program
+        # an SM. Hopper's and Blackwell's tiles need the fewest bytes of L2 a product; in 4 stretches the epilogue of 128
+        # accumulators a thread stays under 255 registers with every flag, in 2 it spills, and so it does with BLOCK_J = 16.
+        # float32: one stretch, or BLOCK_D = 32, and ptxas stops at 128 registers and spills the rest.
+        # Ampere: 3 × 32 KiB of its 163 KiB in flight. Unmeasured, like everything here: see FUSED_SCORING.
+        "score_kernel": (
+            _row(0, 8, 2, BLOCK_N=ROW_BLOCK, BLOCK_V=64, BLOCK_D=16, TMA=0, PARTS=2, BLOCK_J=4, GROUP=16),
+            _row(89, 8, 4, BLOCK_N=ROW_BLOCK, BLOCK_V=128, BLOCK_D=64, TMA=0, PARTS=2, BLOCK_J=4, GROUP=16),
+            _row(inf, 8, 4, BLOCK_N=ROW_BLOCK, BLOCK_V=256, BLOCK_D=64, TMA=1, PARTS=4, BLOCK_J=4, GROUP=16),
+        ),
         # size: N. A few thousand tokens: one a thread, so that even small batches reach every SM.
         "clipped_ratio_kernel": (_row(inf, 4, BLOCK=128),),
         # size: K. One row of slots per program; a warp handles the usual supports alone, without barriers. BLOCK_E
@@ -73,6 +86,11 @@ TABLES = MappingProxyType(
         ),
     }
 )
+
+# (10 × compute capability, bytes per element) → rows from which linear_logp takes score_kernel instead of cuBLAS's product
+# and fold_kernel. An entry needs a measurement on that chip. None has been taken, so no call takes the kernel by itself;
+# `settings.fused_scoring = True` does, for benches and tests.
+FUSED_SCORING: Mapping[tuple[int, int], int] = MappingProxyType({})
 
 
 def pick(kernel: str, size: int) -> Config:

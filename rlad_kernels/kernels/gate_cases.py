@@ -13,6 +13,7 @@ from .configs import TABLES
 from .dlogits import dlogits_
 from .fold import fold_
 from .gather import HALVES, gather_dhidden, gather_dot, gather_dweight_
+from .score import score_partials
 from .topk import fold_topk_
 from .topk_kl import DIRECTIONS, NORMALIZATIONS, topk_kl
 
@@ -27,9 +28,9 @@ class Case:
     call: Callable[[], object]
     wide: bool = True
 
-    def launch(self) -> Launch:
-        """The one launch this call makes."""
-        with record() as launches:
+    def launch(self, arch: int = 90) -> Launch:
+        """The one launch this call makes on a device of `arch`."""
+        with record(arch) as launches:
             self.call()
         (only,) = launches
         return only
@@ -130,6 +131,14 @@ def gather_dweight_cases() -> Iterator[Case]:
                 yield Case(f"{dtype} → {out} D={d}", lambda a=args: gather_dweight_(*a))
 
 
+def score_cases() -> Iterator[Case]:
+    for dtype in HALVES:
+        for f in _flag_sets("bias", "softcap", "entropy", "extras", "column_max", single=dtype == torch.bfloat16):
+            head = (_f32(R, D, dtype=dtype), _f32(V, D, dtype=dtype), *_sweep_args(f, V))
+            args = (*head, _ids(R, J), "entropy" in f, "extras" in f, "column_max" in f)
+            yield Case(f"{dtype} {'+'.join(sorted(f))}", lambda a=args: score_partials(*a))
+
+
 def clipped_ratio_cases() -> Iterator[Case]:
     plain = [(teacher, None, dual) for teacher in (False, True) for dual in (0.0, 3.0)]
     for teacher, estimator, dual in (*plain, *((True, name, 3.0) for name in ESTIMATORS)):
@@ -155,6 +164,7 @@ CASES: dict[str, list[Case]] = {
     "gather_dot_kernel": list(gather_dot_cases()),
     "gather_dhidden_kernel": list(gather_dhidden_cases()),
     "gather_dweight_kernel": list(gather_dweight_cases()),
+    "score_kernel": list(score_cases()),
     "clipped_ratio_kernel": list(clipped_ratio_cases()),
     "topk_kl_kernel": list(topk_kl_cases()),
 }

@@ -16,6 +16,7 @@ from .gather import (
     gather_dweight_,
     gather_dweight_kernel,
 )
+from .score import score_kernel, score_partials
 from .topk import fold_topk_, fold_topk_kernel
 from .topk_kl import topk_kl, topk_kl_kernel
 
@@ -28,6 +29,7 @@ class Kernel:
     launcher: Callable[..., Any]
     max_registers: int
     wide: tuple[str, ...] = ()  # regular expressions
+    dots: bool = False  # its products must run on tensor cores in the 16-bit types, and never in float32
 
 
 # 16 bytes a thread for float32, and for the 16-bit types wherever eight neighbours belong to one thread
@@ -43,6 +45,7 @@ REGISTRY: dict[str, Kernel] = {
         Kernel(gather_dot_kernel, gather_dot, 80, (WIDE_LOAD,)),
         Kernel(gather_dhidden_kernel, gather_dhidden, 72),
         Kernel(gather_dweight_kernel, gather_dweight_, 96),
+        Kernel(score_kernel, score_partials, 255, dots=True),
         Kernel(clipped_ratio_kernel, clipped_ratio, 40),
         Kernel(topk_kl_kernel, topk_kl, 128),
     )
