@@ -14,7 +14,7 @@ class Wrong(Exception):
 
 def gate(provider: Provider, dtype: torch.dtype, device: str) -> dict[str, float]:
     """Error of the loss, and of each gradient in relative Frobenius norm."""
-    x = Inputs.make(96, 64, 4096, dtype, device, provider.peaked)
+    x = Inputs.make(512, 64, 4096, dtype, device, provider.peaked)
     exact = x.to(torch.float64)
     truth = provider.truth(exact)
     errors = {"loss": abs(provider.step(x).item() - truth.item())}

@@ -37,7 +37,7 @@ class Inputs:
         if data:
             real = torch.load(data, map_location=device)
             hidden, weight, target = real["hidden"][:n].to(dtype), real["weight"].to(dtype), real["target"][:n]
-        sequence = min(256, n // 4)
+        sequence = max(1, min(256, n // 16))
         advantage = torch.empty(n // sequence, device=device).normal_(generator=generator).repeat_interleave(sequence)
         ids = (target[:, None] + 97 * torch.arange(SUPPORT, device=device)) % v
         teacher = torch.empty(n, SUPPORT, device=device).normal_(std=2, generator=generator).log_softmax(1)

@@ -103,7 +103,7 @@ def _register() -> None:
     torch.library.impl("rlad::clipped_ratio", "cpu", _late("losses.ratio", "clipped_ratio_cpu"))
     torch.library.impl("rlad::topk_kl", "cpu", _late("losses.topk_kl", "topk_kl_cpu"))
     if not has_cpp():
-        for name in ROW_OPS:
+        for name in (*ROW_OPS, "huge_pages_"):
             torch.library.impl(f"rlad::{name}", "cpu", _missing(name))
 
 

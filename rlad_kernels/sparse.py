@@ -41,8 +41,9 @@ def choose(tiles: Tiles, x: Tensor, r0: int, lse: Tensor, slots: Tensor, eps: fl
     block = torch.arange(n, device=x.device) // BLOCK
     keep[block.unsqueeze(1), places] = True
     out[1:].masked_fill_(keep, 0)
-    mean = x.new_zeros(len(keep), tiles.hidden.shape[1])
     share = out[-1] / out[1].sum(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    share = torch.nn.functional.pad(share, (0, 0, 0, -len(share) % 8))  # on CPU, four rows take three times as long as eight
+    mean = x.new_zeros(len(share), tiles.hidden.shape[1])
     for c0, c1, w in tiles.columns():
         tiles.add_product(mean, share[:, c0:c1].to(tiles.grad_dtype), w)
     dropped = x.new_empty(n)
@@ -51,7 +52,7 @@ def choose(tiles: Tiles, x: Tensor, r0: int, lse: Tensor, slots: Tensor, eps: fl
         columns = keep[b].nonzero().squeeze(1)
         z, _ = _tempered(tiles, x[rows].index_select(1, columns), columns, inv_temp[rows])
         dropped[rows] = (1 - (z - lse[rows].unsqueeze(1)).exp().sum(1)).clamp_min(0)
-    return Columns(keep, mean, dropped)
+    return Columns(keep, mean[: len(keep)], dropped)
 
 
 def backward(
