@@ -41,6 +41,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("rlad_smollm2"), help="folder for metrics.json and curves.png")
     parser.add_argument("--steps", type=int, default=recipe.steps, help="training steps of part two")
     parser.add_argument("--lr", type=float, default=recipe.lr, help="peak learning rate of part two; 0 is the control run")
+    parser.add_argument("--filter-eps", type=float, default=recipe.filter_eps, help="sparse backward in part two; 0 is exact")
     parser.add_argument("--tokens", type=int, default=3072, help="tokens of part one")
     parser.add_argument("--seed", type=int, default=0, help="seeds the split of the problems, the rollouts and part one")
     parser.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 8), help="CPU threads")
@@ -73,7 +74,7 @@ def bundled_gguf() -> Path:
 
 
 def run_part_one(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
-    tokens = 1024 if args.smoke else args.tokens
+    tokens = 2048 if args.smoke else args.tokens
     print(f"\nPart one. The same RLAD loss (TRRD + {part_one.COEF:g} × top-{part_one.TOPK} reverse KL) three ways.", flush=True)
     inputs = part_one.make_inputs(model, tokenizer, tokens, args.seed)
     rows, dim = inputs["hidden"].shape[:2].numel(), inputs["hidden"].shape[-1]
@@ -95,7 +96,7 @@ def run_part_one(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[s
 
 
 def run_part_two(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
-    recipe = replace(part_two.Recipe(), steps=args.steps, lr=args.lr)
+    recipe = replace(part_two.Recipe(), steps=args.steps, lr=args.lr, filter_eps=args.filter_eps)
     if args.smoke:
         recipe = replace(recipe, steps=2, prompts=4, held_out=24, max_new=8)
     results = part_two.train(model, tokenizer, recipe, args.seed, args.out)

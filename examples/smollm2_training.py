@@ -47,6 +47,7 @@ class Recipe:
     teacher_clamp: float = 2.0
     topk: int = 16
     topk_kl_coef: float = 1.0
+    filter_eps: float = 0.0  # above it, gradient goes through likely columns only
     max_grad_norm: float = 1.0
     held_out: int = 240
     evaluate_every: int = 8
@@ -272,6 +273,7 @@ class Trainer:
             teacher=teacher,
             topk_kl_coef=recipe.topk_kl_coef,
             mask=rollout.mask,
+            filter_eps=recipe.filter_eps,
             alpha=recipe.alpha,
             teacher_clamp=recipe.teacher_clamp,
         )

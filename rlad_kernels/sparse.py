@@ -41,18 +41,21 @@ def choose(tiles: Tiles, x: Tensor, r0: int, lse: Tensor, slots: Tensor, eps: fl
     block = torch.arange(n, device=x.device) // BLOCK
     keep[block.unsqueeze(1), places] = True
     out[1:].masked_fill_(keep, 0)
-    share = out[-1] / out[1].sum(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    tiny = torch.finfo(x.dtype).tiny
+    top = out[-1].amax(1, keepdim=True).clamp_min(tiny)  # the largest share is 1: float16 holds no small ones
+    share = out[-1] / top
     share = torch.nn.functional.pad(share, (0, 0, 0, -len(share) % 8))  # on CPU, four rows take three times as long as eight
     mean = x.new_zeros(len(share), tiles.hidden.shape[1])
     for c0, c1, w in tiles.columns():
         tiles.add_product(mean, share[:, c0:c1].to(tiles.grad_dtype), w)
+    mean = mean[: len(keep)] * (top / out[1].sum(1, keepdim=True).clamp_min(tiny))
     dropped = x.new_empty(n)
     for b in range(len(keep)):
         rows = slice(b * BLOCK, min((b + 1) * BLOCK, n))
         columns = keep[b].nonzero().squeeze(1)
         z, _ = _tempered(tiles, x[rows].index_select(1, columns), columns, inv_temp[rows])
         dropped[rows] = (1 - (z - lse[rows].unsqueeze(1)).exp().sum(1)).clamp_min(0)
-    return Columns(keep, mean[: len(keep)], dropped)
+    return Columns(keep, mean, dropped)
 
 
 def backward(

@@ -118,8 +118,10 @@ def _whole_rows(
             continue
         one = torch.ones_like(done[1])
         cot = Cotangents.of(slots[at], done[1], done[-1], one, 0 * one, None, None, None, None, None)
+        if tiles.grad_dtype == torch.float16:
+            cot.rescale(tiles.inv_temp[at] * abs(tiles.logit_scale))
         for c0, c1, w in tiles.columns():
-            tiles.add_product(made.slope[at], backward_tile(tiles, cot, x[:, c0:c1], c0, tiles.inv_temp[at]), w)
+            tiles.add_product(made.slope[at], backward_tile(tiles, cot, x[:, c0:c1], c0, tiles.inv_temp[at]), w, cot.unscale)
     return stats, z, made
 
 

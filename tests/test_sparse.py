@@ -216,6 +216,19 @@ def test_frozen_head(head: str, cotangent: str) -> None:
     assert torch.equal(p.hidden.grad[~p.mask], torch.zeros_like(p.hidden.grad[~p.mask]))
 
 
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype: torch.dtype, frozen: bool) -> None:
+    """With small gradients and many small probabilities, which float16 alone would lose."""
+    p = problem(n=20, v=900, d=24, sigma=0.5 if frozen else 2.0, dtype=dtype, bias=False)
+    a = torch.randn(20) * 1e-4
+    head = rk.LMHead(p.weight.detach()) if frozen else p.head
+    (rk.linear_logp(p.hidden, head, p.target, filter_eps=0.0 if frozen else 2.0**-12).logp * a).sum().backward()
+    twin = p.twin()
+    (twin.logits().log_softmax(-1).gather(1, p.target[:, None])[:, 0] * a.double()).sum().backward()
+    assert relative(p.hidden.grad, twin.hidden.grad) < (3e-3 if frozen else 2e-2)
+
+
 @pytest.mark.cpu
 def test_frozen_head_gradcheck() -> None:
     p = problem(n=5, v=23, d=4, dtype=torch.float64, softcap=3.0)

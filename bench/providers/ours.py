@@ -95,7 +95,7 @@ PROVIDERS = (
     Provider("linear_logp", linear_logp, "ours, log-probs, any loss after them", 4, 7, bound=EXACT),
     Provider("fused", fused, "ours, the loss inside the sweep", 3, 6, bound=EXACT),
     Provider("half", half, "ours, linear_logp, half of the sequences without advantage", 2.5, 4.5, half_truth, EXACT),
-    Provider("frozen", frozen, "ours, linear_logp, frozen head", 3, 6, frozen_truth, EXACT),
+    Provider("frozen", frozen, "ours, linear_logp, frozen head", 2, 4, frozen_truth, EXACT),
     Provider("sparse", sparse, "ours, linear_logp, filter_eps 2⁻¹⁴, peaked logits", 4, 7, bound=SPARSE, peaked=True),
     Provider("fused_sparse", fused_sparse, "ours, fused, filter_eps 2⁻¹⁴, peaked logits", 3, 6, bound=SPARSE, peaked=True),
     Provider("topk", topk, "ours, linear_topk, K 64, no gradient", 1, 2, topk_truth, EXACT),
