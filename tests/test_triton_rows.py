@@ -391,6 +391,7 @@ def test_every_kernel_runs_is_counted_and_refuses_float64():
     clipped_ratio(one[0], one[0], None, one[0], None, 1.0, 0.2, 0.2, INF, 0.0, 0.0, "k3")
     topk_kl(one, ids, one, None, None, "reverse", "both")
     score_partials(four, four, None, one[0], 1.0, 0.0, ids, True, True, False)
+    kernels.column_stats_(torch.empty(2, 1, 1), one, None, one[0], 1.0, 0.0, one[0], 1)
     assert dict(LAUNCHES) == dict.fromkeys(REGISTRY, 1)
     gather_dot(one[:0], one, ids[:0])  # no rows: no launch
     assert LAUNCHES["gather_dot_kernel"] == 1
