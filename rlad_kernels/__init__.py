@@ -6,11 +6,13 @@ from rlad_kernels.losses.ratio import grpo_loss, trrd_loss
 from rlad_kernels.losses.reduction import LossOutput
 from rlad_kernels.losses.rlad import rlad_loss
 from rlad_kernels.losses.topk_kl import linear_topk_kl_loss, topk_kl_loss
+from rlad_kernels.registry import METHODS
 from rlad_kernels.scores import TokenScores, TopK, linear_gather, linear_logp, linear_topk
 from rlad_kernels.settings import set_checks, set_compaction, set_tile
 
 __version__ = "0.1.0"
 __all__ = [
+    "METHODS",
     "LMHead",
     "LossOutput",
     "TokenScores",

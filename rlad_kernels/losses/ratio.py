@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlad_kernels.losses.reduction import LossOutput, keep_mask, reduce, token_weights
 from rlad_kernels.ops import autograd_inside
+from rlad_kernels.registry import add_method
 
 # Estimators of KL(π_θ‖π_ref) on a sampled token, x = s − ref. Value and gradient as they are backpropagated: k3 and k5
 # have the gradient of the *forward* KL in expectation; k1's expected gradient is 0, so it is a metric only.
@@ -194,3 +195,13 @@ def trrd_loss(
     return _ratio_loss(
         "trrd_loss", logp, tensors, mask, clip, reduction, seq_ids, denominator, alpha=alpha, teacher_clamp=teacher_clamp, **options
     )
+
+
+add_method(
+    "grpo", "ratio", grpo_loss, formula="−min(rÂ, clip(r, 1−ε, 1+ε)Â), r = exp(s − o)", needs=("old_logp", "advantages"),
+    paper="arXiv 2402.03300", confidence="A", products=3,
+)  # fmt: skip
+add_method(
+    "trrd", "ratio", trrd_loss, formula="−min(rÂ, clip(r, 1−ε, 1+ε)Â), log r = α(s − o) + (1 − α)(s − t)",
+    needs=("old_logp", "teacher_logp", "advantages"), paper="arXiv 2602.22495", confidence="B", products=3,
+)  # fmt: skip

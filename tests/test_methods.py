@@ -1,0 +1,50 @@
+"""Every registered method against its oracle: the loss and each gradient. A method without an oracle fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlad_kernels.registry import METHODS
+from tests.methods import ratio
+from tests.oracles import hold
+
+FAMILIES = {"ratio": ratio}
+
+
+def test_every_method_has_an_oracle():
+    assert set(METHODS) == {name for family in FAMILIES.values() for name in family.ORACLES}
+    assert all(METHODS[name].family == family for family, module in FAMILIES.items() for name in module.ORACLES)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_value_and_gradients(name):
+    method = METHODS[name]
+    family = FAMILIES[method.family]
+    leaves, given = family.inputs(method.needs)
+    oracle = family.ORACLES[name]
+    tensors = {k: given[k].detach().requires_grad_() for k in leaves}
+    out = method(**{**given, **tensors})
+    out.loss.backward()
+    assert torch.equal(out.token_loss, torch.where(given["mask"], out.token_loss, 0))
+
+    def value(*xs: Tensor) -> Tensor:
+        return oracle(**{k: _as(v, xs[0].dtype) for k, v in given.items()} | dict(zip(leaves, xs, strict=True)))
+
+    hold(out.loss.detach(), value, *tensors.values())
+    for i, x in enumerate(tensors.values()):
+
+        def slope(*xs: Tensor, i: int = i) -> Tensor:
+            xs = tuple(x.detach().requires_grad_() for x in xs)
+            return torch.autograd.grad(value(*xs), xs[i])[0]
+
+        assert x.grad is not None
+        assert x.grad.abs().max() > 0
+        hold(x.grad, slope, *(y.detach() for y in tensors.values()))
+
+
+def _as(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
