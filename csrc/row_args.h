@@ -6,7 +6,7 @@
 namespace rlad {
 
 constexpr int64_t kMaxTopK = 1024;
-constexpr int64_t kColumnStretch = 1024;  // columns column_stats handles at a time: their sums stay in the first-level cache
+constexpr int64_t kColumnStretch = 4096;  // columns column_stats handles at a time: their sums stay in the first-level cache
 
 enum class Elem { f32, f64, bf16, f16 };
 inline int64_t size_of(Elem e) { return e == Elem::f64 ? 8 : e == Elem::f32 ? 4 : 2; }

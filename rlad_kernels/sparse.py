@@ -22,15 +22,45 @@ class Columns(NamedTuple):
     """The choice for some blocks of tokens."""
 
     keep: Tensor  # (B, V) bool
-    mean: Tensor  # (B, D) Σ p·slope·W_v / Σ p over the dropped columns and the block's tokens
     dropped: Tensor  # (R,) dropped probability of each token
+    raw: list[Tensor]  # a block's raw logits of its kept columns
 
 
 def blocks_of(rows: int) -> int:
     return -(-rows // BLOCK)
 
 
-def choose(tiles: Tiles, x: Tensor, r0: int, lse: Tensor, slots: Tensor, eps: float) -> Columns:
+class Means:
+    """``rows (B, D)`` = Σ p·slope·W_v / Σ p over each block's dropped columns and tokens, eight blocks a pass over W."""
+
+    def __init__(self, tiles: Tiles, blocks: int) -> None:
+        self.tiles, self.rows = tiles, tiles.inv_temp.new_zeros(blocks, tiles.hidden.shape[1])
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._done = 0
+
+    def add(self, mass: Tensor, sloped: Tensor) -> None:
+        """Σ p and Σ p·slope ``(B, V)`` of the next blocks, 0 in their kept columns."""
+        tiny = torch.finfo(mass.dtype).tiny
+        top = sloped.amax(1, keepdim=True).clamp_min(tiny)  # the largest share is 1: float16 holds no small ones
+        self._pending.append(((sloped / top).to(self.tiles.grad_dtype), top / mass.sum(1, keepdim=True).clamp_min(tiny)))
+        if sum(len(share) for share, _ in self._pending) >= 8:
+            self.finish()
+
+    def finish(self) -> Tensor:
+        """``rows``, complete."""
+        if self._pending:
+            share, factor = (torch.cat(x) for x in zip(*self._pending, strict=True))
+            here = slice(self._done, self._done + len(share))
+            share = torch.nn.functional.pad(share, (0, 0, 0, -len(share) % 8))  # on CPU, four rows take longer than eight
+            mean = self.rows.new_zeros(len(share), self.rows.shape[1])
+            for c0, c1, w in self.tiles.columns():
+                self.tiles.add_product(mean, share[:, c0:c1], w)
+            self.rows[here] = mean[: len(factor)] * factor
+            self._pending, self._done = [], here.stop
+        return self.rows
+
+
+def choose(tiles: Tiles, means: Means, x: Tensor, r0: int, lse: Tensor, slots: Tensor, eps: float) -> Columns:
     """The columns of the blocks whose rows start at r0; ``x (R, V)`` are their raw logits, ``lse`` and ``slots`` their rows'."""
     n = x.shape[0]
     out = x.new_empty(3 if tiles.softcap > 0 else 2, blocks_of(n), tiles.vocab)
@@ -41,29 +71,23 @@ def choose(tiles: Tiles, x: Tensor, r0: int, lse: Tensor, slots: Tensor, eps: fl
     block = torch.arange(n, device=x.device) // BLOCK
     keep[block.unsqueeze(1), places] = True
     out[1:].masked_fill_(keep, 0)
-    tiny = torch.finfo(x.dtype).tiny
-    top = out[-1].amax(1, keepdim=True).clamp_min(tiny)  # the largest share is 1: float16 holds no small ones
-    share = out[-1] / top
-    share = torch.nn.functional.pad(share, (0, 0, 0, -len(share) % 8))  # on CPU, four rows take three times as long as eight
-    mean = x.new_zeros(len(share), tiles.hidden.shape[1])
-    for c0, c1, w in tiles.columns():
-        tiles.add_product(mean, share[:, c0:c1].to(tiles.grad_dtype), w)
-    mean = mean[: len(keep)] * (top / out[1].sum(1, keepdim=True).clamp_min(tiny))
-    dropped = x.new_empty(n)
+    means.add(out[1], out[-1])
+    dropped, raw = x.new_empty(n), []
     for b in range(len(keep)):
         rows = slice(b * BLOCK, min((b + 1) * BLOCK, n))
         columns = keep[b].nonzero().squeeze(1)
-        z, _ = _tempered(tiles, x[rows].index_select(1, columns), columns, inv_temp[rows])
+        raw.append(x[rows].index_select(1, columns))
+        z, _ = _tempered(tiles, raw[b], columns, inv_temp[rows])
         dropped[rows] = (1 - (z - lse[rows].unsqueeze(1)).exp().sum(1)).clamp_min(0)
-    return Columns(keep, mean, dropped)
+    return Columns(keep, dropped, raw)
 
 
 def backward(
-    tiles: Tiles, grads: Gradients, cot: Cotangents, live: Tensor, keep: Tensor, mean: Tensor, r0: int, x: Tensor | None = None
+    tiles: Tiles, grads: Gradients, cot: Cotangents, live: Tensor, keep: Tensor, r0: int = 0, raw: list[Tensor] | None = None
 ) -> None:
-    """Send the gradient of the rows r0 + ``live`` back, block by block; ``cot`` are their cotangents.
+    """Send the gradient of the rows r0 + ``live`` through their kept columns, block by block; ``cot`` are their cotangents.
 
-    ``x (R, V)`` are the raw logits from row r0 on; where not given, those of the kept columns are computed again.
+    Where the raw logits of the kept columns are not given, they are computed again.
     """
     done = 0
     for b, count in enumerate((live // BLOCK).bincount(minlength=len(keep)).tolist()):
@@ -73,16 +97,19 @@ def backward(
             continue
         rows, columns = here + r0, keep[b].nonzero().squeeze(1)
         w = tiles.operand(tiles.weight.index_select(0, columns))
-        if x is None:
-            raw = tiles.gathered(rows, w)
-        else:
-            block = x[b * BLOCK : (b + 1) * BLOCK].index_select(1, columns)
-            raw = block if count == len(block) else block.index_select(0, here - b * BLOCK)
+        x = tiles.gathered(rows, w) if raw is None else raw[b].index_select(0, here - b * BLOCK)
         inv_temp = tiles.inv_temp.index_select(0, rows)
-        z, slope = _tempered(tiles, raw, columns, inv_temp)
+        z, slope = _tempered(tiles, x, columns, inv_temp)
         g = _dlogits(tiles, part, z, keep[b])
         rest = (part.total - g.sum(1)) * inv_temp * tiles.logit_scale
-        grads.add_columns((g * slope).to(tiles.grad_dtype), w, columns, rows, rest, mean[b], part.unscale)
+        grads.add_columns((g * slope).to(tiles.grad_dtype), w, columns, rows, rest, part.unscale)
+
+
+def add_means(grads: Gradients, means: Tensor) -> None:
+    """d_hidden_t += (the dropped columns' gradient of t)·(the mean row of t's block)."""
+    if grads.hidden is not None:
+        for part, rest, mean in zip(grads.hidden.split(BLOCK), grads.rest.split(BLOCK), means, strict=False):
+            part.addr_(rest, mean)
 
 
 def _dlogits(tiles: Tiles, cot: Cotangents, z: Tensor, keep: Tensor) -> Tensor:

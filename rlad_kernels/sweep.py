@@ -103,8 +103,10 @@ def _whole_rows(
     blocks, new = sparse.blocks_of(rows), stats.new_zeros
     if filtered:
         keep = torch.zeros(blocks, tiles.vocab, dtype=torch.bool, device=hidden.device)
-        made = _Made(new(0), new(tiles.n), keep, new(blocks, hidden.shape[1]))
+        means = sparse.Means(tiles, blocks)
+        made = _Made(new(0), new(tiles.n), keep, means.rows)
     else:
+        means = None
         made = _Made(new(tiles.n, hidden.shape[1]), new(0), new(0), new(0))
     logits = empty(stats, tiles.rows * tiles.vocab)
     for r0, r1 in tiles.row_ranges():
@@ -112,9 +114,9 @@ def _whole_rows(
         x = logits[: (r1 - r0) * tiles.vocab].view(r1 - r0, tiles.vocab)
         tiles.fold_rows(x, r0, r1, slots, stats, z, entropy=entropy, extras=extras)
         done = outputs(Stats(*stats[:, at]), z[at], slots[at], tiles.vocab, False, False, False)
-        if filtered:
+        if means is not None:
             b = slice(r0 // sparse.BLOCK, sparse.blocks_of(r1))
-            made.keep[b], made.mean[b], made.dropped[at] = sparse.choose(tiles, x, r0, done[1], slots[at], filter_eps)
+            made.keep[b], made.dropped[at], _ = sparse.choose(tiles, means, x, r0, done[1], slots[at], filter_eps)
             continue
         one = torch.ones_like(done[1])
         cot = Cotangents.of(slots[at], done[1], done[-1], one, 0 * one, None, None, None, None, None)
@@ -122,6 +124,8 @@ def _whole_rows(
             cot.rescale(tiles.inv_temp[at] * abs(tiles.logit_scale))
         for c0, c1, w in tiles.columns():
             tiles.add_product(made.slope[at], backward_tile(tiles, cot, x[:, c0:c1], c0, tiles.inv_temp[at]), w, cot.unscale)
+    if means is not None:
+        means.finish()
     return stats, z, made
 
 
@@ -159,7 +163,8 @@ def linear_logp_bwd(
     out = Gradients(tiles, weight, need_hidden, need_weight, need_bias, scattered=filtered)
     if filtered:
         alive = kept.take(live).nonzero().squeeze(1)
-        sparse.backward(tiles, out, cot.take(alive), alive, keep_columns, mean, 0)
+        sparse.backward(tiles, out, cot.take(alive), alive, keep_columns)
+        sparse.add_means(out, mean)
     for c0, _, w in () if filtered else tiles.columns():
         for r0, r1 in tiles.row_ranges():
             g = backward_tile(tiles, cot.take(slice(r0, r1)), tiles.logits(r0, r1, w), c0, tiles.inv_temp[r0:r1])

@@ -66,7 +66,8 @@ class Tiles:
     def _sizes(self, device: str, keep_logits: bool, multiple: int) -> tuple[int, int]:
         rows, cols = _TILE[device]
         if keep_logits:
-            rows = max(_CHUNK_BYTES[device] // (self.acc.itemsize * self.vocab), _CHUNK_ROWS_MIN)
+            chunk = max(_CHUNK_BYTES[device] // (self.acc.itemsize * self.vocab), _CHUNK_ROWS_MIN)
+            rows, cols = chunk, max(cols, rows * cols // chunk)
         rows = -(-(settings.tile_rows or rows) // multiple) * multiple
         return min(rows, max(self.n, 1)), min(settings.tile_cols or cols, self.vocab)
 
