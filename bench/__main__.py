@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import rlad_kernels
 from bench import report
 from bench.plan import PRESETS, real
+from bench.providers import PROVIDERS
 from bench.rounds import measure
 
 PEERS = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "verl", "quack-kernels")
@@ -62,17 +63,26 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, help="instead: a file of real tensors, hidden (N, D), weight (V, D), target (N,), by torch.save"
     )
+    parser.add_argument("--only", type=lambda s: s.split(","), help="these providers, by name, with commas; a file of its own")
+    parser.add_argument("--rounds", type=int, help="rounds of every case, instead of the plan's")
     parser.add_argument("--resume", action="store_true", help="keep the cases that an interrupted run of this commit has finished")
     args = parser.parse_args()
 
     info = header(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     plan = real(args.data) if args.data else PRESETS[args.preset](args.device)
-    path = args.out / f"{args.data.stem if args.data else args.preset}-{args.device}-{info['date']}.json"
+    if unknown := [p for p in args.only or () if p not in PROVIDERS]:
+        parser.error(f"--only: no provider {unknown[0]!r}; there are {', '.join(PROVIDERS)}")
+    name = "-".join([args.data.stem if args.data else args.preset, *(args.only or ())])
+    path = args.out / f"{name}-{args.device}-{info['date']}.json"
     old = json.loads(path.read_text()) if args.resume and path.exists() else {}
     done = {_key(c): c for c in old.get("cases", [])} if old.get("commit") == info["commit"] else {}
     cases: list[dict[str, Any]] = []
-    for case in plan:
+    for planned in plan:
+        providers = tuple(p for p in planned.providers if not args.only or p in args.only)
+        if not providers:
+            continue
+        case = replace(planned, providers=providers, rounds=args.rounds or planned.rounds)
         key = json.loads(json.dumps(asdict(case)))
         cases.append(done.get(_key(key)) or {**key, "rows": measure(case, args.device, args.data and str(args.data))})
         path.write_text(json.dumps({**info, "cases": cases}, indent=1) + "\n")  # after every case: a cut-off run can go on
