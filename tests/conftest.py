@@ -47,3 +47,13 @@ def _world() -> Iterator[None]:
     with torch.device(DEVICE):
         yield
     vars(settings).update(before)
+
+
+@pytest.fixture(params=("generic", "avx2", "avx512"))  # avx512_bf16 and amx_bf16 run the avx512 row passes
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("RLAD_CPU_ISA", request.param)
+    try:
+        assert torch.ops.rlad.cpu_isa() == request.param
+    except RuntimeError:
+        pytest.skip(f"this CPU has no {request.param}")
+    return request.param
