@@ -77,7 +77,7 @@ Tensor gather_dhidden(const Tensor& grad, const Tensor& weight, const Tensor& id
 }
 
 void gather_dweight_(const Tensor& d_weight, const Tensor& grad, const Tensor& hidden, const Tensor& order,
-                     const Tensor& sorted_ids) {
+                     const Tensor& sorted_ids, bool add) {
   const Checker check("gather_dweight_");
   check.shape("hidden", hidden, {kAny, kAny});
   check.shape("d_weight", d_weight, {kAny, hidden.size(1)});
@@ -88,7 +88,7 @@ void gather_dweight_(const Tensor& d_weight, const Tensor& grad, const Tensor& h
     GatherArgs<T> args{};
     args.hidden = check.any_mat("hidden", hidden, n, d, false);
     args.weight = check.any_mat("d_weight", d_weight, vocab, d, true);
-    args.dim = d, args.vocab = vocab, args.k = k, args.positions = positions;
+    args.dim = d, args.vocab = vocab, args.k = k, args.positions = positions, args.add = add;
     args.grad = grad_mat<T>(check, grad, n, k);
     args.order = check.vec<int64_t>("order", order, ScalarType::Long, positions);
     args.sorted_ids = check.vec<int32_t>("sorted_ids", sorted_ids, ScalarType::Int, positions);

@@ -86,6 +86,7 @@ struct GatherArgs {
   const int64_t* order;       // (N·K,) for dweight
   const int32_t* sorted_ids;  // (N·K,) for dweight
   int64_t positions;
+  bool add;  // dweight adds to what is there
 };
 
 // Every function does the rows of [begin, end); column_stats: the stretches of columns; dweight: the runs that start there.

@@ -112,18 +112,21 @@ def _backward(
         if not x.is_cuda and bool(dead.any()):  # dropping needs the host to know how many, a synchronisation on CUDA
             live = (~dead).nonzero().squeeze(1)
             rows, cot = live + r0, cot.take(live)
-        if tiles.grad_dtype == torch.float16:
-            cot.rescale(tiles.inv_temp[rows] * abs(tiles.logit_scale))
+        cot.fit(tiles, rows)
         skipped = torch.zeros_like(dead, dtype=lse.dtype) if isinstance(rows, slice) else dead.to(lse.dtype)
         if means is not None:
             columns = sparse.choose(tiles, means, x, r0, lse, slots[r0:r1], filter_eps)
             alive = torch.arange(r1 - r0, device=x.device) if isinstance(rows, slice) else live
             sparse.backward(tiles, grads, cot, alive, columns.keep, r0, columns.raw)
+            grads.close(cot, rows, 0, tiles.vocab, last=False)
+            grads.close_rows(cot, rows)
             return {"rows_skipped": skipped, "dropped_mass_mean": columns.dropped, "dropped_mass_max": columns.dropped}
         for c0, c1, w in tiles.columns():
             part = x[:, c0:c1] if isinstance(rows, slice) else x[:, c0:c1].index_select(0, live)
             g = backward_tile(tiles, cot, part, c0, tiles.inv_temp[rows])
-            grads.add(g, w, c0, rows, first=r0 == 0, last=r1 == tiles.n, unscale=cot.unscale)
+            grads.add(g, w, c0, rows, first=r0 == 0, unscale=cot.unscale)
+            grads.close(cot, rows, c0, c1, last=r1 == tiles.n)
+        grads.close_rows(cot, rows)
         return {"rows_skipped": skipped}
 
 

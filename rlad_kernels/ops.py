@@ -31,7 +31,7 @@ ROW_OPS = {
     "int block) -> ()",
     "gather_dot": "(Tensor hidden, Tensor weight, Tensor ids) -> Tensor",
     "gather_dhidden": "(Tensor grad, Tensor weight, Tensor ids) -> Tensor",
-    "gather_dweight_": "(Tensor(a!) d_weight, Tensor grad, Tensor hidden, Tensor order, Tensor sorted_ids) -> ()",
+    "gather_dweight_": "(Tensor(a!) d_weight, Tensor grad, Tensor hidden, Tensor order, Tensor sorted_ids, bool add) -> ()",
     "score_partials": f"({_HEAD}, Tensor inv_temp, float logit_scale, float softcap, Tensor slots, bool entropy, bool extras, "
     "bool column_max) -> (Tensor, Tensor, Tensor)",
 }

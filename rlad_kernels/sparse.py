@@ -100,9 +100,16 @@ def backward(
         x = tiles.gathered(rows, w) if raw is None else raw[b].index_select(0, here - b * BLOCK)
         inv_temp = tiles.inv_temp.index_select(0, rows)
         z, slope = _tempered(tiles, x, columns, inv_temp)
-        g = _dlogits(tiles, part, z, keep[b])
+        index = keep[b].cumsum(0) - 1
+        place = torch.where(part.slots < 0, -1, index[part.slots.clamp(0, tiles.vocab - 1)]).to(torch.int32)
+        g = _dlogits(part, z, place)
         rest = (part.total - g.sum(1)) * inv_temp * tiles.logit_scale
-        grads.add_columns((g * slope).to(tiles.grad_dtype), w, columns, rows, rest, part.unscale)
+        exact = g * slope
+        g = exact.to(tiles.grad_dtype)
+        if part.lost is not None:
+            at = index[part.target.clamp_max(tiles.vocab - 1)]
+            part.lost += exact.gather(1, at) - g.gather(1, at)
+        grads.add_columns(g, w, columns, rows, rest, part.unscale)
 
 
 def add_means(grads: Gradients, means: Tensor) -> None:
@@ -112,9 +119,8 @@ def add_means(grads: Gradients, means: Tensor) -> None:
             part.addr_(rest, mean)
 
 
-def _dlogits(tiles: Tiles, cot: Cotangents, z: Tensor, keep: Tensor) -> Tensor:
-    """dL/dz of the kept columns, from their tempered logits and over them."""
-    place = torch.where(cot.slots < 0, -1, (keep.cumsum(0) - 1)[cot.slots.clamp(0, tiles.vocab - 1)]).to(torch.int32)
+def _dlogits(cot: Cotangents, z: Tensor, place: Tensor) -> Tensor:
+    """dL/dz of the kept columns, from their tempered logits and over them; ``place`` is where each slot's column is."""
     torch.ops.rlad.dlogits_(
         z, z, 0, None, z.new_ones(len(z)), 1.0, 0.0, place, cot.slot_grad, cot.slot_tail, cot.rows, cot.entropy, cot.tail
     )

@@ -120,10 +120,11 @@ def _whole_rows(
             continue
         one = torch.ones_like(done[1])
         cot = Cotangents.of(slots[at], done[1], done[-1], one, 0 * one, None, None, None, None, None)
-        if tiles.grad_dtype == torch.float16:
-            cot.rescale(tiles.inv_temp[at] * abs(tiles.logit_scale))
+        cot.fit(tiles, at)
         for c0, c1, w in tiles.columns():
             tiles.add_product(made.slope[at], backward_tile(tiles, cot, x[:, c0:c1], c0, tiles.inv_temp[at]), w, cot.unscale)
+        if cot.lost is not None:
+            made.slope[at] += torch.ops.rlad.gather_dhidden(cot.lost, tiles.weight, cot.target)
     if means is not None:
         means.finish()
     return stats, z, made
@@ -158,17 +159,22 @@ def linear_logp_bwd(
     b, c, t = (None if g is None else kept.take(g) for g in (g_entropy, g_topk, g_tail))
     h, tau = (None if g is None else kept.take(x) for g, x in ((g_entropy, entropy), (g_tail, tail_logp)))
     cot = Cotangents.of(slots, kept.take(lse), kept.take(lse_error), kept.take(g_logp), kept.take(g_lse), b, c, t, h, tau)
-    if tiles.grad_dtype == torch.float16:
-        cot.rescale(tiles.inv_temp * abs(logit_scale))
+    cot.fit(tiles, slice(None))
     out = Gradients(tiles, weight, need_hidden, need_weight, need_bias, scattered=filtered)
     if filtered:
         alive = kept.take(live).nonzero().squeeze(1)
-        sparse.backward(tiles, out, cot.take(alive), alive, keep_columns)
+        cot = cot.take(alive)
+        sparse.backward(tiles, out, cot, alive, keep_columns)
         sparse.add_means(out, mean)
-    for c0, _, w in () if filtered else tiles.columns():
+        out.close(cot, alive, 0, tiles.vocab, last=False)
+        out.close_rows(cot, alive)
+    for c0, c1, w in () if filtered else tiles.columns():
         for r0, r1 in tiles.row_ranges():
             g = backward_tile(tiles, cot.take(slice(r0, r1)), tiles.logits(r0, r1, w), c0, tiles.inv_temp[r0:r1])
-            out.add(g, w, c0, slice(r0, r1), first=r0 == 0, last=r1 == tiles.n, unscale=cot.unscale)
+            out.add(g, w, c0, slice(r0, r1), first=r0 == 0, unscale=cot.unscale)
+        out.close(cot, slice(None), c0, c1, last=True)
+    if not filtered:
+        out.close_rows(cot, slice(None))
     d_hidden, d_weight, d_bias = out.finish()
     return kept.put(d_hidden) if need_hidden else d_hidden, d_weight, d_bias
 
@@ -261,9 +267,9 @@ def linear_gather_bwd(
         sorted_ids, order = ids.flatten().sort(stable=True)
     if need_weight:
         d_weight = torch.zeros_like(weight)
-        torch.ops.rlad.gather_dweight_(d_weight[:vocab_size], grad, hidden, order, sorted_ids)
+        torch.ops.rlad.gather_dweight_(d_weight[:vocab_size], grad, hidden, order, sorted_ids, False)
     if need_bias and bias is not None:
         d_bias = torch.zeros_like(bias)
         ones = hidden.new_ones(hidden.shape[0], 1)
-        torch.ops.rlad.gather_dweight_(d_bias[:vocab_size].unsqueeze(1), grad, ones, order, sorted_ids)
+        torch.ops.rlad.gather_dweight_(d_bias[:vocab_size].unsqueeze(1), grad, ones, order, sorted_ids, False)
     return d_hidden, d_weight, d_bias

@@ -94,7 +94,10 @@ def test_gather_ops(isa, dtype, dim):
 
     terms = (torch.where(valid, grad, 0).double()[..., None] * hidden.double()[:, None]).view(-1, dim)
     zeros, (sorted_ids, order) = torch.zeros(vocab, dim, dtype=torch.float64), ids.flatten().sort(stable=True)
+    want, size = zeros.index_add(0, index.flatten(), terms), zeros.index_add(0, index.flatten(), terms.abs())
     for out_dtype in (dtype, acc):
         got = torch.zeros(vocab, dim + 2, dtype=out_dtype)[:, 1:-1]
-        rlad.gather_dweight_(got, grad, hidden, order, sorted_ids)
-        rounded(got, zeros.index_add(0, index.flatten(), terms), zeros.index_add(0, index.flatten(), terms.abs()))
+        rlad.gather_dweight_(got, grad, hidden, order, sorted_ids, False)
+        rounded(got, want, size)
+        rlad.gather_dweight_(got.fill_(3), grad, hidden, order, sorted_ids, True)
+        rounded(got, want + 3, size + 3)

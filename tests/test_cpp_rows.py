@@ -141,7 +141,7 @@ def test_bitwise_equal_for_any_thread_count(isa, dtype):
     def run(threads):
         torch.set_num_threads(threads)
         d_weight = torch.zeros(3, 16, dtype=dtype)
-        rlad.gather_dweight_(d_weight, grad, hidden, order, sorted_ids)
+        rlad.gather_dweight_(d_weight, grad, hidden, order, sorted_ids, False)
         gathered = rlad.gather_dot(hidden, weight, ids), rlad.gather_dhidden(grad, weight, ids)
         return [*head.fold(case[0]), *head.topk(case[0], 9), head.dlogits(*case, entropy=True, tail=True), d_weight, *gathered]
 
@@ -166,7 +166,7 @@ def test_bad_arguments_name_the_op_and_the_argument(isa):
     with pytest.raises(RuntimeError, match=r"dlogits_: bias must be float32 \(8\).*got float32 \(9\)"):
         rlad.dlogits_(x, x, 0, torch.zeros(9), t, 1.0, 0.0, none, z, None, rows, False, False)
     with pytest.raises(RuntimeError, match=r"gather_dweight_: order must be a permutation of \[0, 2\), got 2"):
-        rlad.gather_dweight_(torch.zeros(4, 3), torch.zeros(2, 1), torch.zeros(2, 3), order, order.to(I32))
+        rlad.gather_dweight_(torch.zeros(4, 3), torch.zeros(2, 1), torch.zeros(2, 3), order, order.to(I32), False)
 
 
 def test_instruction_set_is_chosen_by_name(monkeypatch):

@@ -276,8 +276,10 @@ def test_gather(dtype, d):
     for out_dtype in {dtype, torch.float32}:
         out = torch.zeros(11, d, dtype=out_dtype)
         out[absent] = 5
-        gather_dweight_(out, grad, hidden, order.indices, order.values)
+        gather_dweight_(out, grad, hidden, order.indices, order.values, False)
         near(out, torch.where(absent[:, None], 5, want), size * 8 * ULP + rounding(want, out_dtype))
+        gather_dweight_(out.fill_(5), grad, hidden, order.indices, order.values, True)
+        near(out, want + 5, (size + 5) * 8 * ULP + rounding(want + 5, out_dtype))
 
 
 @pytest.mark.parametrize("teacher", [None, INF, 0.5], ids=["grpo", "trrd", "clamped"])
@@ -387,7 +389,7 @@ def test_every_kernel_runs_is_counted_and_refuses_float64():
     fold_(*plain(one), ids, True, fresh_stats(1), one.clone(), True, True)
     fold_topk_(*plain(one), ids, fresh_stats(1), one.clone(), -INF * one, ids - 1, True)
     dlogits_(one.clone(), *plain(one), none.to(I32), none, None, torch.ones(6, 1), True, True)
-    gather_dweight_(one.clone(), gather_dot(one, one, ids), gather_dhidden(one, one, ids), ids[0].long(), ids[0])
+    gather_dweight_(one.clone(), gather_dot(one, one, ids), gather_dhidden(one, one, ids), ids[0].long(), ids[0], False)
     clipped_ratio(one[0], one[0], None, one[0], None, 1.0, 0.2, 0.2, INF, 0.0, 0.0, "k3")
     topk_kl(one, ids, one, None, None, "reverse", "both")
     score_partials(four, four, None, one[0], 1.0, 0.0, ids, True, True, False)

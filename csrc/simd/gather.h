@@ -45,10 +45,11 @@ void gather_dot(const GatherArgs<T>& a, int64_t begin, int64_t end) {
   });
 }
 
-// out row ← Σ_q coefficient(q)·source row(q) over q in [first, last), accumulated in T, rounded once. row(q) < 0 is skipped.
+// out row ← (add ? out row : 0) + Σ_q coefficient(q)·source row(q) over q in [first, last), accumulated in T, rounded once.
+// row(q) < 0 is skipped.
 template <class W, class T, class Coef, class Row>
-RLAD_INLINE void weighted_rows(const AnyMat& out, int64_t out_row, const AnyMat& source, int64_t dim, int64_t first, int64_t last,
-                               Coef coefficient, Row row) {
+RLAD_INLINE void weighted_rows(const AnyMat& out, int64_t out_row, bool add, const AnyMat& source, int64_t dim, int64_t first,
+                               int64_t last, Coef coefficient, Row row) {
   constexpr int64_t L = kLanes<T>;
   alignas(64) T acc[kStretch];
   for (int64_t j0 = 0; j0 < dim; j0 += kStretch) {
@@ -62,6 +63,15 @@ RLAD_INLINE void weighted_rows(const AnyMat& out, int64_t out_row, const AnyMat&
       for (; j + L <= n; j += L) store<T>(acc + j, load(acc + j) + widen(x + j, L) * c);
       if (j < n) store_first<T>(acc + j, load_first(acc + j, n - j) + widen(x + j, n - j) * c, n - j);
     }
+    if (add) {
+      with_elem<T>(out.elem, [&](auto o) {
+        const auto* p = reinterpret_cast<const decltype(o)*>(out.at(out_row, j0));
+        for (int64_t j = 0; j < n; j += L) {
+          const int64_t count = n - j < L ? n - j : L;
+          store_first<T>(acc + j, load_first(acc + j, count) + widen(p + j, count), count);
+        }
+      });
+    }
     narrow(out.elem, out.at(out_row, j0), acc, n);
   }
 }
@@ -72,7 +82,7 @@ void gather_dhidden(const GatherArgs<T>& a, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int32_t* ids = a.ids.row(i);
       weighted_rows<decltype(w), T>(
-          a.hidden, i, a.weight, a.dim, 0, a.k, [&](int64_t k) { return a.grad.row(i)[k]; },
+          a.hidden, i, false, a.weight, a.dim, 0, a.k, [&](int64_t k) { return a.grad.row(i)[k]; },
           [&](int64_t k) { return ids[k] < a.vocab ? int64_t(ids[k]) : -1; });
     }
   });
@@ -90,7 +100,7 @@ void gather_dweight(const GatherArgs<T>& a, int64_t begin, int64_t end) {
       while (stop < a.positions && ids[stop] == ids[p]) ++stop;
       if (ids[p] >= 0 && ids[p] < a.vocab) {
         weighted_rows<decltype(w), T>(
-            a.weight, ids[p], a.hidden, a.dim, p, stop,
+            a.weight, ids[p], a.add, a.hidden, a.dim, p, stop,
             [&](int64_t q) { return a.grad.row(a.order[q] / a.k)[a.order[q] % a.k]; }, [&](int64_t q) { return a.order[q] / a.k; });
       }
       p = stop;

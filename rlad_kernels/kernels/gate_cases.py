@@ -128,7 +128,8 @@ def gather_dweight_cases() -> Iterator[Case]:
         for out in {torch.float32, dtype}:
             for d in _sizes("gather_dweight_kernel", D):
                 args = (_f32(V, d, dtype=out), _f32(R, J), _f32(R, d, dtype=dtype), *places)
-                yield Case(f"{dtype} → {out} D={d}", lambda a=args: gather_dweight_(*a))
+                for add in (False, True):
+                    yield Case(f"{dtype} → {out} D={d} add={add}", lambda a=args, add=add: gather_dweight_(*a, add))
 
 
 def score_cases() -> Iterator[Case]:

@@ -49,9 +49,9 @@ def gather_dhidden_kernel(out, grad, weight, stride_w, ids, V, D, K, BLOCK_K: tl
 @triton.jit(do_not_specialize=["V", "K", "P"])
 def gather_dweight_kernel(
     d_weight, stride_w, grad, hidden, stride_h, order, sorted_ids, V, D, K, P,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    ADD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """d_weight[v, d] = Σ grad[order[p]] · hidden[order[p] // K, d] over the run of v in sorted_ids: one program per run."""
+    """d_weight[v, d] (+)= Σ grad[order[p]] · hidden[order[p] // K, d] over the run of v in sorted_ids: one program per run."""
     i_p = tl.program_id(0).to(tl.int64)
     v = tl.load(sorted_ids + i_p)
     before = tl.load(sorted_ids + i_p - 1, mask=i_p > 0, other=-1)
@@ -71,7 +71,10 @@ def gather_dweight_kernel(
             m_p = (o_p < P) & (tl.load(sorted_ids + o_p, mask=o_p < P, other=-1) == v)
             running = tl.sum(m_p.to(tl.int32), 0)
         p_out = d_weight + v.to(tl.int64) * stride_w + o_d
-        tl.store(p_out, cast(tl.sum(b_acc, 0), d_weight.dtype.element_ty), mask=o_d < D)
+        b_sum = tl.sum(b_acc, 0)
+        if ADD:
+            b_sum += tl.load(p_out, mask=o_d < D, other=0.0).to(tl.float32)
+        tl.store(p_out, cast(b_sum, d_weight.dtype.element_ty), mask=o_d < D)
 
 
 def gather_dot(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -105,9 +108,9 @@ def gather_dhidden(grad: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) 
 
 
 def gather_dweight_(
-    d_weight: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor, order: torch.Tensor, sorted_ids: torch.Tensor
+    d_weight: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor, order: torch.Tensor, sorted_ids: torch.Tensor, add: bool
 ) -> None:
-    """Write into each row of `d_weight (V, D)` whose id occurs in `sorted_ids` its sum over the run; leave the others alone."""
+    """Write (or `add`) into the rows of `d_weight (V, D)` named in `sorted_ids` the sum over the id's run; leave others alone."""
     require_dtype("gather_dweight_", HALVES, d_weight=d_weight, hidden=hidden)
     require_dtype("gather_dweight_", grad=grad)
     d = hidden.shape[1]
@@ -118,4 +121,5 @@ def gather_dweight_(
         gather_dweight_kernel, grid, config,
         d_weight, d_weight.stride(0), grad.contiguous(), hidden, hidden.stride(0), order, sorted_ids,
         d_weight.shape[0], d, grad.shape[1], places,
+        ADD=add,
     )  # fmt: skip
