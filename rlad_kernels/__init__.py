@@ -2,10 +2,12 @@
 
 from rlad_kernels.fused import fused_linear_loss
 from rlad_kernels.head import LMHead
-from rlad_kernels.losses.ratio import grpo_loss, trrd_loss
+from rlad_kernels.losses.grpo import grpo_loss
 from rlad_kernels.losses.reduction import LossOutput
 from rlad_kernels.losses.rlad import rlad_loss
+from rlad_kernels.losses.rollout import Rollout
 from rlad_kernels.losses.topk_kl import linear_topk_kl_loss, topk_kl_loss
+from rlad_kernels.losses.trrd import trrd_loss
 from rlad_kernels.registry import METHODS
 from rlad_kernels.scores import TokenScores, TopK, linear_gather, linear_logp, linear_topk
 from rlad_kernels.settings import set_checks, set_compaction, set_tile
@@ -15,6 +17,7 @@ __all__ = [
     "METHODS",
     "LMHead",
     "LossOutput",
+    "Rollout",
     "TokenScores",
     "TopK",
     "fused_linear_loss",
