@@ -7,7 +7,7 @@ from torch import Tensor
 from rlad_kernels.losses.ratio import ratio_loss_tokens
 from rlad_kernels.losses.reduction import LossOutput
 from rlad_kernels.losses.rollout import ICEPOP, TIS, Rollout
-from rlad_kernels.losses.sampled import on_sampled, sampled_loss
+from rlad_kernels.losses.sampled import clipped_loss, on_sampled
 from rlad_kernels.registry import add_method
 
 on_sampled("grpo")(ratio_loss_tokens)
@@ -45,7 +45,7 @@ def grpo_loss(
     Raises:
         ValueError: naming the argument, what came and what was wanted.
     """
-    return sampled_loss(
+    return clipped_loss(
         "grpo_loss", ratio_loss_tokens, logp, {"old_logp": old_logp, "advantages": advantages}, mask, {},
         clip=clip, dual_clip=dual_clip, ref_logp=ref_logp, kl_coef=kl_coef, kl_estimator=kl_estimator, reduction=reduction,
         seq_ids=seq_ids, denominator=denominator, rollout_logp=rollout_logp, rollout=rollout,

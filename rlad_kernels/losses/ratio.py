@@ -92,20 +92,40 @@ def check_ratio_options(
     """Raise a ValueError that names the option, what came and what was wanted."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"{name}: alpha must be in [0, 1], got {alpha!r}")
-    if not (isinstance(clip, tuple | list) and len(clip) == 2 and 0 <= clip[0] <= 1 and clip[1] >= 0):
-        raise ValueError(f"{name}: clip must be (low, high) with 0 <= low <= 1 and high >= 0, got {clip!r}")
     if teacher_clamp is not None and not teacher_clamp > 0:
         raise ValueError(f"{name}: teacher_clamp must be positive or None, got {teacher_clamp!r}")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"{name}: dual_clip must be greater than 1 or None, got {dual_clip!r}")
+    check_clip(name, clip, dual_clip)
+    check_kl(name, "kl_estimator", kl_estimator, kl_coef)
     if kl_coef and ref_logp is None:
         raise ValueError(f"{name}: kl_coef={kl_coef!r} needs ref_logp, got None")
-    if kl_estimator == "k1" and kl_coef:
+
+
+def check_clip(name: str, clip: tuple[float, float], dual_clip: float | None) -> None:
+    """Raise a ValueError that names the option, what came and what was wanted."""
+    if not (isinstance(clip, tuple | list) and len(clip) == 2 and 0 <= clip[0] <= 1 and clip[1] >= 0):
+        raise ValueError(f"{name}: clip must be (low, high) with 0 <= low <= 1 and high >= 0, got {clip!r}")
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"{name}: dual_clip must be greater than 1 or None, got {dual_clip!r}")
+
+
+def check_kl(name: str, argument: str, estimator: str, coef: float) -> None:
+    """Raise a ValueError for an unknown estimator, or k1 with a coefficient."""
+    if estimator == "k1" and coef:
         raise ValueError(
-            f"{name}: kl_estimator 'k1' has zero expected gradient when backpropagated; use one of {[*KL_ESTIMATORS][1:]}"
+            f"{name}: {argument} 'k1' has zero expected gradient when backpropagated; use one of {[*KL_ESTIMATORS][1:]}"
         )
-    if kl_estimator not in KL_ESTIMATORS:
-        raise ValueError(f"{name}: kl_estimator must be one of {[*KL_ESTIMATORS]}, got {kl_estimator!r}")
+    if estimator not in KL_ESTIMATORS:
+        raise ValueError(f"{name}: {argument} must be one of {[*KL_ESTIMATORS]}, got {estimator!r}")
+
+
+def add_kl(
+    loss: Tensor, metrics: dict[str, Tensor], logp: Tensor, ref_logp: Tensor | None, kl_coef: float, kl_estimator: str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The KL term of a token loss that does not go through ``rlad::clipped_ratio``."""
+    if ref_logp is None:
+        return loss, metrics
+    kl = KL_ESTIMATORS[kl_estimator](logp - ref_logp)
+    return loss + kl_coef * kl if kl_coef else loss, {**metrics, "kl_ref": kl.detach()}
 
 
 def per_token(name: str, argument: str, x: Tensor, like: Tensor) -> Tensor:

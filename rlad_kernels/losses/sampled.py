@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from rlad_kernels.losses.ratio import check_ratio_options, per_token
+from rlad_kernels.losses.ratio import check_clip, check_kl, per_token
 from rlad_kernels.losses.reduction import LossOutput, keep_mask, reduce, token_weights
 from rlad_kernels.losses.rollout import TIS, Rollout, check_rollout
 from rlad_kernels.registry import register
@@ -17,22 +17,29 @@ from rlad_kernels.registry import register
 Tokens = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
 
-class PolicyOptions(TypedDict, total=False):
-    """Options that every loss on sampled tokens has, with the meanings and defaults of :func:`grpo_loss`.
+class TokenOptions(TypedDict, total=False):
+    """Options of every loss on sampled tokens, with the meanings and defaults of :func:`grpo_loss`."""
 
-    Where a method's page says so, ``clip`` may be None: r is then never clipped.
-    """
-
-    clip: tuple[float, float] | None
-    dual_clip: float | None
     ref_logp: Tensor | None
     kl_coef: float
     kl_estimator: str
     reduction: str
     seq_ids: Tensor | None
     denominator: float | Tensor | None
+
+
+class SampledOptions(TokenOptions, total=False):
+    """The same and those of the sampler's mismatch."""
+
     rollout_logp: Tensor | None
     rollout: Rollout
+
+
+class ClippedOptions(SampledOptions, total=False):
+    """The same and those of the clip; ``clip=None`` never clips."""
+
+    clip: tuple[float, float] | None
+    dual_clip: float | None
 
 
 def on_sampled(name: str, *, rowwise: bool = True) -> Callable[[Tokens], Tokens]:
@@ -56,16 +63,17 @@ def accumulated(logp: Tensor) -> Tensor:
 
 def sampled_loss(
     name: str, tokens: Tokens, logp: Tensor, tensors: Mapping[str, Tensor | None], mask: Tensor | None, options: Mapping[str, Any],
-    *, clip: tuple[float, float] | None = (0.2, 0.2), dual_clip: float | None = None, ref_logp: Tensor | None = None,
-    kl_coef: float = 0.0, kl_estimator: str = "k3", reduction: str = "token-mean", seq_ids: Tensor | None = None,
-    denominator: float | Tensor | None = None, rollout_logp: Tensor | None = None, rollout: Rollout = TIS,
+    *, ref_logp: Tensor | None = None, kl_coef: float = 0.0, kl_estimator: str = "k3", reduction: str = "token-mean",
+    seq_ids: Tensor | None = None, denominator: float | Tensor | None = None, rollout_logp: Tensor | None = None,
+    rollout: Rollout = TIS,
 ) -> LossOutput:  # fmt: skip
-    """Reduce ``tokens`` over ``logp (…)``, ``tensors`` in its shape and ``options``, for a public function ``name``.
+    """Reduce ``tokens(logp, **tensors, **options)``, all tensors ``(N,)``, for a public function ``name``.
 
-    The keywords are :class:`PolicyOptions`; they reach ``tokens`` as numbers, words and ``(N,)`` tensors.
+    ``logp`` and ``tensors`` come in one shape ``(…)``, ``options`` as they go. The keywords are :class:`SampledOptions`.
     """
-    clip = (1.0, math.inf) if clip is None else clip
-    check_ratio_options(name, 1.0, clip, None, dual_clip, ref_logp, kl_coef, kl_estimator)
+    check_kl(name, "kl_estimator", kl_estimator, kl_coef)
+    if kl_coef and ref_logp is None:
+        raise ValueError(f"{name}: kl_coef={kl_coef!r} needs ref_logp, got None")
     check_rollout(name, rollout)
     logp = accumulated(logp)
     keep = keep_mask(name, mask, logp)
@@ -75,16 +83,31 @@ def sampled_loss(
     flat = {k: torch.where(keep, x, 0).flatten() for k, x in {"logp": logp, **given}.items()}
     if rollout_logp is not None:
         options = {**options, **{f"rollout_{k}": v for k, v in rollout._asdict().items()}}
-    loss, metrics = tokens(
-        **flat, clip_low=clip[0], clip_high=clip[1], dual_clip=dual_clip, kl_coef=kl_coef, kl_estimator=kl_estimator, **options
-    )
+    loss, metrics = tokens(**flat, kl_coef=kl_coef, kl_estimator=kl_estimator, **options)
     weights = token_weights(name, keep, reduction, seq_ids, denominator, logp.dtype)
     return reduce(loss.view_as(logp), weights, keep, {k: x.view_as(logp) for k, x in metrics.items()})
+
+
+def clipped_loss(
+    name: str, tokens: Tokens, logp: Tensor, tensors: Mapping[str, Tensor | None], mask: Tensor | None, options: Mapping[str, Any],
+    *, clip: tuple[float, float] | None = (0.2, 0.2), dual_clip: float | None = None, **shared: Unpack[SampledOptions],
+) -> LossOutput:  # fmt: skip
+    """:func:`sampled_loss` of tokens that have a clip; the keywords are :class:`ClippedOptions`."""
+    clip = (1.0, math.inf) if clip is None else clip
+    check_clip(name, clip, dual_clip)
+    options = {**options, "clip_low": clip[0], "clip_high": clip[1], "dual_clip": dual_clip}
+    return sampled_loss(name, tokens, logp, tensors, mask, options, **shared)
 
 
 def needs_teacher(name: str, teacher_logp: Tensor | None) -> None:
     if teacher_logp is None:
         raise ValueError(f"{name}: teacher_logp is None, wanted a tensor in logp's shape")
+
+
+def ratio_metrics(logp: Tensor, old_logp: Tensor) -> dict[str, Tensor]:
+    """ratio_mean, ratio_max and kl_old of a token loss that does not go through ``rlad::clipped_ratio``."""
+    gap = (logp - old_logp).detach()
+    return {"ratio_mean": gap.exp(), "ratio_max": gap.exp(), "kl_old": gap}
 
 
 def teacher_gap(logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

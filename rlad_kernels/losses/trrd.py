@@ -7,7 +7,7 @@ from torch import Tensor
 from rlad_kernels.losses.ratio import check_ratio_options, ratio_loss_tokens
 from rlad_kernels.losses.reduction import LossOutput
 from rlad_kernels.losses.rollout import TIS, Rollout
-from rlad_kernels.losses.sampled import on_sampled, sampled_loss
+from rlad_kernels.losses.sampled import clipped_loss, on_sampled
 from rlad_kernels.registry import add_method
 
 on_sampled("trrd")(ratio_loss_tokens)
@@ -42,7 +42,7 @@ def trrd_loss(
     if teacher_logp is None:
         raise ValueError("trrd_loss: teacher_logp is None, wanted a tensor in logp's shape (without a teacher: grpo_loss)")
     check_ratio_options("trrd_loss", alpha, clip, teacher_clamp, dual_clip, ref_logp, kl_coef, kl_estimator)
-    return sampled_loss(
+    return clipped_loss(
         "trrd_loss", ratio_loss_tokens, logp, {"old_logp": old_logp, "teacher_logp": teacher_logp, "advantages": advantages}, mask,
         {"alpha": alpha, "teacher_clamp": teacher_clamp}, clip=clip, dual_clip=dual_clip, ref_logp=ref_logp, kl_coef=kl_coef,
         kl_estimator=kl_estimator, reduction=reduction, seq_ids=seq_ids, denominator=denominator, rollout_logp=rollout_logp,
