@@ -17,7 +17,7 @@ def grpo_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor | None = None, *, clip: tuple[float, float] = (0.2, 0.2),
     dual_clip: float | None = None, ref_logp: Tensor | None = None, kl_coef: float = 0.0, kl_estimator: str = "k3",
     reduction: str = "token-mean", seq_ids: Tensor | None = None, denominator: float | Tensor | None = None,
-    rollout_logp: Tensor | None = None, rollout: Rollout = TIS,
+    rollout_logp: Tensor | None = None, rollout: Rollout | None = None,
 ) -> LossOutput:  # fmt: skip
     """GRPO/PPO clipped surrogate: −min(rÂ, clip(r, 1−ε_low, 1+ε_high)Â) with r = exp(s − o) (arXiv 2402.03300).
 
@@ -34,7 +34,8 @@ def grpo_loss(
         reduction: ``token-mean``, ``seq-mean-token-mean`` or ``seq-mean-token-sum``.
         seq_ids: ``(N,)`` non-decreasing ints, needed by the ``seq-`` reductions of packed tokens.
         denominator: replaces the last divisor (tokens or sequences). Dr. GRPO: ``seq-mean-token-sum`` over B·L_max.
-        rollout_logp, rollout: log-probs μ of the engine that sampled, and how :class:`Rollout` weighs the tokens by π_old/μ.
+        rollout_logp, rollout: log-probs μ of the engine that sampled, and how :class:`Rollout` weighs the tokens by π_old/μ;
+            None is TIS, min(π_old/μ, 2).
 
     Where the clip binds the token has no gradient, and neither has Â = 0. DAPO is clip = (0.2, 0.28).
 

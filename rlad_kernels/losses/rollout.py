@@ -29,8 +29,12 @@ TIS = Rollout("truncate", high=2.0)
 ICEPOP = Rollout("mask", 0.5, 5.0)
 
 
-def check_rollout(name: str, rollout: Rollout) -> None:
+def check_rollout(name: str, rollout: Rollout | None, rollout_logp: Tensor | None) -> None:
     """Raise a ValueError that names the field, what came and what was wanted."""
+    if rollout is None:
+        return
+    if rollout_logp is None:
+        raise ValueError(f"{name}: rollout={rollout!r} needs rollout_logp, got None")
     if not isinstance(rollout, Rollout):
         raise ValueError(f"{name}: rollout must be a Rollout(form, low, high, policy), got {rollout!r}")
     if rollout.form not in FORMS:

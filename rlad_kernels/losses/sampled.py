@@ -32,7 +32,7 @@ class SampledOptions(TokenOptions, total=False):
     """The same and those of the sampler's mismatch."""
 
     rollout_logp: Tensor | None
-    rollout: Rollout
+    rollout: Rollout | None
 
 
 class ClippedOptions(SampledOptions, total=False):
@@ -65,7 +65,7 @@ def sampled_loss(
     name: str, tokens: Tokens, logp: Tensor, tensors: Mapping[str, Tensor | None], mask: Tensor | None, options: Mapping[str, Any],
     *, ref_logp: Tensor | None = None, kl_coef: float = 0.0, kl_estimator: str = "k3", reduction: str = "token-mean",
     seq_ids: Tensor | None = None, denominator: float | Tensor | None = None, rollout_logp: Tensor | None = None,
-    rollout: Rollout = TIS,
+    rollout: Rollout | None = None,
 ) -> LossOutput:  # fmt: skip
     """Reduce ``tokens(logp, **tensors, **options)``, all tensors ``(N,)``, for a public function ``name``.
 
@@ -74,7 +74,7 @@ def sampled_loss(
     check_kl(name, "kl_estimator", kl_estimator, kl_coef)
     if kl_coef and ref_logp is None:
         raise ValueError(f"{name}: kl_coef={kl_coef!r} needs ref_logp, got None")
-    check_rollout(name, rollout)
+    check_rollout(name, rollout, rollout_logp)
     logp = accumulated(logp)
     keep = keep_mask(name, mask, logp)
     tensors = {**tensors, "ref_logp": ref_logp, "rollout_logp": rollout_logp}
@@ -82,7 +82,7 @@ def sampled_loss(
     # Whatever sits at masked tokens must not matter, NaN included: every input is replaced there, not multiplied.
     flat = {k: torch.where(keep, x, 0).flatten() for k, x in {"logp": logp, **given}.items()}
     if rollout_logp is not None:
-        options = {**options, **{f"rollout_{k}": v for k, v in rollout._asdict().items()}}
+        options = {**options, **{f"rollout_{k}": v for k, v in (rollout or TIS)._asdict().items()}}
     loss, metrics = tokens(**flat, kl_coef=kl_coef, kl_estimator=kl_estimator, **options)
     weights = token_weights(name, keep, reduction, seq_ids, denominator, logp.dtype)
     return reduce(loss.view_as(logp), weights, keep, {k: x.view_as(logp) for k, x in metrics.items()})

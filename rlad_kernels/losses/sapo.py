@@ -36,8 +36,8 @@ def sapo_loss(
 ) -> LossOutput:  # fmt: skip
     """SAPO: −(4/τ)·σ(τ(r − 1))·Â with r = exp(s − o), τ = τ_pos where Â > 0, else τ_neg (arXiv 2511.20347).
 
-    The gate weighs the token's gradient by 4σ(1 − σ)·r instead of cutting it off: 1 on-policy, falling off on both sides, faster
-    for larger τ.
+    Where PPO cuts the gradient −rÂ off, the gate weighs it by 4σ(1 − σ): 1 on-policy, falling off on both sides, the faster the
+    larger τ.
 
     Args:
         logp, old_logp, advantages, mask: as in :func:`grpo_loss`.

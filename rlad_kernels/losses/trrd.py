@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rlad_kernels.losses.ratio import check_ratio_options, ratio_loss_tokens
 from rlad_kernels.losses.reduction import LossOutput
-from rlad_kernels.losses.rollout import TIS, Rollout
+from rlad_kernels.losses.rollout import Rollout
 from rlad_kernels.losses.sampled import clipped_loss, on_sampled
 from rlad_kernels.registry import add_method
 
@@ -18,7 +18,7 @@ def trrd_loss(
     clip: tuple[float, float] = (0.2, 0.2), teacher_clamp: float | None = None, dual_clip: float | None = None,
     ref_logp: Tensor | None = None, kl_coef: float = 0.0, kl_estimator: str = "k3", reduction: str = "seq-mean-token-mean",
     seq_ids: Tensor | None = None, denominator: float | Tensor | None = None, rollout_logp: Tensor | None = None,
-    rollout: Rollout = TIS,
+    rollout: Rollout | None = None,
 ) -> LossOutput:  # fmt: skip
     """TRRD: the clipped surrogate with r = π/(π_old^α·π_T^{1−α}), log r = α(s−o) + (1−α)(s−t) (RLAD, arXiv 2602.22495).
 
