@@ -6,7 +6,7 @@ from rlad_kernels.losses.cispo import cispo_loss
 from rlad_kernels.losses.grpo import grpo_loss
 from rlad_kernels.losses.gspo import gspo_loss
 from rlad_kernels.losses.hdpo import hdpo_loss
-from rlad_kernels.losses.kdrl import annealed, kdrl_loss
+from rlad_kernels.losses.kdrl import annealed_coef, kdrl_loss
 from rlad_kernels.losses.mopd import mopd_loss
 from rlad_kernels.losses.opd import opd_loss
 from rlad_kernels.losses.reduction import LossOutput
@@ -31,7 +31,7 @@ __all__ = [
     "Rollout",
     "TokenScores",
     "TopK",
-    "annealed",
+    "annealed_coef",
     "cispo_loss",
     "combine_teachers",
     "fused_linear_loss",

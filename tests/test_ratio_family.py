@@ -166,7 +166,7 @@ def test_they_compile_fullgraph_inside_the_sweep() -> None:
 
 
 def test_losses_that_read_other_rows_compile_fullgraph() -> None:
-    gspo, hdpo = given("gspo"), given("hdpo")
+    gspo, hdpo = given("gspo"), given("hdpo", rollout_logp=-torch.rand(4, ratio.LENGTH), rollout=ICEPOP)
     hdpo["logp"] = gspo["logp"]
 
     def f() -> Tensor:
@@ -300,8 +300,8 @@ def test_kdrl_without_a_coefficient_is_reinforcement_and_without_a_reward_distil
 
 
 def test_kdrls_coefficient_falls_to_its_floor() -> None:
-    assert [rk.annealed(step) for step in (0, 10, 80, 280)] == pytest.approx([5e-3, 4.5e-3, 1e-3, 1e-3])
-    assert rk.annealed(3, start=0.2, decrement=0.1, floor=0.002) == 0.002
+    assert [rk.annealed_coef(step) for step in (0, 10, 80, 280)] == pytest.approx([5e-3, 4.5e-3, 1e-3, 1e-3])
+    assert rk.annealed_coef(3, start=0.2, decrement=0.1, floor=0.002) == 0.002
 
 
 def test_groups_of_sequences_in_any_order_and_only_kept_ones_count() -> None:

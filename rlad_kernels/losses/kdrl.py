@@ -56,7 +56,7 @@ def kdrl_loss(
         logp, old_logp, advantages, mask: as in :func:`grpo_loss`.
         teacher_logp: the teacher's log-probs t of the same tokens; a non-finite value teaches nothing there and counts in
             ``invalid_teacher``.
-        kd_coef: β; :func:`annealed` gives the paper's schedule. Published: 2e-3 constant, 5e-3 → 1e-3 annealed; 0.2 on logic
+        kd_coef: β; :func:`annealed_coef` gives the paper's schedule. Published: 2e-3 constant, 5e-3 → 1e-3 annealed; 0.2 on logic
             puzzles (arXiv 2609.04108).
         form: ``joint`` as above; ``in-reward``: −r(Â + β·sg[t − s]).
         kd_estimator: k2, k3, k3+, k3++, k4 or k5, for ``joint``.
@@ -97,7 +97,7 @@ def taught_tokens(
     return ~right if teach == "wrong" else wrong_groups(name, right, group_ids)
 
 
-def annealed(step: int, *, start: float = 5e-3, decrement: float = 5e-5, floor: float = 1e-3) -> float:
+def annealed_coef(step: int, *, start: float = 5e-3, decrement: float = 5e-5, floor: float = 1e-3) -> float:
     """KDRL's coefficient at a training step: max(start − decrement·step, floor)."""
     return max(start - decrement * step, floor)
 
