@@ -19,13 +19,14 @@ from rlad_kernels.losses.srpo import srpo_loss
 from rlad_kernels.losses.teachers import combine_teachers
 from rlad_kernels.losses.topk_kl import linear_topk_kl_loss, topk_kl_loss
 from rlad_kernels.losses.trrd import trrd_loss
-from rlad_kernels.registry import METHODS
+from rlad_kernels.registry import METHODS, TOKEN_LOSSES
 from rlad_kernels.scores import TokenScores, TopK, linear_gather, linear_logp, linear_topk
 from rlad_kernels.settings import set_checks, set_compaction, set_tile
 
 __version__ = "0.1.0"
 __all__ = [
     "METHODS",
+    "TOKEN_LOSSES",
     "LMHead",
     "LossOutput",
     "Rollout",

@@ -193,6 +193,7 @@ CASES: dict[str, dict[str, tuple[Any, ...]]] = {
         "rollout_policy": ("cispo_loss", lambda w: _rollout(w, policy="new"), "rollout.policy", "current", "'new'"),
         "rollout_bounds": ("kdrl_loss", lambda w: _rollout(w, low=3.0), "rollout", "low <= high", "low=3.0, high=2.0"),
         "rollout_type": ("opd_loss", lambda w: {"rollout_logp": w.o, "rollout": "tis"}, "rollout", "Rollout(form", "'tis'"),
+        "mopd_old": ("mopd_loss", lambda w: _rollout(w), "rollout.policy", "'current'", "'old'"),
         "no_rollout": ("mopd_loss", lambda w: {"rollout_logp": None}, "rollout_logp", "None"),
         "no_teacher": (TAUGHT, lambda w: {"teacher_logp": None}, "teacher_logp", "None"),
         "kl_without_ref": (tuple(SAMPLED), lambda w: {"kl_coef": 0.1}, "kl_coef", "ref_logp", "None"),

@@ -51,9 +51,7 @@ def cispo_loss(
     """
     check_clip("cispo_loss", clip, None)
     tensors = {"old_logp": old_logp, "advantages": advantages}
-    return sampled_loss(
-        "cispo_loss", cispo_tokens, logp, tensors, mask, {"clip_low": clip[0], "clip_high": clip[1]}, **options
-    )  # fmt: skip
+    return sampled_loss("cispo_loss", cispo_tokens, logp, tensors, mask, {"clip_low": clip[0], "clip_high": clip[1]}, **options)
 
 
 add_method(

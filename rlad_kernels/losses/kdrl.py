@@ -30,13 +30,10 @@ def kdrl_tokens(
     use = use if taught is None else use & (taught != 0)
     if form == "in-reward":
         advantages = advantages + kd_coef * torch.where(use, gap, 0)
-    loss, metrics = ratio_loss_tokens(
-        logp, old_logp=old_logp, advantages=advantages, clip_low=clip_low, clip_high=clip_high, **options
-    )  # fmt: skip
+    clip = {"clip_low": clip_low, "clip_high": clip_high}
+    loss, metrics = ratio_loss_tokens(logp, old_logp=old_logp, advantages=advantages, **clip, **options)
     if form == "joint":
-        x = torch.where(
-            use, logp - torch.where(use, teacher_logp, 0), 0
-        )  # at x = 0 every estimator is 0, its gradient stays behind
+        x = torch.where(use, logp - torch.where(use, teacher_logp, 0), 0)  # every estimator is 0 at 0
         loss = loss + kd_coef * KL_ESTIMATORS[kd_estimator](x)
     return loss, {**metrics, **found}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlad_kernels.losses.ratio import add_kl
 from rlad_kernels.losses.reduction import LossOutput
-from rlad_kernels.losses.rollout import ICEPOP, Rollout, weigh
+from rlad_kernels.losses.rollout import ICEPOP, Rollout, check_rollout, weigh
 from rlad_kernels.losses.sampled import TokenOptions, needs_teacher, on_sampled, sampled_loss, teacher_gap
 from rlad_kernels.registry import add_method
 
@@ -58,6 +58,9 @@ def mopd_loss(
     needs_teacher(name, teacher_logp)
     if rollout_logp is None:
         raise ValueError(f"{name}: rollout_logp is None, wanted a tensor in logp's shape")
+    check_rollout(name, rollout, rollout_logp)
+    if rollout.policy != "current":
+        raise ValueError(f"{name}: rollout.policy must be 'current', this loss has no old policy; got {rollout.policy!r}")
     options.setdefault("reduction", "seq-mean-token-mean")
     tensors = {"teacher_logp": teacher_logp, "advantages": advantages}
     coef = {"advantage_coef": advantage_coef}

@@ -15,13 +15,14 @@ from rlad_kernels.losses.sequences import suffix_sums
 from rlad_kernels.registry import add_method
 
 
-def opd_reward(old_logp: Tensor, teacher_logp: Tensor, base_logp: Tensor | None, extrapolation: float) -> Tensor:
-    """λt + (1 − λ)b − o, 0 where that is not finite."""
+def opd_reward(old_logp: Tensor, teacher_logp: Tensor, base_logp: Tensor | None, extrapolation: float) -> tuple[Tensor, Tensor]:
+    """λt + (1 − λ)b − o, 0 where that is not finite; and where it is not."""
     target = teacher_logp
     if base_logp is not None and extrapolation != 1:
         target = extrapolation * teacher_logp + (1 - extrapolation) * base_logp
     reward = target - old_logp
-    return torch.where(reward.isfinite(), reward, 0)
+    invalid = ~reward.isfinite()
+    return torch.where(invalid, 0, reward), invalid
 
 
 @on_sampled("opd")
@@ -31,13 +32,12 @@ def opd_tokens(
     clip_low: float = 1.0, clip_high: float = math.inf, **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The clipped surrogate with A = coef·clamp(λt + (1 − λ)b − o + future) + Â, and its metrics; all tensors ``(N,)``."""
-    reward = opd_reward(old_logp, teacher_logp, base_logp, extrapolation)
+    reward, invalid = opd_reward(old_logp, teacher_logp, base_logp, extrapolation)
     total = coef * (reward if future is None else reward + future).clamp(-reward_clamp, reward_clamp)
     total = total if advantages is None else total + advantages
-    loss, metrics = ratio_loss_tokens(
-        logp, old_logp=old_logp, advantages=total, clip_low=clip_low, clip_high=clip_high, **options
-    )  # fmt: skip
-    return loss, {**metrics, **teacher_gap(logp, teacher_logp)[1]}
+    loss, metrics = ratio_loss_tokens(logp, old_logp=old_logp, advantages=total, clip_low=clip_low, clip_high=clip_high, **options)
+    _, found = teacher_gap(logp, teacher_logp)
+    return loss, {**metrics, **found, "invalid_teacher": invalid.to(loss.dtype)}
 
 
 def opd_loss(
@@ -86,7 +86,7 @@ def opd_loss(
         keep = keep_mask(name, mask, like)
         sequence = sequence_index(name, keep, "gamma", options.get("seq_ids"))
         given = {k: per_token(name, k, x, like) for k, x in tensors.items() if x is not None and k != "advantages"}
-        reward = opd_reward(given["old_logp"], given["teacher_logp"], given.get("base_logp"), extrapolation)
+        reward, _ = opd_reward(given["old_logp"], given["teacher_logp"], given.get("base_logp"), extrapolation)
         reward = torch.where(keep, reward, 0).flatten()
         tensors["future"] = (suffix_sums(reward, sequence, gamma) - reward).view_as(like)
     numbers = {"extrapolation": extrapolation, "coef": coef, "reward_clamp": math.inf if reward_clamp is None else reward_clamp}

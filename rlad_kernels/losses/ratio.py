@@ -90,14 +90,17 @@ def check_ratio_options(
     ref_logp: Tensor | None, kl_coef: float, kl_estimator: str,
 ) -> None:  # fmt: skip
     """Raise a ValueError that names the option, what came and what was wanted."""
+    check_anchor(name, alpha, teacher_clamp)
+    check_clip(name, clip, dual_clip)
+    check_reference(name, ref_logp, kl_coef, kl_estimator)
+
+
+def check_anchor(name: str, alpha: float, teacher_clamp: float | None) -> None:
+    """Raise a ValueError that names the option, what came and what was wanted."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"{name}: alpha must be in [0, 1], got {alpha!r}")
     if teacher_clamp is not None and not teacher_clamp > 0:
         raise ValueError(f"{name}: teacher_clamp must be positive or None, got {teacher_clamp!r}")
-    check_clip(name, clip, dual_clip)
-    check_kl(name, "kl_estimator", kl_estimator, kl_coef)
-    if kl_coef and ref_logp is None:
-        raise ValueError(f"{name}: kl_coef={kl_coef!r} needs ref_logp, got None")
 
 
 def check_clip(name: str, clip: tuple[float, float], dual_clip: float | None) -> None:
@@ -106,6 +109,13 @@ def check_clip(name: str, clip: tuple[float, float], dual_clip: float | None) ->
         raise ValueError(f"{name}: clip must be (low, high) with 0 <= low <= 1 and high >= 0, got {clip!r}")
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"{name}: dual_clip must be greater than 1 or None, got {dual_clip!r}")
+
+
+def check_reference(name: str, ref_logp: Tensor | None, kl_coef: float, kl_estimator: str) -> None:
+    """Raise a ValueError that names the option, what came and what was wanted."""
+    check_kl(name, "kl_estimator", kl_estimator, kl_coef)
+    if kl_coef and ref_logp is None:
+        raise ValueError(f"{name}: kl_coef={kl_coef!r} needs ref_logp, got None")
 
 
 def check_kl(name: str, argument: str, estimator: str, coef: float) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from rlad_kernels.losses.ratio import check_clip, check_kl, per_token
+from rlad_kernels.losses.ratio import check_clip, check_reference, per_token
 from rlad_kernels.losses.reduction import LossOutput, keep_mask, reduce, token_weights
 from rlad_kernels.losses.rollout import TIS, Rollout, check_rollout
 from rlad_kernels.registry import register
@@ -43,7 +43,12 @@ class ClippedOptions(SampledOptions, total=False):
 
 
 def on_sampled(name: str, *, rowwise: bool = True) -> Callable[[Tokens], Tokens]:
-    """Register ``tokens(logp, **inputs) → (loss, metrics)`` as the token loss ``name`` of a fused sweep."""
+    """Register ``tokens(logp, **inputs) → (loss, metrics)`` as the token loss ``name`` of a fused sweep.
+
+    ``fused_linear_loss(…, TOKEN_LOSSES[name], inputs=…)`` takes the public function's tensors and numbers under their names, with
+    clip as clip_low and clip_high, and the fields of rollout as rollout_form, rollout_low, rollout_high and rollout_policy. Its
+    options are not checked.
+    """
 
     def add(tokens: Tokens) -> Tokens:
         @register(name, rowwise=rowwise)
@@ -71,9 +76,7 @@ def sampled_loss(
 
     ``logp`` and ``tensors`` come in one shape ``(…)``, ``options`` as they go. The keywords are :class:`SampledOptions`.
     """
-    check_kl(name, "kl_estimator", kl_estimator, kl_coef)
-    if kl_coef and ref_logp is None:
-        raise ValueError(f"{name}: kl_coef={kl_coef!r} needs ref_logp, got None")
+    check_reference(name, ref_logp, kl_coef, kl_estimator)
     check_rollout(name, rollout, rollout_logp)
     logp = accumulated(logp)
     keep = keep_mask(name, mask, logp)
@@ -107,7 +110,8 @@ def needs_teacher(name: str, teacher_logp: Tensor | None) -> None:
 def ratio_metrics(logp: Tensor, old_logp: Tensor) -> dict[str, Tensor]:
     """ratio_mean, ratio_max and kl_old of a token loss that does not go through ``rlad::clipped_ratio``."""
     gap = (logp - old_logp).detach()
-    return {"ratio_mean": gap.exp(), "ratio_max": gap.exp(), "kl_old": gap}
+    r = gap.exp()
+    return {"ratio_mean": r, "ratio_max": r, "kl_old": gap}
 
 
 def teacher_gap(logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from rlad_kernels.losses.ratio import check_ratio_options, ratio_loss_tokens
+from rlad_kernels.losses.ratio import check_anchor, ratio_loss_tokens
 from rlad_kernels.losses.reduction import LossOutput
 from rlad_kernels.losses.rollout import Rollout
 from rlad_kernels.losses.sampled import clipped_loss, on_sampled
 from rlad_kernels.registry import add_method
 
-on_sampled("trrd")(ratio_loss_tokens)
+
+@on_sampled("trrd")
+def trrd_tokens(logp: Tensor, *, alpha: float = 0.5, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped surrogate on TRRD's ratio, and its metrics; all tensors ``(N,)``."""
+    return ratio_loss_tokens(logp, alpha=alpha, **inputs)
 
 
 def trrd_loss(
@@ -41,9 +47,9 @@ def trrd_loss(
     """
     if teacher_logp is None:
         raise ValueError("trrd_loss: teacher_logp is None, wanted a tensor in logp's shape (without a teacher: grpo_loss)")
-    check_ratio_options("trrd_loss", alpha, clip, teacher_clamp, dual_clip, ref_logp, kl_coef, kl_estimator)
+    check_anchor("trrd_loss", alpha, teacher_clamp)
     return clipped_loss(
-        "trrd_loss", ratio_loss_tokens, logp, {"old_logp": old_logp, "teacher_logp": teacher_logp, "advantages": advantages}, mask,
+        "trrd_loss", trrd_tokens, logp, {"old_logp": old_logp, "teacher_logp": teacher_logp, "advantages": advantages}, mask,
         {"alpha": alpha, "teacher_clamp": teacher_clamp}, clip=clip, dual_clip=dual_clip, ref_logp=ref_logp, kl_coef=kl_coef,
         kl_estimator=kl_estimator, reduction=reduction, seq_ids=seq_ids, denominator=denominator, rollout_logp=rollout_logp,
         rollout=rollout,
