@@ -12,6 +12,7 @@ from torch import Tensor
 import rlad_kernels as rk
 from rlad_kernels.losses.rollout import ICEPOP, TIS
 from rlad_kernels.losses.sequences import SequenceMean, suffix_sums
+from rlad_kernels.ops import INTERPRET
 from rlad_kernels.registry import METHODS, TOKEN_LOSSES
 from tests.methods import ratio
 from tests.oracles import gradient, hold, surrogate
@@ -120,7 +121,7 @@ SWEPT: dict[str, tuple[str, dict[str, Any]]] = {
 
 def swept(name: str) -> tuple[Any, dict[str, Any]]:
     """A student, and the method's inputs near its log-probs."""
-    p = problem(shape=(4, ratio.LENGTH), d=24, v=101, temperature=0.8)
+    p = problem(shape=(4, ratio.LENGTH), d=8, v=37, temperature=0.8)
     logp = rk.linear_logp(p.hidden, p.head, p.target).logp.detach()
     inputs = given(name)
     p.mask = inputs.pop("mask")
@@ -130,12 +131,14 @@ def swept(name: str) -> tuple[Any, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", SWEPT)
 def test_inside_the_sweep_equals_the_composed_loss(name: str) -> None:
+    if INTERPRET and name not in ("cispo", "opd", "kdrl"):
+        pytest.skip("three methods stand for the family where a sweep takes seconds")
     token_loss, options = SWEPT[name]
     p, inputs = swept(name)
     scores = rk.linear_logp(p.hidden, p.head, p.target, mask=p.mask)
     want = METHODS[name](logp=scores.logp, mask=p.mask, **inputs, reduction="token-mean")
     slopes = torch.autograd.grad(want.loss, p.leaves)
-    with rk.set_tile(4, 33):
+    with rk.set_tile(16, 20):
         out = rk.fused_linear_loss(
             p.hidden, p.head, p.target, TOKEN_LOSSES[token_loss], inputs={**inputs, **options}, mask=p.mask
         )  # fmt: skip
@@ -148,6 +151,7 @@ def test_inside_the_sweep_equals_the_composed_loss(name: str) -> None:
     assert set(out.metrics) - set(want.metrics) == {"entropy", "rows_skipped"}
 
 
+@pytest.mark.cpu
 def test_they_compile_fullgraph_inside_the_sweep() -> None:
     p, _ = swept("grpo")
     calls = {name: swept(name)[1] | SWEPT[name][1] for name in ("cispo", "opd", "kdrl")}
@@ -165,6 +169,7 @@ def test_they_compile_fullgraph_inside_the_sweep() -> None:
         assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-8) for a, b in zip(*slopes, strict=True))
 
 
+@pytest.mark.cpu
 def test_losses_that_read_other_rows_compile_fullgraph() -> None:
     gspo, hdpo = given("gspo"), given("hdpo", rollout_logp=-torch.rand(4, ratio.LENGTH), rollout=ICEPOP)
     hdpo["logp"] = gspo["logp"]
