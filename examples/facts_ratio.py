@@ -80,7 +80,7 @@ def estimators() -> Iterator[Fact]:
     yield Fact("sampled-token OPD: gradient is the reverse KL's, relative error", 0, gap(opd, reverse), 1e-12)
 
 
-def extrapolation(weight: float = 1.25, steps: int = 400) -> Iterator[Fact]:
+def extrapolation(weight: float = 1.25, steps: int = 200) -> Iterator[Fact]:
     """ExOPD on a table: its optimum is λ·log π* + (1 − λ)·log π_ref, and gradient descent finds it."""
     rows = policies(1)
     teacher, base, z = next(rows).log_softmax(0), next(rows).log_softmax(0), next(rows)
@@ -91,7 +91,7 @@ def extrapolation(weight: float = 1.25, steps: int = 400) -> Iterator[Fact]:
 
     yield Fact("ExOPD λ=1.25: gradient at λ·log π* + (1−λ)·log π_ref", 0, expected_gradient(best, loss).abs().max().item(), 1e-12)
     here = z.clone()
-    optimiser = torch.optim.Adam([here], lr=0.1)
+    optimiser = torch.optim.Adam([here], lr=0.2)
     for _ in range(steps):
         here.grad = expected_gradient(here, loss)
         optimiser.step()
@@ -108,7 +108,7 @@ def slope(log_r: float, loss: Callable[[Tensor], rk.LossOutput]) -> float:
 
 def edge(loss: Callable[[Tensor], rk.LossOutput], live: float, dead: float) -> float:
     """Where the gradient stops, by bisection between a log-prob that has one and one that has none."""
-    for _ in range(60):
+    for _ in range(45):
         middle = (live + dead) / 2
         live, dead = (middle, dead) if slope(middle, loss) else (live, middle)
     return live
