@@ -60,6 +60,7 @@ def kl_estimate(s: Tensor, ref: Tensor, name: str) -> Tensor:
         "k2": (x**2 / 2, x),
         "k3": (k3, 1 - (-x).exp()),
         "k3+": (k3, x),
+        "k3++": (k3, k3 + 1 - (-x).exp()),
         "k4": (x, x),
         "k5": (-x * (-x).exp(), 1 - (-x).exp()),
     }[name]

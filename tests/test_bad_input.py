@@ -23,6 +23,7 @@ def world() -> SimpleNamespace:
     return SimpleNamespace(
         hidden=torch.randn(B, T, D), weight=weight, head=rk.LMHead(weight), target=torch.randint(V, (B, T)), ids=ids,
         tempered=lambda *shape: rk.LMHead(weight, temperature=torch.ones(shape)), s=s, o=o, t=t, a=torch.randn(B), lq=lq,
+        g=torch.tensor([4, 4]),
         teacher=rk.TopK(ids, lp, tail_logp=tail), without_tail=rk.TopK(ids, lp), half=torch.full((B, T), 0.5),
     )  # fmt: skip
 
@@ -69,10 +70,34 @@ def _rlad(w: SimpleNamespace, **more: Any) -> Any:
     return rk.rlad_loss(**given | more)
 
 
+def _sampled(name: str, *arguments: str) -> Callable[..., Any]:
+    """A right call of a loss on sampled tokens."""
+
+    def call(w: SimpleNamespace, **more: Any) -> Any:
+        pool = {"old_logp": w.o, "rollout_logp": w.o, "teacher_logp": w.t, "advantages": w.a, "correct": w.a > 0, "group_ids": w.g}
+        return getattr(rk, name)(**{"logp": w.s, **{k: pool[k] for k in arguments}} | more)
+
+    return call
+
+
+SAMPLED = {
+    "cispo_loss": _sampled("cispo_loss", "old_logp", "advantages"),
+    "sapo_loss": _sampled("sapo_loss", "old_logp", "advantages"),
+    "gspo_loss": _sampled("gspo_loss", "old_logp", "advantages"),
+    "opd_loss": _sampled("opd_loss", "old_logp", "teacher_logp"),
+    "mopd_loss": _sampled("mopd_loss", "rollout_logp", "teacher_logp"),
+    "kdrl_loss": _sampled("kdrl_loss", "old_logp", "teacher_logp", "advantages", "correct", "group_ids"),
+    "srpo_loss": _sampled("srpo_loss", "old_logp", "teacher_logp", "advantages", "correct"),
+    "hdpo_loss": _sampled("hdpo_loss", "old_logp", "teacher_logp", "advantages", "correct", "group_ids"),
+    "rlsd_loss": _sampled("rlsd_loss", "old_logp", "teacher_logp", "advantages"),
+    "sdar_loss": _sampled("sdar_loss", "old_logp", "teacher_logp", "advantages"),
+}
 CALLS: dict[str, Callable[..., Any]] = {
     "linear_logp": _logp, "linear_topk": _topk, "linear_gather": _gather, "grpo_loss": _grpo, "trrd_loss": _trrd,
-    "topk_kl_loss": _topk_kl, "linear_topk_kl_loss": _linear_kl, "fused_linear_loss": _fused, "rlad_loss": _rlad,
+    "topk_kl_loss": _topk_kl, "linear_topk_kl_loss": _linear_kl, "fused_linear_loss": _fused, "rlad_loss": _rlad, **SAMPLED,
 }  # fmt: skip
+TAUGHT = tuple(name for name in SAMPLED if name not in ("cispo_loss", "sapo_loss", "gspo_loss"))
+FLAGGED = ("srpo_loss", "hdpo_loss")
 PLAIN = ("linear_logp", "linear_topk", "linear_gather", "fused_linear_loss")
 SWEEPS = (*PLAIN, "rlad_loss", "linear_topk_kl_loss")
 TARGETS = ("linear_logp", "fused_linear_loss", "rlad_loss")
@@ -82,6 +107,15 @@ ANCHORED = ("trrd_loss", "rlad_loss")
 RATIOS = ("grpo_loss", *ANCHORED)
 TOPK_KL = ("topk_kl_loss", "linear_topk_kl_loss")
 REDUCED = (*RATIOS, *TOPK_KL, "fused_linear_loss")
+
+
+def _rollout(w: SimpleNamespace, *fields: Any, **more: Any) -> dict[str, Any]:
+    return {"rollout_logp": w.o, "rollout": rk.Rollout(*fields, **more)}
+
+
+def _packed(w: SimpleNamespace) -> dict[str, Any]:
+    return {"logp": w.s.view(-1), "old_logp": w.o.view(-1), "teacher_logp": w.t.view(-1)}
+
 
 # kind → what is wrong → (functions, the spoiled arguments, fragments of the message in this order)
 CASES: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -103,6 +137,8 @@ CASES: dict[str, dict[str, tuple[Any, ...]]] = {
         "advantages_packed": ("grpo_loss", lambda w: {"logp": w.s.view(6), "old_logp": w.o.view(6)}, "advantages", "(2,)", "(6,)"),
         "teacher_logp": (ANCHORED, lambda w: {"teacher_logp": w.t.T}, "teacher_logp", "(3, 2)", "(2, 3)"),
         "ref_logp": (RATIOS, lambda w: {"ref_logp": w.t[0]}, "ref_logp", "(3,)", "(2, 3)"),
+        "correct": (FLAGGED, lambda w: {"correct": w.s[:, 0].repeat(2) > 0}, "correct", "(4,)", "(2, 3) or (2,)"),
+        "group_ids": ("hdpo_loss", lambda w: {"group_ids": w.g[:1]}, "group_ids", "(1,)", "(2, 3) or (2,)"),
         "topk_logp": ("topk_kl_loss", lambda w: {"topk_logp": w.lq[..., :2]}, "topk_logp", "(2, 3, 2)", "(2, 3, 4)"),
         "teacher_rows": ("linear_topk_kl_loss", lambda w: {"hidden": w.hidden[:1]}, "teacher.ids", "(2, 3, 4)", "(1, 3, 8)"),
         "teacher_logp_K": (TOPK_KL, lambda w: {"teacher": rk.TopK(w.ids, w.lq[..., :2])}, "teacher.ids", "(2, 3, 4)", "(2, 3, 2)"),
@@ -152,6 +188,33 @@ CASES: dict[str, dict[str, tuple[Any, ...]]] = {
         "no_teacher_tail": (TOPK_KL, lambda w: {"normalize": "tail", "teacher": w.without_tail}, "teacher.tail_logp", "None"),
         "no_topk_kl_coef": ("rlad_loss", lambda w: {"teacher": w.teacher}, "topk_kl_coef", "teacher", "None"),
         "coef_without_teacher": ("rlad_loss", lambda w: {"topk_kl_coef": 1.0}, "topk_kl_coef", "teacher", "None"),
+        "rollout_alone": (RATIOS[:2], lambda w: {"rollout": rk.Rollout()}, "rollout", "needs rollout_logp", "None"),
+        "rollout_form": ("grpo_loss", lambda w: _rollout(w, "cut"), "rollout.form", "truncate", "'cut'"),
+        "rollout_policy": ("cispo_loss", lambda w: _rollout(w, policy="new"), "rollout.policy", "current", "'new'"),
+        "rollout_bounds": ("kdrl_loss", lambda w: _rollout(w, low=3.0), "rollout", "low <= high", "low=3.0, high=2.0"),
+        "rollout_type": ("opd_loss", lambda w: {"rollout_logp": w.o, "rollout": "tis"}, "rollout", "Rollout(form", "'tis'"),
+        "mopd_old": ("mopd_loss", lambda w: _rollout(w), "rollout.policy", "'current'", "'old'"),
+        "no_rollout": ("mopd_loss", lambda w: {"rollout_logp": None}, "rollout_logp", "None"),
+        "no_teacher": (TAUGHT, lambda w: {"teacher_logp": None}, "teacher_logp", "None"),
+        "kl_without_ref": (tuple(SAMPLED), lambda w: {"kl_coef": 0.1}, "kl_coef", "ref_logp", "None"),
+        "cispo_clip": ("cispo_loss", lambda w: {"clip": 0.2}, "clip", "(low, high)", "0.2"),
+        "temperatures": ("sapo_loss", lambda w: {"temperatures": (1.0, 0.0)}, "temperatures", "> 0", "(1.0, 0.0)"),
+        "level": ("gspo_loss", lambda w: {"level": "token"}, "level", "sequence-token", "grpo_loss", "'token'"),
+        "gspo_packed": ("gspo_loss", lambda w: {k: torch.randn(T) for k in ("logp", "old_logp", "advantages")}, "seq_ids", "None"),
+        "no_base": ("opd_loss", lambda w: {"extrapolation": 1.5}, "extrapolation", "base_logp", "None"),
+        "gamma": ("opd_loss", lambda w: {"gamma": 1.5}, "gamma", "[0, 1]", "1.5"),
+        "gamma_packed": ("opd_loss", lambda w: {"gamma": 0.5} | _packed(w), "gamma", "seq_ids", "None"),
+        "reward_clamp": ("opd_loss", lambda w: {"reward_clamp": 0.0}, "reward_clamp", "positive", "0.0"),
+        "form": ("kdrl_loss", lambda w: {"form": "reward"}, "form", "in-reward", "'reward'"),
+        "teach": ("kdrl_loss", lambda w: {"teach": "none"}, "teach", "wrong-groups", "'none'"),
+        "kd_k1": ("kdrl_loss", lambda w: {"kd_estimator": "k1"}, "kd_estimator", "'k1'", "k2"),
+        "kd_estimator": ("kdrl_loss", lambda w: {"kd_estimator": "k9"}, "kd_estimator", "k3+", "'k9'"),
+        "no_correct": (FLAGGED, lambda w: {"correct": None}, "correct", "None", "(B,)"),
+        "kdrl_no_correct": ("kdrl_loss", lambda w: {"correct": None, "teach": "wrong"}, "correct", "None", "(B,)"),
+        "correct_half": (FLAGGED, lambda w: {"correct": w.half[:, 0]}, "correct", "0 or 1", "0.5"),
+        "no_groups": ("hdpo_loss", lambda w: {"group_ids": None}, "group_ids", "None", "integers"),
+        "mix": ("rlsd_loss", lambda w: {"mix": 1.5}, "mix", "[0, 1]", "1.5"),
+        "weight_clip": ("rlsd_loss", lambda w: {"weight_clip": -0.1}, "weight_clip", "[0, 1]", "-0.1"),
         "no_teacher_at_all": (ANCHORED, lambda w: {"teacher_logp": None}, "teacher_logp", "None"),
     },
     "dtype": {
@@ -160,6 +223,7 @@ CASES: dict[str, dict[str, tuple[Any, ...]]] = {
         "target_float": (TARGETS, lambda w: {"target": w.target.float()}, "target", "integers", "float32"),
         "target_bool": (TARGETS, lambda w: {"target": w.target > 3}, "target", "integers", "bool"),
         "topk_ids_float": (IDS, lambda w: {"topk_ids": w.ids.float()}, "topk_ids", "integers", "float32"),
+        "group_ids_float": ("hdpo_loss", lambda w: {"group_ids": w.a}, "group_ids", "integers", "float32"),
         "ids_float": ("linear_gather", lambda w: {"ids": w.ids.float()}, "ids", "integers", "float32"),
         "teacher_ids_float": (TOPK_KL, lambda w: {"teacher": rk.TopK(w.ids.float(), w.lq)}, "ids", "integers", "float32"),
     },

@@ -18,7 +18,7 @@ CLIPS = [
     pytest.param((0.1, 0.28), id="clip_.1_.28"),
     pytest.param((1.0, 3.0), id="clip_1_3"),
 ]
-ESTIMATORS = ["k2", "k3", "k3+", "k4", "k5"]
+ESTIMATORS = ["k2", "k3", "k3+", "k3++", "k4", "k5"]
 
 
 def draw(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:

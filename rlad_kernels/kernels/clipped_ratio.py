@@ -8,7 +8,7 @@ from ._launch import launch, require_dtype
 from ._math import excess, exp, expm1
 from .configs import pick
 
-ESTIMATORS = ("k1", "k2", "k3", "k3+", "k4", "k5")
+ESTIMATORS = ("k1", "k2", "k3", "k3+", "k3++", "k4", "k5")
 METRICS = ("clip_low", "clip_high", "ratio", "kl_old", "kl_teacher", "kl_ref", "invalid_teacher")
 
 
@@ -23,6 +23,9 @@ def _estimate(b_x, ESTIMATOR: tl.constexpr):
         return excess(-b_x), -expm1(-b_x)
     elif ESTIMATOR == "k3+":
         return excess(-b_x), b_x
+    elif ESTIMATOR == "k3++":
+        b_k = excess(-b_x)
+        return b_k, b_k - expm1(-b_x)
     elif ESTIMATOR == "k4":
         return b_x, b_x
     else:

@@ -10,6 +10,7 @@ from torch import Tensor
 METRICS = (
     "clip_frac_low", "clip_frac_high", "ratio_mean", "ratio_max", "kl_old", "kl_teacher", "kl_ref", "entropy", "student_mass",
     "teacher_mass", "rows_skipped", "invalid_teacher", "tail_clamped", "dropped_mass_mean", "dropped_mass_max",
+    "rollout_weight_mean", "rollout_clip_frac",
 )  # fmt: skip
 
 

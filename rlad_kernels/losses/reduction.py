@@ -84,13 +84,26 @@ def _scalar_denominator(name: str, denominator: Tensor) -> Tensor:
 
 def _sequence_counts(name: str, keep: Tensor, reduction: str, seq_ids: Tensor | None) -> tuple[Tensor, Tensor]:
     """Kept tokens of each token's sequence, in a shape that broadcasts with ``keep``, and the number of sequences with one."""
+    if keep.dim() > 1 and seq_ids is None:
+        counts = keep.sum(-1, keepdim=True)
+        return counts, (counts > 0).sum()
+    place = sequence_index(name, keep, f"reduction {reduction!r}", seq_ids)
+    counts = torch.zeros_like(place).scatter_add_(0, place, keep.long())  # integers: the order of adding does not matter
+    return counts[place], (counts > 0).sum()
+
+
+def sequence_index(name: str, keep: Tensor, what: str, seq_ids: Tensor | None) -> Tensor:
+    """Each token's sequence, 0, 1, … in order, flattened: rows of ``(B, T)``, or runs of equal ``seq_ids (N,)``.
+
+    Raises:
+        ValueError: for seq_ids that are missing where ``what`` needs them, not wanted, of another shape or decreasing.
+    """
     if keep.dim() > 1:
         if seq_ids is not None:
             raise ValueError(f"{name}: seq_ids goes with packed (N,) tokens, got tokens of shape {tuple(keep.shape)}")
-        counts = keep.sum(-1, keepdim=True)
-        return counts, (counts > 0).sum()
+        return torch.arange(keep.shape[:-1].numel(), device=keep.device).repeat_interleave(keep.shape[-1])
     if seq_ids is None:
-        raise ValueError(f"{name}: reduction {reduction!r} of packed (N,) tokens needs seq_ids (N,), got None")
+        raise ValueError(f"{name}: {what} of packed (N,) tokens needs seq_ids (N,), got None")
     if seq_ids.shape != keep.shape or seq_ids.is_floating_point() or seq_ids.dtype == torch.bool:
         raise ValueError(
             f"{name}: seq_ids must be integers of shape {tuple(keep.shape)}, got {seq_ids.dtype} {tuple(seq_ids.shape)}"
@@ -99,8 +112,7 @@ def _sequence_counts(name: str, keep: Tensor, reduction: str, seq_ids: Tensor | 
         raise ValueError(f"{name}: seq_ids must be non-decreasing")
     place = torch.zeros_like(seq_ids, dtype=torch.int64)
     place[1:] = (seq_ids[1:] != seq_ids[:-1]).cumsum(0)
-    counts = torch.zeros_like(place).scatter_add_(0, place, keep.long())  # integers: the order of adding does not matter
-    return counts[place], (counts > 0).sum()
+    return place
 
 
 def reduce(token_loss: Tensor, weights: Tensor, keep: Tensor, metrics: Mapping[str, Tensor]) -> LossOutput:

@@ -7,20 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.oracles import reduced, surrogate
+from tests.oracles import kl_estimate, reduced, straight_through, surrogate
 
 Inputs = dict[str, Any]
+LENGTH = 7
+GROUPS = [5, 5, 2, 2]  # of the four sequences; the third is masked
 
 
 def inputs(needs: tuple[str, ...]) -> tuple[list[str], Inputs]:
     """The arguments that receive gradient, and all arguments, float32: 4 sequences of 7 tokens, one of them fully masked."""
-    b, t = 4, 7
+    b, t = 4, LENGTH
     logp = -torch.rand(b, t) * 3 - 0.01
     pool = {
         "old_logp": logp + 0.3 * torch.randn(b, t),
         "teacher_logp": logp + 0.6 * torch.randn(b, t),
         "ref_logp": logp + 0.3 * torch.randn(b, t),
         "advantages": torch.randn(b, t),
+        "base_logp": logp + 0.5 * torch.randn(b, t),
+        "rollout_logp": logp + 0.8 * torch.randn(b, t),
+        "correct": torch.tensor([True, False, True, False]),
+        "group_ids": torch.tensor(GROUPS),
     }
     mask = torch.rand(b, t) > 0.2
     mask[2] = False
@@ -31,8 +37,127 @@ def grpo(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> Te
     return reduced(surrogate(logp, old_logp, advantages), mask, "token-mean")
 
 
+def dr_grpo(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, denominator: float) -> Tensor:
+    return surrogate(logp, old_logp, advantages)[mask].sum() / denominator
+
+
+def dapo(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    return surrogate(logp, old_logp, advantages, clip=(0.2, 0.28))[mask].mean()
+
+
+def tis(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, rollout_logp: Tensor) -> Tensor:
+    weight = (old_logp - rollout_logp).exp().clamp(max=2)
+    return (weight * surrogate(logp, old_logp, advantages))[mask].mean()
+
+
+def icepop(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, rollout_logp: Tensor) -> Tensor:
+    x = (old_logp - rollout_logp).exp()
+    return (x * ((x >= 0.5) & (x <= 5)) * surrogate(logp, old_logp, advantages))[mask].mean()
+
+
+def sequence_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
+    """log r_i of each sequence, at each of its tokens."""
+    means = [(s - o)[m].mean() if m.any() else s.sum() * 0 for s, o, m in zip(logp, old_logp, mask, strict=True)]
+    return torch.stack(means)[:, None].expand_as(logp)
+
+
+def gspo(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    log_r = sequence_ratio(logp, old_logp, mask)
+    return reduced(surrogate(log_r, log_r * 0, advantages, clip=(3e-4, 4e-4)), mask, "seq-mean-token-mean")
+
+
+def gspo_token(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    value = sequence_ratio(logp, old_logp, mask)
+    log_r = straight_through(logp, value, torch.ones_like(value))
+    return reduced(surrogate(log_r, log_r * 0, advantages, clip=(3e-4, 4e-4)), mask, "seq-mean-token-mean")
+
+
+def cispo(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    weight = (logp - old_logp).exp().clamp(0, 5).detach()
+    return (-weight * advantages * logp)[mask].mean()
+
+
+def sapo(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    tau = torch.where(advantages > 0, 1.0, 1.05).to(logp.dtype)
+    gate = 4 / tau / (1 + torch.exp(-tau * ((logp - old_logp).exp() - 1)))
+    return reduced(-gate * advantages, mask, "seq-mean-token-mean")
+
+
 def trrd(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     return reduced(surrogate(logp, old_logp, advantages, teacher_logp, alpha=0.5), mask, "seq-mean-token-mean")
 
 
-ORACLES = {"grpo": grpo, "trrd": trrd}
+def opd(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, mask: Tensor) -> Tensor:
+    return (-(logp - old_logp).exp() * (teacher_logp - old_logp))[mask].mean()
+
+
+def opd_clipped(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    reward = torch.where(mask, teacher_logp - old_logp, 0)
+    total = [sum(gamma**j * reward[:, i + j] for j in range(LENGTH - i)) for i in range(LENGTH)]
+    return surrogate(logp, old_logp, torch.stack(total, 1).clamp(-5, 5))[mask].mean()
+
+
+def exopd(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, base_logp: Tensor, mask: Tensor) -> Tensor:
+    reward = -((old_logp - base_logp) - 1.25 * (teacher_logp - base_logp))
+    return surrogate(logp, old_logp, reward, dual=3.0)[mask].mean()
+
+
+def mopd(logp: Tensor, rollout_logp: Tensor, teacher_logp: Tensor, mask: Tensor) -> Tensor:
+    s = logp.detach()
+    x = (s - rollout_logp).exp()
+    token = -x * ((x >= 0.5) & (x <= 5)) * (teacher_logp - s) * logp
+    return reduced(token, mask, "seq-mean-token-mean")
+
+
+def kdrl(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, mask: Tensor, taught: Any = 1.0) -> Tensor:
+    token = -(logp - old_logp).exp() * advantages + 2e-3 * taught * kl_estimate(logp, teacher_logp, "k2")
+    return token[mask].mean()
+
+
+def kdrl_in_reward(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    return (-(logp - old_logp).exp() * (advantages + 2e-3 * (teacher_logp - logp.detach())))[mask].mean()
+
+
+def kdrl_wrong(*, correct: Tensor, **given: Tensor) -> Tensor:
+    return kdrl(**given, taught=~correct[:, None])
+
+
+def all_wrong(correct: Tensor, group_ids: Tensor, mask: Tensor) -> Tensor:
+    """Per sequence: no right sequence with a kept token in its group."""
+    right = {int(g) for g, c, m in zip(group_ids, correct, mask, strict=True) if c and m.any()}
+    return torch.tensor([int(g) not in right for g in group_ids])[:, None]
+
+
+def kdrl_wrong_groups(*, correct: Tensor, group_ids: Tensor, **given: Tensor) -> Tensor:
+    return kdrl(**given, taught=all_wrong(correct, group_ids, given["mask"]))
+
+
+def srpo(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, correct: Tensor, mask: Tensor) -> Tensor:
+    c = correct[:, None].to(logp.dtype)
+    return surrogate(logp, old_logp, c * advantages + (1 - c) * (teacher_logp - logp.detach()))[mask].mean()
+
+
+def hdpo(
+    logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, correct: Tensor, group_ids: Tensor, mask: Tensor
+) -> Tensor:
+    wrong = all_wrong(correct, group_ids, mask)
+    return surrogate(logp, old_logp, advantages + wrong * (teacher_logp - logp.detach()))[mask].mean()
+
+
+def rlsd(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    weight = ((teacher_logp - logp.detach()).exp() ** advantages.sign()).clamp(0.8, 1.2)
+    return surrogate(logp, old_logp, weight * advantages)[mask].mean()
+
+
+def sdar(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    gate = 1 / (1 + torch.exp(-5 * (teacher_logp - logp.detach())))
+    return (surrogate(logp, old_logp, advantages) + gate * (teacher_logp - logp))[mask].mean()
+
+
+OPTIONS: dict[str, Inputs] = {"dr_grpo": {"denominator": 4 * 16.0}, "opd_clipped": {"gamma": 0.9}}
+ORACLES = {
+    "grpo": grpo, "dr_grpo": dr_grpo, "dapo": dapo, "bnpo": grpo, "tis": tis, "icepop": icepop, "gspo": gspo, "gspo_token":
+    gspo_token, "cispo": cispo, "sapo": sapo, "trrd": trrd, "opd": opd, "opd_clipped": opd_clipped, "exopd": exopd, "mopd":
+    mopd, "kdrl": kdrl, "kdrl_in_reward": kdrl_in_reward, "kdrl_wrong": kdrl_wrong, "kdrl_wrong_groups": kdrl_wrong_groups,
+    "srpo": srpo, "hdpo": hdpo, "rlsd": rlsd, "sdar": sdar,
+}  # fmt: skip
