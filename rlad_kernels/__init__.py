@@ -2,9 +2,11 @@
 
 from rlad_kernels.fused import fused_linear_loss
 from rlad_kernels.head import LMHead
+from rlad_kernels.losses.cross_entropy import linear_cross_entropy_loss
 from rlad_kernels.losses.ratio import grpo_loss, trrd_loss
 from rlad_kernels.losses.reduction import LossOutput
 from rlad_kernels.losses.rlad import rlad_loss
+from rlad_kernels.losses.sequences import sequence_stat, span_ids
 from rlad_kernels.losses.topk_kl import linear_topk_kl_loss, topk_kl_loss
 from rlad_kernels.registry import METHODS
 from rlad_kernels.scores import TokenScores, TopK, linear_gather, linear_logp, linear_topk
@@ -19,14 +21,17 @@ __all__ = [
     "TopK",
     "fused_linear_loss",
     "grpo_loss",
+    "linear_cross_entropy_loss",
     "linear_gather",
     "linear_logp",
     "linear_topk",
     "linear_topk_kl_loss",
     "rlad_loss",
+    "sequence_stat",
     "set_checks",
     "set_compaction",
     "set_tile",
+    "span_ids",
     "topk_kl_loss",
     "trrd_loss",
 ]

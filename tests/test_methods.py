@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import rlad_kernels as rk
 from rlad_kernels.registry import METHODS
-from tests.methods import ratio
+from tests.methods import other, ratio
 from tests.oracles import hold
 
-FAMILIES = {"ratio": ratio}
+FAMILIES = {"ratio": ratio, "other": other}
 
 
 def test_every_method_has_an_oracle():
@@ -27,7 +28,7 @@ def test_value_and_gradients(name):
     leaves, given = family.inputs(method.needs)
     oracle = family.ORACLES[name]
     tensors = {k: given[k].detach().requires_grad_() for k in leaves}
-    out = method(**{**given, **tensors})
+    out = method(**_called({**given, **tensors}))
     out.loss.backward()
     assert torch.equal(out.token_loss, torch.where(given["mask"], out.token_loss, 0))
 
@@ -44,6 +45,12 @@ def test_value_and_gradients(name):
         assert x.grad is not None
         assert x.grad.abs().max() > 0
         hold(x.grad, slope, *(y.detach() for y in tensors.values()))
+
+
+def _called(given: dict[str, Any]) -> dict[str, Any]:
+    """The public call's arguments: weights as heads."""
+    heads = {"weight": "head", "teacher_weight": "teacher_head"}
+    return {heads.get(k, k): rk.LMHead(x) if k in heads else x for k, x in given.items()}
 
 
 def _as(x: Any, dtype: torch.dtype) -> Any:
