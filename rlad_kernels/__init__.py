@@ -2,16 +2,18 @@
 
 from rlad_kernels.fused import fused_linear_loss
 from rlad_kernels.head import LMHead
+from rlad_kernels.losses import load as _load_methods
 from rlad_kernels.losses.cross_entropy import linear_cross_entropy_loss
 from rlad_kernels.losses.ratio import grpo_loss, trrd_loss
 from rlad_kernels.losses.reduction import LossOutput
 from rlad_kernels.losses.rlad import rlad_loss
-from rlad_kernels.losses.sequences import sequence_stat, span_ids
+from rlad_kernels.losses.spans import sequence_stat, span_ids
 from rlad_kernels.losses.topk_kl import linear_topk_kl_loss, topk_kl_loss
 from rlad_kernels.registry import METHODS
 from rlad_kernels.scores import TokenScores, TopK, linear_gather, linear_logp, linear_topk
 from rlad_kernels.settings import set_checks, set_compaction, set_tile
 
+_load_methods()
 __version__ = "0.1.0"
 __all__ = [
     "METHODS",

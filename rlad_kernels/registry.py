@@ -39,6 +39,7 @@ class Method:
     confidence: str
     products: int  # 2·N·D·V matrix products, forward and backward, at best
     options: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""  # what is known to go wrong, or is not what the paper claims
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **{**self.options, **kwargs})

@@ -82,14 +82,33 @@ def _scalar_denominator(name: str, denominator: Tensor) -> Tensor:
     return denominator.reshape(())
 
 
-def check_ids(name: str, seq_ids: Tensor, like: Tensor) -> None:
-    """Raise a ValueError unless ``seq_ids`` are integers in ``like``'s shape that never decrease along the tokens."""
-    if seq_ids.shape != like.shape or seq_ids.is_floating_point() or seq_ids.dtype == torch.bool:
+def _sequence_counts(name: str, keep: Tensor, reduction: str, seq_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Kept tokens of each token's sequence, in a shape that broadcasts with ``keep``, and the number of sequences with one."""
+    if keep.dim() > 1 and seq_ids is None:
+        counts = keep.sum(-1, keepdim=True)
+        return counts, (counts > 0).sum()
+    place = sequence_index(name, keep, f"reduction {reduction!r}", seq_ids)
+    counts = torch.zeros_like(place).scatter_add_(0, place, keep.flatten().long())  # integers: the order of adding does not matter
+    return counts[place].view(keep.shape), (counts > 0).sum()
+
+
+def sequence_index(name: str, keep: Tensor, what: str, seq_ids: Tensor | None) -> Tensor:
+    """Each token's sequence, 0, 1, … in order, flattened: rows of ``(B, T)``, or runs of equal ``seq_ids`` in ``keep``'s shape.
+
+    Raises:
+        ValueError: for seq_ids that are missing where ``what`` needs them, of another shape or decreasing.
+    """
+    if seq_ids is None:
+        if keep.dim() < 2:
+            raise ValueError(f"{name}: {what} of packed (N,) tokens needs seq_ids (N,), got None")
+        return torch.arange(keep.shape[:-1].numel(), device=keep.device).repeat_interleave(keep.shape[-1])
+    if seq_ids.shape != keep.shape or seq_ids.is_floating_point() or seq_ids.dtype == torch.bool:
         raise ValueError(
-            f"{name}: seq_ids must be integers of shape {tuple(like.shape)}, got {seq_ids.dtype} {tuple(seq_ids.shape)}"
+            f"{name}: seq_ids must be integers of shape {tuple(keep.shape)}, got {seq_ids.dtype} {tuple(seq_ids.shape)}"
         )
     if (settings.checks or not seq_ids.is_cuda) and not torch.compiler.is_compiling() and bool((seq_ids.diff() < 0).any()):
         raise ValueError(f"{name}: seq_ids must be non-decreasing")
+    return starts(seq_ids).flatten().cumsum(0) - 1
 
 
 def starts(ids: Tensor) -> Tensor:
@@ -97,19 +116,6 @@ def starts(ids: Tensor) -> Tensor:
     first = torch.ones_like(ids, dtype=torch.bool)
     first[..., 1:] = ids[..., 1:] != ids[..., :-1]
     return first
-
-
-def _sequence_counts(name: str, keep: Tensor, reduction: str, seq_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Kept tokens of each token's sequence, in a shape that broadcasts with ``keep``, and the number of sequences with one."""
-    if seq_ids is None:
-        if keep.dim() < 2:
-            raise ValueError(f"{name}: reduction {reduction!r} of packed (N,) tokens needs seq_ids (N,), got None")
-        counts = keep.sum(-1, keepdim=True)
-        return counts, (counts > 0).sum()
-    check_ids(name, seq_ids, keep)
-    place = starts(seq_ids).flatten().cumsum(0) - 1
-    counts = torch.zeros_like(place).scatter_add_(0, place, keep.flatten().long())  # integers: the order does not matter
-    return counts[place].view(keep.shape), (counts > 0).sum()
 
 
 def reduce(token_loss: Tensor, weights: Tensor, keep: Tensor, metrics: Mapping[str, Tensor]) -> LossOutput:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlad_kernels.losses.reduction import check_ids, keep_mask, starts
+from rlad_kernels.losses.reduction import keep_mask, sequence_index, starts
 
 HOW = ("mean", "min", "max", "sum")
 
@@ -32,8 +32,7 @@ def span_ids(spans: Tensor, mask: Tensor | None = None, *, seq_ids: Tensor | Non
     keep = keep_mask(name, mask, spans) & (spans >= 0)
     first = starts(spans)
     if seq_ids is not None:
-        check_ids(name, seq_ids, spans)
-        first |= starts(seq_ids)
+        first |= starts(sequence_index(name, spans, "spans", seq_ids).view(spans.shape))
     number = (first & (spans >= 0)).flatten().cumsum(0) - 1
     return number.clamp_min(0).view(spans.shape), keep
 
@@ -66,8 +65,7 @@ def sequence_stat(x: Tensor, mask: Tensor | None = None, *, how: str = "mean", s
         raise ValueError(f"{name}: seq_ids (N,) goes with packed x (N,), x has shape {tuple(x.shape)}, seq_ids is {got}")
     keep = keep_mask(name, mask, x)
     if seq_ids is not None:
-        check_ids(name, seq_ids, x)
-        x, keep = _padded(x, keep, starts(seq_ids).cumsum(0) - 1)
+        x, keep = _padded(x, keep, sequence_index(name, x, "x", seq_ids))
     if how in ("min", "max"):
         none = torch.inf if how == "min" else -torch.inf
         x = torch.where(keep, x, none)
