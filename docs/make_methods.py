@@ -25,52 +25,62 @@ PICTURES = DOCS / "img" / "methods"
 MARK = "<!-- From here on written by docs/make_methods.py. -->\n"
 COLORS = ("#1f6f8b", "#c8553d")
 POINTS = 61
+STUDENT = ("logp", "topk_logp", "tail_logp", "entropy")  # what a method is given whenever it takes it
 
 
 class Drawn(NamedTuple):
-    """How a family is drawn: inputs of one curve from the places on its axis, and what the axes and curves say."""
+    """How a family is drawn: the arguments of one curve, by name, from the places on its axis; and what axes and curves say."""
 
-    inputs: Callable[[Tensor, int], tuple[Tensor, dict[str, Any]]]  # (places, which curve) → (the leaf, arguments by name)
+    inputs: Callable[[Method, Tensor, int], tuple[Tensor, dict[str, Any]]]  # also gives the leaf
     places: Tensor
     of: Callable[[Tensor, int], Tensor]  # (gradient of the leaf, which curve) → height of the curve, before the sign
     x: str
     y: str
-    curves: tuple[str, str]
+    curves: tuple[str, ...]
     caption: str
 
 
-def on_ratio(x: Tensor, curve: int) -> tuple[Tensor, dict[str, Any]]:
-    """Sampled tokens, each a sequence of its own, whose log-ratio to the old policy is ``x``; Â = 1, then −1."""
-    old = torch.full_like(x, -2.0)
+def on_ratio(method: Method, x: Tensor, curve: int) -> tuple[Tensor, dict[str, Any]]:
+    """Sampled tokens, each a sequence and a group of its own, whose log-ratio to the old policy is ``x``."""
+    old, sign = torch.full_like(x, -2.0), 1 - 2 * curve
     logp = (old + x).requires_grad_()
-    given = {"old_logp": old, "teacher_logp": old + 0.4, "ref_logp": old - 0.2, "advantages": torch.full_like(x, 1 - 2.0 * curve)}
-    return logp, {"logp": logp, **given}
+    gap = 0.4 if "advantages" in method.needs else 0.4 * sign
+    others = {"teacher_logp": old + gap, "ref_logp": old - 0.2, "base_logp": old - 0.2, "rollout_logp": old - 0.1}
+    known = {"logp": logp, "old_logp": old, "advantages": torch.full_like(x, sign), **others}
+    return logp, {**known, "correct": torch.full_like(x, 1 - curve), "group_ids": torch.arange(x.shape[0])}
 
 
 # Eight tokens: of the teacher's probabilities, and the two tokens whose gradient is drawn.
 TEACHER = torch.tensor([0.30, 0.25, 0.15, 0.10, 0.08, 0.06, 0.04, 0.02])
 TOKENS = (0, 6)
 K = 4
+WITH_SAMPLED = ("lsm_sampled",)  # their support has the sampled token too
 
 
-def on_logits(x: Tensor, curve: int, target_token: int | None = None) -> tuple[Tensor, dict[str, Any]]:
+def on_logits(method: Method, x: Tensor, curve: int, sampled: int | None = None) -> tuple[Tensor, dict[str, Any]]:
     """Students that give one token the probability ``x`` and share the rest alike; the head is the identity, so hidden = z.
 
-    The sampled token is the one drawn, or ``target_token``.
+    The sampled token is the one drawn, or ``sampled``.
     """
     token, v, shape = TOKENS[curve], len(TEACHER), x.shape
-    sampled_token = token if target_token is None else target_token
     q = ((1 - x) / (v - 1)).unsqueeze(-1).expand(*shape, v).clone()
     q[..., token] = x
     hidden = q.log().requires_grad_()
     teacher_hidden = TEACHER.log().expand(*shape, v).contiguous()
-    head, target = rk.LMHead(torch.eye(v)), torch.full(shape, sampled_token)
+    head, target = rk.LMHead(torch.eye(v)), torch.full(shape, token if sampled is None else sampled)
     teacher = rk.linear_topk(teacher_hidden, head, K, target=target, entropy=True)
-    sampled = hidden.log_softmax(-1)[..., sampled_token]
-    given = {"weights": torch.ones_like(x), "advantages": torch.ones_like(x), "old_logp": sampled.detach()}
-    given |= {"teacher_logp": teacher_hidden[..., sampled_token], "ref_logp": sampled.detach() - 0.2}
-    heads = {"head": head, "teacher_hidden": teacher_hidden, "teacher_head": head, "teacher": teacher, "target": target}
-    return hidden, {"hidden": hidden, "topk_logp": hidden.log_softmax(-1).gather(-1, teacher.ids.long()), **heads, **given}
+    if method.name in WITH_SAMPLED:
+        more = torch.where((teacher.ids == target.unsqueeze(-1)).any(-1), -1, target).int()
+        ids, logp = (
+            torch.cat((teacher.ids, more.unsqueeze(-1)), -1),
+            torch.cat((teacher.logp, teacher.target_logp.unsqueeze(-1)), -1),
+        )
+        teacher = teacher._replace(ids=ids, logp=logp)
+    s = rk.linear_logp(hidden, head, target, topk_ids=teacher.ids, entropy=True, tail=True)
+    given = {"weights": torch.ones_like(x), "advantages": torch.ones_like(x), "old_logp": s.logp.detach()}
+    given |= {"old_topk_logp": s.topk_logp.detach(), "teacher_logp": teacher.target_logp, "ref_logp": s.logp.detach() - 0.2}
+    student = {"hidden": hidden, "head": head, "target": target, **{k: getattr(s, k) for k in STUDENT}}
+    return hidden, {**student, **given, "teacher": teacher, "teacher_hidden": teacher_hidden, "teacher_head": head}
 
 
 def _of_token(gradient: Tensor, curve: int) -> Tensor:
@@ -89,7 +99,9 @@ DRAWN = {
         on_ratio, torch.linspace(-1.2, 1.2, POINTS).unsqueeze(1), lambda gradient, curve: gradient, "log-ratio s − o", "−∂loss/∂s",
         ("Â = 1", "Â = −1"),
         "The weight of a sampled token's ∇log π, −∂loss/∂s, against its log-ratio to the old policy. Blue: Â = 1, red: Â = −1. "
-        "The teacher's log-prob is 0.4 above the old policy's, the reference's 0.2 below it. Each token is a sequence of its own.",
+        "The teacher's log-prob is 0.4 above the old policy's, the reference's and the base's 0.2 below, the sampler's 0.1 below; "
+        "where a method has no advantages, blue has the teacher 0.4 above and red 0.4 below. Responses with Â = 1 are right, "
+        "others wrong. Each token is a sequence and a group of its own.",
     ),
     "top-k": Drawn(
         on_logits, _Q, _of_token, *_AXES, _P,
@@ -102,21 +114,21 @@ DRAWN = {
         f"{_P[1]}. {_DOTS}",
     ),
     "other": Drawn(
-        partial(on_logits, target_token=TOKENS[0]), _Q, _of_token, *_AXES, ("target", "another token"),
+        partial(on_logits, sampled=TOKENS[0]), _Q, _of_token, *_AXES, ("target", "another token"),
         f"What the loss does to one logit of eight; {_STUDENT}. Blue: the target; red: another token. Weights, advantages: 1.",
     ),
 }  # fmt: skip
 
 
 def arguments(method: Method, known: dict[str, Any]) -> dict[str, Any]:
-    """What the method must be given, by name: its required parameters and its needs. The last divisor is 1.
+    """What the method must be given, by name: its required parameters, its needs, the student's own. The last divisor is 1.
 
     Raises:
         ValueError: naming what is not known here.
     """
     parameters = inspect.signature(method.call).parameters
     required = {k for k, p in parameters.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    wanted = (required | set(method.needs)) - set(method.options)
+    wanted = (required | set(method.needs) | parameters.keys() & set(STUDENT)) - set(method.options)
     if missing := sorted(wanted - set(known)):
         raise ValueError(f"make_methods: {method.name} wants {missing}; add them to the inputs of {method.family!r}")
     free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -131,7 +143,7 @@ def curves(method: Method) -> list[tuple[Tensor, Tensor]]:
     """
     family, found = DRAWN[method.family], []
     for curve in range(2):
-        leaf, known = family.inputs(family.places, curve)
+        leaf, known = family.inputs(method, family.places, curve)
         (gradient,) = torch.autograd.grad(method(**arguments(method, known)).loss, leaf)
         found.append((family.places.flatten(), -family.of(gradient, curve).flatten()))
     if not all(y.isfinite().all() for _, y in found) or not any(y.any() for _, y in found):
@@ -165,7 +177,7 @@ def draw(family: str) -> bytes:
         for i, ((x, y), color, label) in enumerate(zip(curves(method), COLORS, drawn.curves, strict=True)):
             ax.plot(x, y, color=color, linewidth=1.3, label=label)
             if drawn.inputs is on_logits:
-                ax.axvline(TEACHER[TOKENS[i]].item(), color=color, linewidth=0.7, linestyle=":")
+                ax.axvline(TEACHER[TOKENS[i]].item(), color=color, linewidth=0.9, linestyle=":")
         ax.set_title(method.name, fontsize=8)
     for ax in axes[len(methods) :]:
         ax.axis("off")
@@ -175,21 +187,18 @@ def draw(family: str) -> bytes:
     raw, small, info = io.BytesIO(), io.BytesIO(), PngInfo()
     figure.savefig(raw, dpi=100)
     info.add_text("Description", " ".join(m.name for m in methods))
-    image = Image.open(raw).convert("RGB").quantize(24, dither=Image.Dither.NONE)
+    image = Image.open(raw).convert("RGB").quantize(40, dither=Image.Dither.NONE)
     image.save(small, "png", optimize=True, pnginfo=info)
     return small.getvalue()
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|") or "–"
 
 
 def _row(method: Method) -> str:
     options = ", ".join(f"{k}={v!r}" for k, v in method.options.items())
     call = f"`{method.call.__name__}({options})`" if options else f"`{method.call.__name__}`"
     needs = ", ".join(f"`{x}`" for x in method.needs)
-    cells = (f"`{method.name}`", _cell(method.formula), call, needs, method.paper, method.confidence, str(method.products))
-    return "| " + " | ".join((*cells[:3], cells[3] or "–", *cells[4:], _cell(method.note))) + " |"
+    notes = " ".join([method.note, *(f"`{k}` has no default: {v}." for k, v in method.required.items())]).strip()
+    cells = (f"`{method.name}`", method.formula, call, needs, method.paper, method.confidence, str(method.products), notes)
+    return f"| {' | '.join(x.replace('|', '&#124;') or '–' for x in cells)} |"
 
 
 TITLES = {

@@ -9,10 +9,14 @@ from typing import Any
 TOKEN_LOSSES: dict[str, Callable[..., Any]] = {}
 
 
-def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: make a token loss ``(scores, **inputs) → (loss, metrics)`` known by name, so that it compiles fullgraph."""
+def register(name: str, *, rowwise: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: make a token loss ``(scores, **inputs) → (loss, metrics)`` known by name, so that it compiles fullgraph.
+
+    ``rowwise=False`` marks one that reads other rows: ``fused_linear_loss`` refuses it.
+    """
 
     def add(token_loss: Callable[..., Any]) -> Callable[..., Any]:
+        setattr(token_loss, "rowwise", rowwise)  # noqa: B010 - a function has no such attribute to the type checker
         TOKEN_LOSSES[name] = token_loss
         return token_loss
 
@@ -38,10 +42,14 @@ class Method:
     paper: str
     confidence: str
     products: int  # 2·N·D·V matrix products, forward and backward, at best
-    options: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""  # what is known to go wrong, or is not what the paper claims
+    options: Mapping[str, Any] = field(default_factory=dict)
+    required: Mapping[str, str] = field(default_factory=dict)  # options without a default, and what they are
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for option, meaning in self.required.items():
+            if kwargs.get(option) is None:
+                raise ValueError(f"{self.name}: {option} is required ({meaning}), got None")
         return self.call(*args, **{**self.options, **kwargs})
 
 

@@ -147,8 +147,7 @@ def grpo_loss(
         ref_logp, kl_coef, kl_estimator: adds kl_coef × estimator (k2, k3, k3+, k4, k5) of KL(π‖π_ref) to each token.
             k3 and k5 have the forward KL's expected gradient; k1 raises, its expected gradient is 0.
         reduction: ``token-mean``, ``seq-mean-token-mean`` or ``seq-mean-token-sum``.
-        seq_ids: ``(N,)`` non-decreasing ints, needed by the ``seq-`` reductions of packed tokens; in the log-probs' shape
-            ``(B, T)`` each run of equal ids in a row counts as a sequence (:func:`span_ids`).
+        seq_ids: ``(N,)`` non-decreasing ints, needed by the ``seq-`` reductions of packed tokens.
         denominator: replaces the last divisor (tokens or sequences).
 
     Returns:
