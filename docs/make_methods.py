@@ -70,11 +70,9 @@ def on_logits(method: Method, x: Tensor, curve: int, sampled: int | None = None)
     head, target = rk.LMHead(torch.eye(v)), torch.full(shape, token if sampled is None else sampled)
     teacher = rk.linear_topk(teacher_hidden, head, K, target=target, entropy=True)
     if method.name in WITH_SAMPLED:
-        more = torch.where((teacher.ids == target.unsqueeze(-1)).any(-1), -1, target).int()
-        ids, logp = (
-            torch.cat((teacher.ids, more.unsqueeze(-1)), -1),
-            torch.cat((teacher.logp, teacher.target_logp.unsqueeze(-1)), -1),
-        )
+        again = (teacher.ids == target.unsqueeze(-1)).any(-1)
+        more = torch.where(again, -1, target).int(), teacher.target_logp
+        ids, logp = (torch.cat((x, y.unsqueeze(-1)), -1) for x, y in zip((teacher.ids, teacher.logp), more, strict=True))
         teacher = teacher._replace(ids=ids, logp=logp)
     s = rk.linear_logp(hidden, head, target, topk_ids=teacher.ids, entropy=True, tail=True)
     given = {"weights": torch.ones_like(x), "advantages": torch.ones_like(x), "old_logp": s.logp.detach()}
@@ -131,8 +129,9 @@ def arguments(method: Method, known: dict[str, Any]) -> dict[str, Any]:
     wanted = (required | set(method.needs) | parameters.keys() & set(STUDENT)) - set(method.options)
     if missing := sorted(wanted - set(known)):
         raise ValueError(f"make_methods: {method.name} wants {missing}; add them to the inputs of {method.family!r}")
-    free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return {k: known[k] for k in wanted} | ({"denominator": 1.0} if free or "denominator" in parameters else {})
+    if "denominator" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise ValueError(f"make_methods: {method.name} takes no denominator, so the height of its curves is not known")
+    return {k: known[k] for k in wanted} | {"denominator": 1.0}
 
 
 def curves(method: Method) -> list[tuple[Tensor, Tensor]]:
@@ -198,7 +197,8 @@ def _row(method: Method) -> str:
     needs = ", ".join(f"`{x}`" for x in method.needs)
     notes = " ".join([method.note, *(f"`{k}` has no default: {v}." for k, v in method.required.items())]).strip()
     cells = (f"`{method.name}`", method.formula, call, needs, method.paper, method.confidence, str(method.products), notes)
-    return f"| {' | '.join(x.replace('|', '&#124;') or '–' for x in cells)} |"
+    escaped = "\\|"
+    return f"| {' | '.join(x.replace('|', escaped) or '–' for x in cells)} |"
 
 
 TITLES = {
@@ -219,8 +219,8 @@ def _section(family: str) -> str:
 
 def page() -> str:
     """The text of docs/methods.md: what stands above the mark, then a section a family."""
-    above, mark, _ = (DOCS / "methods.md").read_text().partition(MARK)
-    return above + mark + "".join(_section(family) for family in FAMILIES if members(family))
+    above, _, _ = (DOCS / "methods.md").read_text().partition(MARK)
+    return above + MARK + "".join(_section(family) for family in FAMILIES if members(family))
 
 
 def main() -> None:

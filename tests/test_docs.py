@@ -138,12 +138,15 @@ def test_panels_are_drawn_from_the_methods_own_gradients(name: str) -> None:
         assert y.shape == (make_methods.POINTS,)
 
 
+@pytest.mark.cpu
 def test_a_method_that_cannot_be_drawn_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"make_methods: grpo wants \['mystery'\]; add them to the inputs of 'ratio'"):
         make_methods.curves(replace(METHODS["grpo"], needs=("mystery",)))
+    with pytest.raises(ValueError, match="make_methods: grpo takes no denominator"):
+        make_methods.curves(replace(METHODS["grpo"], call=lambda logp: logp, needs=()))
     for factor in (0, torch.nan):
 
-        def flat(logp: torch.Tensor, factor: float = factor) -> rk.LossOutput:
+        def flat(logp: torch.Tensor, factor: float = factor, denominator: float = 1.0) -> rk.LossOutput:
             return rk.LossOutput((logp * factor).sum(), logp, {})
 
         with pytest.raises(ValueError, match="make_methods: grpo has no finite gradient"):
