@@ -25,7 +25,8 @@ PICTURES = DOCS / "img" / "methods"
 MARK = "<!-- From here on written by docs/make_methods.py. -->\n"
 COLORS = ("#1f6f8b", "#c8553d")
 POINTS = 61
-STUDENT = ("logp", "topk_logp", "tail_logp", "entropy")  # what a method is given whenever it takes it
+STUDENT = ("logp", "topk_logp", "tail_logp", "entropy")
+GIVEN = {*STUDENT, "teacher_weights"}  # what a method is given whenever it takes it
 
 
 class Drawn(NamedTuple):
@@ -55,6 +56,7 @@ TEACHER = torch.tensor([0.30, 0.25, 0.15, 0.10, 0.08, 0.06, 0.04, 0.02])
 TOKENS = (0, 6)
 K = 4
 WITH_SAMPLED = ("lsm_sampled",)  # their support has the sampled token too
+TWO_TEACHERS = ("multi_teacher_rkl",)  # the second, of weight 0.3, has the probabilities in reverse order
 
 
 def on_logits(method: Method, x: Tensor, curve: int, sampled: int | None = None) -> tuple[Tensor, dict[str, Any]]:
@@ -78,7 +80,11 @@ def on_logits(method: Method, x: Tensor, curve: int, sampled: int | None = None)
     given = {"weights": torch.ones_like(x), "advantages": torch.ones_like(x), "old_logp": s.logp.detach()}
     given |= {"old_topk_logp": s.topk_logp.detach(), "teacher_logp": teacher.target_logp, "ref_logp": s.logp.detach() - 0.2}
     student = {"hidden": hidden, "head": head, "target": target, **{k: getattr(s, k) for k in STUDENT}}
-    return hidden, {**student, **given, "teacher": teacher, "teacher_hidden": teacher_hidden, "teacher_head": head}
+    full = {"teacher_hidden": teacher_hidden, "teacher_head": head, "teacher_weights": None}
+    if method.name in TWO_TEACHERS:
+        both = [teacher_hidden, teacher_hidden.flip(-1)]
+        full = {"teacher_hidden": both, "teacher_head": [head, head], "teacher_weights": (0.7, 0.3)}
+    return hidden, {**student, **given, "teacher": teacher, **full}
 
 
 def _of_token(gradient: Tensor, curve: int) -> Tensor:
@@ -119,14 +125,14 @@ DRAWN = {
 
 
 def arguments(method: Method, known: dict[str, Any]) -> dict[str, Any]:
-    """What the method must be given, by name: its required parameters, its needs, the student's own. The last divisor is 1.
+    """What the method must be given, by name: its required parameters, its needs, and ``GIVEN``. The last divisor is 1.
 
     Raises:
         ValueError: naming what is not known here.
     """
     parameters = inspect.signature(method.call).parameters
     required = {k for k, p in parameters.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    wanted = (required | set(method.needs) | parameters.keys() & set(STUDENT)) - set(method.options)
+    wanted = (required | set(method.needs) | parameters.keys() & GIVEN) - set(method.options)
     if missing := sorted(wanted - set(known)):
         raise ValueError(f"make_methods: {method.name} wants {missing}; add them to the inputs of {method.family!r}")
     if "denominator" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

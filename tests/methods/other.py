@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import rlad_kernels as rk
 from tests.oracles import reduced
 
 Inputs = dict[str, Any]
@@ -20,6 +21,10 @@ def inputs(needs: tuple[str, ...]) -> tuple[list[str], Inputs]:
     mask[2] = False
     given = {"hidden": torch.randn(b, t, d), "weight": torch.randn(v, d), "target": torch.randint(v, (b, t)), "mask": mask}
     return ["hidden", "weight"], {**given, **{k: pool[k] for k in needs}}
+
+
+def call(method: Any, *, weight: Tensor, **rest: Any) -> Any:
+    return method(head=rk.LMHead(weight), **rest)
 
 
 def seq_kd(hidden: Tensor, weight: Tensor, target: Tensor, mask: Tensor) -> Tensor:
