@@ -293,15 +293,15 @@ torch.library.register_autograd("rlad::topk_kl", _topk_kl_backward, setup_contex
 
 
 def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors = inputs[15]
-    # torch wants a gradient for each tensor of a list of tensors, and takes any empty list for one
-    ctx.need, ctx.lists = tuple(inputs[-3:]), [[None] * len(x) if x is tensors or not x else None for x in inputs[14:18]]
+    ctx.need, ctx.tensors = tuple(inputs[-3:]), len(inputs[15])
+    ctx.lists = [None if x else [] for x in inputs[14:18]]  # autograd takes an empty list for one of tensors, and wants it back
     ctx.save_for_backward(*output[3:])
 
 
 def _fused_backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> Any:
     grads = [(g_loss * d).to(d.dtype) if need else None for need, d in zip(ctx.need, ctx.saved_tensors, strict=True)]
-    return *grads, *[None] * 11, *ctx.lists, *[None] * 3
+    names, _, numbers, words = ctx.lists
+    return *grads, *[None] * 11, names, [None] * ctx.tensors, numbers, words, *[None] * 3
 
 
 torch.library.register_autograd("rlad::fused_linear_loss", _fused_backward, setup_context=_fused_setup)
