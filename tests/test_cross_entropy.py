@@ -60,6 +60,18 @@ def test_garbage_at_masked_tokens(compaction: bool) -> None:
         assert relative(a, b) <= 1e-6
 
 
+def test_the_z_loss_in_the_sparse_backward() -> None:
+    """It takes the gradient of lse too, and errs by less than the probability it drops."""
+    p = problem(n=9, v=101, sigma=6.0, bias=False)
+    exact = rk.linear_cross_entropy_loss(p.hidden, p.head, p.target, z_loss=0.1)
+    want = torch.autograd.grad(exact.loss, p.leaves)
+    for eps in (1e-2, 1e-3, 1e-4):
+        out = rk.linear_cross_entropy_loss(p.hidden, p.head, p.target, z_loss=0.1, filter_eps=eps)
+        assert torch.equal(out.loss, exact.loss)
+        for got, full in zip(torch.autograd.grad(out.loss, p.leaves), want, strict=True):
+            assert relative(got, full) <= out.metrics["dropped_mass_max"]
+
+
 def test_compiles_fullgraph() -> None:
     p = problem(n=8)
     weights = torch.rand(8)

@@ -14,7 +14,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from PIL import Image
 
 import rlad_kernels as rk
 from rlad_kernels import losses
@@ -113,6 +112,8 @@ def test_a_new_method_gets_its_row_and_its_panel(new_method: rk.registry.Method)
 
 def panels(png: bytes) -> list[str]:
     """The methods that a committed picture shows, from its text chunk."""
+    from PIL import Image
+
     return Image.open(io.BytesIO(png)).info["Description"].split()
 
 
@@ -122,6 +123,7 @@ def test_the_page_of_methods_is_what_the_registry_says() -> None:
     assert all(f"\n| `{name}` |" in committed for name in METHODS)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_method_has_a_panel(family: str) -> None:
     names = [m.name for m in make_methods.members(family)]
