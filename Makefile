@@ -57,7 +57,8 @@ bench-full: .venv/.built .venv/.peers  ## every provider at the shape of every m
 bench-smoke: .venv/.built
 	$(RUN) -m bench --smoke --out $(OUT)/bench
 
-docs: .venv/.built  ## check that the documentation's commands and examples are true
+docs: .venv/.built  ## write docs/methods.md and its pictures from the registry, and check that the documentation is true
+	$(RUN) docs/make_methods.py
 	$(RUN) -m pytest tests/test_docs.py -q
 
 # The GPU machine: nothing is installed, its own python has torch and triton. Each step fits ten minutes and can be repeated:

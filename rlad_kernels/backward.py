@@ -191,12 +191,12 @@ class Gradients:
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """d_hidden, d_weight, d_bias in the head's dtype; empty where not asked for."""
-        nothing = self.tiles.weight.new_empty(0)
         if self._scattered and self.weight is not None and self._whole is not None and self._whole is not self.weight:
             self.weight.copy_(self._whole)
-        hidden = nothing if self.hidden is None else self.hidden.to(self.dtype)
-        bias = nothing if self.bias is None else self.bias.to(self.dtype)
-        return hidden, nothing if self.weight is None else self.weight, bias
+        hidden = None if self.hidden is None else self.hidden.to(self.dtype)
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        empty = self.tiles.weight.new_empty  # an op's outputs may not alias: each absent one is a tensor of its own
+        return tuple(empty(0) if x is None else x for x in (hidden, self.weight, bias))  # type: ignore[return-value]
 
 
 def backward_tile(tiles: Tiles, cot: Cotangents, x: Tensor, c0: int, inv_temp: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def run(
         sparse.add_means(grads, means.finish())
     count = keep.sum() if kept.index is None else torch.tensor(tiles.n, device=keep.device)
     token = kept.put(losses)
-    d_hidden, d_weight, d_bias = grads.finish() if grads else [call.weight.new_empty(0)] * 3
+    d_hidden, d_weight, d_bias = grads.finish() if grads else (call.weight.new_empty(0) for _ in need)
     d_hidden = kept.put(d_hidden) if need[0] else d_hidden
     return Fused((row_weight * token).sum(), token, sums.result(count), d_hidden, d_weight, d_bias)
 

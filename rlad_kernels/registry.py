@@ -42,6 +42,7 @@ class Method:
     paper: str
     confidence: str
     products: int  # 2·N·D·V matrix products, forward and backward, at best
+    note: str = ""  # what is known to go wrong, or is not what the paper claims
     options: Mapping[str, Any] = field(default_factory=dict)
     required: Mapping[str, str] = field(default_factory=dict)  # options without a default, and what they are
 

@@ -56,7 +56,7 @@ def token_weights(
 
     token-mean: 1/count. seq-mean-token-mean: 1/(tokens of the sequence)/(sequences with a kept token).
     seq-mean-token-sum: 1/(sequences with a kept token). ``denominator`` replaces the last divisor. Sequences are the
-    last dimension's rows of ``(B, T)``, or runs of equal ``seq_ids (N,)`` in a packed call.
+    last dimension's rows of ``(B, T)``, or runs of equal ``seq_ids`` in a packed call or within the rows.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"{name}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
@@ -88,31 +88,34 @@ def _sequence_counts(name: str, keep: Tensor, reduction: str, seq_ids: Tensor | 
         counts = keep.sum(-1, keepdim=True)
         return counts, (counts > 0).sum()
     place = sequence_index(name, keep, f"reduction {reduction!r}", seq_ids)
-    counts = torch.zeros_like(place).scatter_add_(0, place, keep.long())  # integers: the order of adding does not matter
-    return counts[place], (counts > 0).sum()
+    counts = torch.zeros_like(place).scatter_add_(0, place, keep.flatten().long())  # integers: the order of adding does not matter
+    return counts[place].view(keep.shape), (counts > 0).sum()
 
 
 def sequence_index(name: str, keep: Tensor, what: str, seq_ids: Tensor | None) -> Tensor:
-    """Each token's sequence, 0, 1, … in order, flattened: rows of ``(B, T)``, or runs of equal ``seq_ids (N,)``.
+    """Each token's sequence, 0, 1, … in order, flattened: rows of ``(B, T)``, or runs of equal ``seq_ids`` in ``keep``'s shape.
 
     Raises:
-        ValueError: for seq_ids that are missing where ``what`` needs them, not wanted, of another shape or decreasing.
+        ValueError: for seq_ids that are missing where ``what`` needs them, of another shape or decreasing.
     """
-    if keep.dim() > 1:
-        if seq_ids is not None:
-            raise ValueError(f"{name}: seq_ids goes with packed (N,) tokens, got tokens of shape {tuple(keep.shape)}")
-        return torch.arange(keep.shape[:-1].numel(), device=keep.device).repeat_interleave(keep.shape[-1])
     if seq_ids is None:
-        raise ValueError(f"{name}: {what} of packed (N,) tokens needs seq_ids (N,), got None")
+        if keep.dim() < 2:
+            raise ValueError(f"{name}: {what} of packed (N,) tokens needs seq_ids (N,), got None")
+        return torch.arange(keep.shape[:-1].numel(), device=keep.device).repeat_interleave(keep.shape[-1])
     if seq_ids.shape != keep.shape or seq_ids.is_floating_point() or seq_ids.dtype == torch.bool:
         raise ValueError(
             f"{name}: seq_ids must be integers of shape {tuple(keep.shape)}, got {seq_ids.dtype} {tuple(seq_ids.shape)}"
         )
     if (settings.checks or not seq_ids.is_cuda) and not torch.compiler.is_compiling() and bool((seq_ids.diff() < 0).any()):
         raise ValueError(f"{name}: seq_ids must be non-decreasing")
-    place = torch.zeros_like(seq_ids, dtype=torch.int64)
-    place[1:] = (seq_ids[1:] != seq_ids[:-1]).cumsum(0)
-    return place
+    return starts(seq_ids).flatten().cumsum(0) - 1
+
+
+def starts(ids: Tensor) -> Tensor:
+    """Where a run of equal ids begins; a row of ``(B, T)`` always begins one."""
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[..., 1:] = ids[..., 1:] != ids[..., :-1]
+    return first
 
 
 def reduce(token_loss: Tensor, weights: Tensor, keep: Tensor, metrics: Mapping[str, Tensor]) -> LossOutput:

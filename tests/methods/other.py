@@ -1,0 +1,41 @@
+"""Inputs and float64 oracles of the rest: losses on the targets, from hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rlad_kernels as rk
+from tests.oracles import reduced
+
+Inputs = dict[str, Any]
+
+
+def inputs(needs: tuple[str, ...]) -> tuple[list[str], Inputs]:
+    """The arguments that receive gradient, and all arguments: 4 sequences of 5 tokens, one fully masked, vocabulary 23."""
+    b, t, d, v = 4, 5, 8, 23
+    pool = {"weights": torch.rand(b, t) + 0.1}
+    mask = torch.rand(b, t) > 0.2
+    mask[2] = False
+    given = {"hidden": torch.randn(b, t, d), "weight": torch.randn(v, d), "target": torch.randint(v, (b, t)), "mask": mask}
+    return ["hidden", "weight"], {**given, **{k: pool[k] for k in needs}}
+
+
+def call(method: Any, *, weight: Tensor, **rest: Any) -> Any:
+    return method(head=rk.LMHead(weight), **rest)
+
+
+def seq_kd(hidden: Tensor, weight: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    logp = (hidden @ weight.T).log_softmax(-1).gather(-1, target[..., None])[..., 0]
+    return reduced(-logp, mask, "token-mean")
+
+
+def cross_entropy_z_loss(hidden: Tensor, weight: Tensor, target: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+    z = hidden @ weight.T
+    nll = z.logsumexp(-1) - z.gather(-1, target[..., None])[..., 0]
+    return reduced(weights * nll + 1e-4 * z.logsumexp(-1) ** 2, mask, "token-mean")
+
+
+ORACLES = {"seq_kd": seq_kd, "cross_entropy_z_loss": cross_entropy_z_loss}
