@@ -88,8 +88,8 @@ def check_kl_options(name: str, options: KLOptions) -> None:
         )
     if direction == "jsd" and normalize == "teacher":
         raise ValueError(
-            f"{name}: normalize='teacher' has no meaning for direction='jsd': the student's mass outside the support is missing from "
-            "the mixture; wanted 'both', 'tail' or 'none'"
+            f"{name}: normalize='teacher' has no meaning for direction='jsd', whose mixture would lack the student's mass outside the "
+            "support; wanted 'both', 'tail' or 'none'"
         )
     if clamp is not None and (not clamp > 0 or direction == "jsd"):
         raise ValueError(f"{name}: log_ratio_clamp must be positive and goes with a KL, got {clamp!r} for direction={direction!r}")
@@ -104,8 +104,8 @@ def check_kl_options(name: str, options: KLOptions) -> None:
         return
     if normalize != "teacher" or direction not in ("reverse", "mixed") or floor is not None or not math.isfinite(outside):
         raise ValueError(
-            f"{name}: outside_logp must be finite and goes with normalize='teacher', direction 'reverse' or 'mixed' and no logp_floor; "
-            f"got {outside!r} with {normalize!r}, {direction!r} and logp_floor={floor!r}"
+            f"{name}: outside_logp must be finite and goes with normalize='teacher', direction 'reverse' or 'mixed' and no "
+            f"logp_floor; got {outside!r} with {normalize!r}, {direction!r} and logp_floor={floor!r}"
         )
 
 
@@ -241,35 +241,29 @@ def linear_topk_kl_loss(
     return kl_on_support(name, scores.topk_logp, teacher, mask, scores.tail_logp, scores.entropy, *options)
 
 
-def _add(name: str, formula: str, paper: str, confidence: str, products: int, **options: object) -> None:
+def _add(name: str, formula: str, paper: str, confidence: str = "A", products: int = 3, **options: object) -> None:
     add_method(
         name, "top-k", topk_kl_loss, formula=formula, needs=("teacher",), paper=paper, confidence=confidence, products=products,
         options=options,
     )  # fmt: skip
 
 
-_add("lsm", "Σ_S q̂(log q̂ − log p̂), S = teacher's top-K, both renormalised", "arXiv 2603.25562", "A", 0, normalize="both")
+_LSM = {"normalize": "both", "products": 0}  # through linear_gather there is no product over the vocabulary
+_NEMO = {"direction": "mixed", "beta": 0.5}
+_add("lsm", "Σ_S q̂(log q̂ − log p̂), S = teacher's top-K, both renormalised", "arXiv 2603.25562", **_LSM)
+_add("lsm_sampled", "Σ_S q̂(log q̂ − log p̂), S = teacher's top-K ∪ {y} (with_sampled)", "arXiv 2603.25562", **_LSM)
+_add("ta_opd", "Σ_S q log(q/p) + q_τ log(q_τ/p_τ), τ the tail as one bucket", "arXiv 2608.14728", "C", normalize="tail")
 _add(
-    "lsm_sampled", "Σ_S q̂(log q̂ − log p̂), S = teacher's top-K ∪ {y} (with_sampled)", "arXiv 2603.25562", "A", 0, normalize="both"
-)
-_add("ta_opd", "Σ_S q(log q − log p) + q_τ(log q_τ − log p_τ), one bucket of tail mass", "arXiv 2608.14728", "C", 3, normalize="tail")
-_add(
-    "verl_forward_kl_topk", "clip(Σ_S p(log p − log q), 0, 10), log-probs ≥ −10", "verl trainer/distillation", "A", 3,
+    "verl_forward_kl_topk", "clip(Σ_S p(log p − log q), 0, 10), log-probs ≥ −10", "verl trainer/distillation",
     direction="forward", normalize="none", logp_floor=-10.0, loss_min=0.0, loss_max=10.0,
 )  # fmt: skip
+_add("nemo_rl_mixed", "½KL(p̂‖q̂) + ½KL(q̂‖p̂) on S", "NeMo-RL DistillationLossFn", **_NEMO, **_LSM)
 _add(
-    "nemo_rl_mixed", "½Σ_S p̂(log p̂ − log q̂) + ½Σ_S q̂(log q̂ − log p̂)", "NeMo-RL DistillationLossFn", "A", 0,
-    direction="mixed", beta=0.5, normalize="both",
+    "nemo_rl_zero_outside", "½Σ_S p̂ log(p̂/q) + ½Σ_S q log(q/p̂) + ½Σ_{v∉S} q(log q + 100)",
+    "NeMo-RL DistillationLossFn, zero_outside_topk", **_NEMO, normalize="teacher", outside_logp=-100.0,
 )  # fmt: skip
+_add("ms_swift_topk", "½KL(p̂‖m) + ½KL(q̂‖m), m = ½p̂ + ½q̂", "ms-swift gkd_loss", direction="jsd", beta=0.5, **_LSM)
 _add(
-    "nemo_rl_zero_outside", "½Σ_S p̂(log p̂ − log q) + ½(Σ_S q(log q − log p̂) + Σ_{∉S} q(log q + 100))",
-    "NeMo-RL DistillationLossFn, zero_outside_topk", "A", 3, direction="mixed", beta=0.5, normalize="teacher", outside_logp=-100.0,
-)  # fmt: skip
-_add(
-    "ms_swift_topk", "βKL(p̂‖m) + (1 − β)KL(q̂‖m), m = βp̂ + (1 − β)q̂, β = ½", "ms-swift gkd_loss", "A", 0,
-    direction="jsd", beta=0.5, normalize="both",
-)  # fmt: skip
-_add(
-    "trl_server_distillation", "Σ_S p(log p − log q) + p_τ(log p_τ − log q_τ)", "TRL server_distillation, tail bucket", "A", 3,
+    "trl_server_distillation", "Σ_S p log(p/q) + p_τ log(p_τ/q_τ), τ the tail as one bucket", "TRL server_distillation",
     direction="forward", normalize="tail",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The mathematics of a truncated KL per token: support, normalisation, direction, clamps. Plain differentiable PyTorch on (N, K)."""
+"""The mathematics of a truncated KL per token, plain differentiable PyTorch: support, normalisation, direction, clamps."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def topk_kl_tokens(
     student_mass = torch.where(some, lq.detach().exp().sum(1), 0)
     teacher_mass = torch.where(some, lp.exp().sum(1), 0)
     clamped = torch.zeros_like(some)
-    rest = _outside(lq, tail_logp, entropy, options) if options.outside_logp is not None else torch.zeros_like(student_mass)
+    rest = _outside(lq, tail_logp, entropy, options)
     if options.normalize == "tail":
         if teacher_tail is None:
             raise ValueError("topk_kl_loss: normalize='tail' needs teacher.tail_logp, got None")
@@ -126,8 +126,10 @@ def topk_kl_tokens(
     return loss, torch.stack(rows)
 
 
-def _outside(lq: Tensor, tail_logp: Tensor | None, entropy: Tensor | None, options: KLOptions) -> Tensor:
+def _outside(lq: Tensor, tail_logp: Tensor | None, entropy: Tensor | None, options: KLOptions) -> Tensor | float:
     """Σ_{v∉S} q(log q − L), the reverse KL's part outside S where the teacher's log-prob is L, from the entropy of all of q."""
+    if options.outside_logp is None:
+        return 0.0
     if entropy is None:
         raise ValueError("topk_kl_loss: outside_logp needs entropy (…), the student's over the whole vocabulary, got None")
     live = lq > -torch.inf
