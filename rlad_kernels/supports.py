@@ -33,9 +33,7 @@ def linear_support(
     """
     at = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device) if target is None else target
     with torch.no_grad():
-        s = score(
-            "linear_support", hidden, head, at, topk_ids=ids, entropy=entropy, tail=True, mask=mask, ids_name="ids"
-        )  # fmt: skip
+        s = score("linear_support", hidden, head, at, topk_ids=ids, entropy=entropy, tail=True, mask=mask, ids_name="ids")
     assert s.topk_logp is not None
     return TopK(ids.to(torch.int32), s.topk_logp, s.lse, s.tail_logp, None if target is None else s.logp, s.entropy)
 
@@ -197,6 +195,6 @@ def _agree(name: str, teacher: TopK, other: TopK) -> None:
         if bool(wrong.any()):
             at = tuple(wrong.nonzero()[0].tolist())
             raise ValueError(
-                f"{name}: the log-probs of id {teacher.ids[at].item()} differ, {teacher.logp[at].item():.4g} in teacher and "
-                f"{other.logp[(*at[:-1], j)].item():.4g} in other; both must be the teacher's (linear_support gives them at any ids)"
+                f"{name}: log-probs of id {teacher.ids[at].item()} differ, {teacher.logp[at].item():.4g} in teacher and "
+                f"{other.logp[(*at[:-1], j)].item():.4g} in other: both must be the teacher's, as linear_support gives them"
             )

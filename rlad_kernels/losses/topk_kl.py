@@ -88,8 +88,8 @@ def check_kl_options(name: str, options: KLOptions) -> None:
         )
     if direction == "jsd" and normalize == "teacher":
         raise ValueError(
-            f"{name}: normalize='teacher' has no meaning for direction='jsd', whose mixture would lack the student's mass outside the "
-            "support; wanted 'both', 'tail' or 'none'"
+            f"{name}: normalize='teacher' has no meaning for direction='jsd', whose mixture would lack the student's tail; wanted "
+            "'both', 'tail' or 'none'"
         )
     if clamp is not None and (not clamp > 0 or direction == "jsd"):
         raise ValueError(f"{name}: log_ratio_clamp must be positive and goes with a KL, got {clamp!r} for direction={direction!r}")
