@@ -293,13 +293,15 @@ torch.library.register_autograd("rlad::topk_kl", _topk_kl_backward, setup_contex
 
 
 def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.need, ctx.tensors = tuple(inputs[-3:]), len(inputs[15])
+    ctx.need, ctx.lists = tuple(inputs[-3:]), [len(x) for x in inputs[14:18]]
     ctx.save_for_backward(*output[3:])
 
 
 def _fused_backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> Any:
     grads = [(g_loss * d).to(d.dtype) if need else None for need, d in zip(ctx.need, ctx.saved_tensors, strict=True)]
-    return *grads, *[None] * 12, [None] * ctx.tensors, *[None] * 5
+    # an empty list is taken for one of tensors, and wants a list of gradients
+    names, tensors, numbers, words = ([None] * n if i == 1 or not n else None for i, n in enumerate(ctx.lists))
+    return *grads, *[None] * 11, names, tensors, numbers, words, *[None] * 3
 
 
 torch.library.register_autograd("rlad::fused_linear_loss", _fused_backward, setup_context=_fused_setup)
