@@ -68,7 +68,7 @@ def eopd_toy(rates: tuple[float, ...] = (0.1, 0.3, 1.0), steps: int = 1000) -> I
     )
 
 
-def descend(method: str, z: Tensor, teacher: rk.TopK, outside: Tensor, steps: int = 200, lr: float = 10.0) -> Tensor:
+def descend(method: str, z: Tensor, teacher: rk.TopK, outside: Tensor, steps: int = 300, lr: float = 5.0) -> Tensor:
     for _ in range(steps):
         z = z.detach().requires_grad_()
         lq = z.log_softmax(1)
