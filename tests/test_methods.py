@@ -34,7 +34,8 @@ def test_value_and_gradients(name):
     def value(*xs: Tensor) -> Tensor:
         return oracle(**{k: _as(v, xs[0].dtype) for k, v in given.items()} | dict(zip(leaves, xs, strict=True)))
 
-    hold(out.loss.detach(), value, *tensors.values())
+    signed = out.loss.item() / out.token_loss.sum().item()  # the reduction's weight; terms of either sign cancel, their errors not
+    hold(out.loss.detach(), value, *tensors.values(), scale=abs(signed) * out.token_loss.abs().sum().item())
     for i, x in enumerate(tensors.values()):
 
         def slope(*xs: Tensor, i: int = i) -> Tensor:
