@@ -12,11 +12,12 @@ from rlad_kernels.head import LMHead
 from rlad_kernels.losses.ratio import check_ratio_options, per_token, ratio_loss_tokens
 from rlad_kernels.losses.reduction import LossOutput
 from rlad_kernels.losses.topk_kl import check_topk_options, teacher_rows, topk_kl_loss_tokens
+from rlad_kernels.losses.topk_terms import KLOptions
 from rlad_kernels.ops import acc_dtype
 from rlad_kernels.registry import register
 from rlad_kernels.scores import TokenScores, TopK, target_shape
 
-_TOPK_INPUTS = ("ids", "topk_teacher_logp", "teacher_tail", "topk_kl_coef", "direction", "normalize", "scale")
+_TOPK_INPUTS = ("ids", "topk_teacher_logp", "teacher_tail", "topk_kl_coef", "scale", *KLOptions._fields)
 
 
 @register("rlad")
@@ -27,7 +28,9 @@ def rlad_tokens(scores: TokenScores, **inputs: Any) -> tuple[Tensor, dict[str, T
     if topk:
         coef, teacher_logp = topk.pop("topk_kl_coef"), topk.pop("topk_teacher_logp")
         assert scores.topk_logp is not None
-        kl, more = topk_kl_loss_tokens(scores.topk_logp, teacher_logp=teacher_logp, tail_logp=scores.tail_logp, **topk)
+        kl, more = topk_kl_loss_tokens(
+            scores.topk_logp, teacher_logp=teacher_logp, tail_logp=scores.tail_logp, entropy=scores.entropy, **topk
+        )
         invalid = torch.maximum(metrics["invalid_teacher"], more.pop("invalid_teacher"))
         loss, metrics = loss + coef * kl, {**metrics, **more, "invalid_teacher": invalid}
     if scores.entropy is not None:
@@ -41,7 +44,9 @@ def rlad_loss(
     alpha: float = 0.5, clip: tuple[float, float] = (0.2, 0.2), teacher_clamp: float | None = None, dual_clip: float | None = None,
     ref_logp: Tensor | None = None, kl_coef: float = 0.0, kl_estimator: str = "k3", direction: str = "reverse",
     normalize: str = "both", scale: float = 1.0, reduction: str = "seq-mean-token-mean", seq_ids: Tensor | None = None,
-    denominator: float | Tensor | None = None,
+    denominator: float | Tensor | None = None, beta: float = 0.5, log_ratio_clamp: float | None = None,
+    logp_floor: float | None = None, clamp_gradient: str = "kill", loss_min: float | None = None, loss_max: float | None = None,
+    outside_logp: float | None = None,
 ) -> LossOutput:  # fmt: skip
     """TRRD + topk_kl_coef × truncated KL to the teacher, from hidden states, in one sweep (RLAD, arXiv 2602.22495).
 
@@ -51,7 +56,8 @@ def rlad_loss(
         teacher_logp: teacher's log-probs of the targets; defaults to ``teacher.target_logp``.
         teacher: TopK of the teacher (:func:`linear_topk`); adds the truncated KL of :func:`topk_kl_loss` on its support.
         topk_kl_coef: factor on that term; required when ``teacher`` is given.
-        direction, normalize, scale: as in :func:`topk_kl_loss`; the student's tail mass comes from the sweep.
+        direction, normalize, scale, beta, log_ratio_clamp, logp_floor, clamp_gradient, loss_min, loss_max, outside_logp: as in
+            :func:`topk_kl_loss`; the student's tail mass and entropy come from the sweep.
         filter_eps: as in :func:`fused_linear_loss`.
         reduction, seq_ids, denominator: as in :func:`grpo_loss`, one reduction for both terms.
 
@@ -76,10 +82,13 @@ def rlad_loss(
     if teacher is not None:
         if topk_kl_coef is None:
             raise ValueError(f"{name}: topk_kl_coef is required when teacher is given, got None")
-        check_topk_options(name, teacher, direction, normalize)
+        options = KLOptions(
+            direction, normalize, beta, log_ratio_clamp, logp_floor, clamp_gradient, loss_min, loss_max, outside_logp
+        )  # fmt: skip
+        check_topk_options(name, teacher, options)
         rows = teacher_rows(name, teacher, like)
         rows["topk_teacher_logp"] = rows.pop("teacher_logp")
-        inputs |= {**rows, "topk_kl_coef": topk_kl_coef, "direction": direction, "normalize": normalize, "scale": scale}
+        inputs |= {**rows, "topk_kl_coef": topk_kl_coef, "scale": scale, **options._asdict()}
     elif topk_kl_coef is not None:
         raise ValueError(f"{name}: topk_kl_coef={topk_kl_coef!r} needs teacher, got None")
     return fuse(

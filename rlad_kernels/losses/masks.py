@@ -1,0 +1,137 @@
+"""Masks: which tokens a distillation term sees. Bool, True is kept; combine with ``&`` and give the result as ``mask=``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlad_kernels.losses.reduction import keep_mask
+from rlad_kernels.settings import settings
+
+LEVELS = ("response", "group")
+
+
+def response_mask(prompt_lengths: Tensor, lengths: Tensor, size: int) -> Tensor:
+    """``(B, size)``, True from each row's ``prompt_lengths (B,)`` up to, but not including, its ``lengths (B,)``."""
+    at = torch.arange(size, device=lengths.device)
+    return (at >= prompt_lengths.unsqueeze(1)) & (at < lengths.unsqueeze(1))
+
+
+def special_token_mask(
+    tokens: Tensor, special_ids: list[int], mask: Tensor | None = None, *, seq_ids: Tensor | None = None
+) -> Tensor:
+    """False at the first kept occurrence of each id of ``special_ids`` in each response, True elsewhere (arXiv 2603.25562).
+
+    Args:
+        tokens: ids ``(B, T)``, or packed ``(N,)`` with ``seq_ids (N,)``, non-decreasing.
+        special_ids: ids counted one by one, the tokens of ``<think>`` for instance.
+        mask: the response; occurrences outside it (in the prompt) do not count.
+    """
+    name = "special_token_mask"
+    keep, place = keep_mask(name, mask, tokens), _places(name, tokens, seq_ids)
+    out = torch.ones_like(keep)
+    for i in special_ids:
+        out &= ~_nth(keep & (tokens == i), place, last=False)
+    return out
+
+
+def final_eos_mask(tokens: Tensor, eos_ids: list[int], mask: Tensor | None = None, *, seq_ids: Tensor | None = None) -> Tensor:
+    """False at each response's last kept token where that is an EOS id: teacher and student may end differently (arXiv 2609.04108).
+
+    Args:
+        tokens, mask, seq_ids: as in :func:`special_token_mask`.
+        eos_ids: all ids that end a response, ``<|endoftext|>`` and ``<|im_end|>`` for instance.
+    """
+    name = "final_eos_mask"
+    keep, place = keep_mask(name, mask, tokens), _places(name, tokens, seq_ids)
+    eos = torch.zeros_like(keep)
+    for i in eos_ids:
+        eos |= tokens == i
+    return ~(_nth(keep, place, last=True) & eos)
+
+
+def top_entropy_mask(entropy: Tensor, fraction: float, mask: Tensor | None = None) -> Tensor:
+    """The round(fraction·n) tokens of highest entropy among the n kept ones of the batch (arXiv 2506.01939).
+
+    Exactly that many, halves rounded up; among equal entropies the earlier token (row by row) stays; NaN ranks last.
+    No host synchronisation on CUDA.
+
+    Args:
+        entropy: ``(B, T)`` or ``(N,)``.
+        fraction: in [0, 1].
+        mask: kept tokens; None is all.
+    """
+    name = "top_entropy_mask"
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"{name}: fraction must be in [0, 1], got {fraction!r}")
+    keep = keep_mask(name, mask, entropy).flatten()
+    value = torch.where(keep & ~entropy.detach().flatten().isnan(), entropy.detach().flatten(), -torch.inf)
+    by_value = value.argsort(descending=True, stable=True)
+    order = by_value[(~keep[by_value]).to(torch.int8).argsort(stable=True)]  # kept tokens first, whatever their entropy
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    count = torch.floor(keep.sum().double() * fraction + 0.5)
+    return (keep & (rank < count)).view(entropy.shape)
+
+
+def reward_mask(correct: Tensor, group_ids: Tensor | None = None, level: str = "response") -> Tensor:
+    """Responses that are distilled by their reward (KDRL, arXiv 2506.02208): the incorrect ones, or those of all-wrong groups.
+
+    Args:
+        correct: bool or 0/1 ``(B,)``, one a response.
+        group_ids: ints ``(B,)`` in any order, equal for answers to one prompt; for ``level="group"``.
+        level: ``response`` keeps incorrect responses, ``group`` those in whose group no response is correct.
+
+    Returns:
+        bool ``(B,)``; :func:`spread` makes tokens of it.
+
+    Raises:
+        ValueError: naming the argument, what came and what was wanted.
+    """
+    name = "reward_mask"
+    if level not in LEVELS:
+        raise ValueError(f"{name}: level must be one of {LEVELS}, got {level!r}")
+    if correct.dim() != 1:
+        raise ValueError(f"{name}: correct must be (B,), one a response, got shape {tuple(correct.shape)}")
+    wrong = ~keep_mask(name, correct, correct)
+    if level == "response":
+        return wrong
+    if group_ids is None or group_ids.shape != correct.shape:
+        got = None if group_ids is None else tuple(group_ids.shape)
+        raise ValueError(f"{name}: level='group' needs group_ids {tuple(correct.shape)}, got {got}")
+    ordered, order = group_ids.sort(stable=True)
+    run = torch.zeros_like(order)
+    run[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
+    right = torch.zeros_like(order).scatter_add_(0, run, (~wrong)[order].long())
+    return torch.empty_like(wrong).scatter_(0, order, right[run] == 0)
+
+
+def spread(responses: Tensor, tokens: Tensor, *, seq_ids: Tensor | None = None) -> Tensor:
+    """One value a response ``(B,)`` at each of its tokens, in the shape of ``tokens`` ``(B, T)`` or packed ``(N,)`` + ``seq_ids``.
+
+    Packed: ``responses[i]`` belongs to the i-th run of equal ``seq_ids``.
+    """
+    return responses[_places("spread", tokens, seq_ids)]
+
+
+def _places(name: str, tokens: Tensor, seq_ids: Tensor | None) -> Tensor:
+    """Number of each token's response, in the shape of ``tokens``."""
+    if tokens.dim() == 2 and seq_ids is None:
+        return torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1).expand(tokens.shape)
+    if tokens.dim() != 1 or seq_ids is None or seq_ids.shape != tokens.shape:
+        got = None if seq_ids is None else tuple(seq_ids.shape)
+        raise ValueError(
+            f"{name}: tokens must be (B, T), or packed (N,) with seq_ids (N,); got {tuple(tokens.shape)} and seq_ids {got}"
+        )
+    if (settings.checks or not seq_ids.is_cuda) and not torch.compiler.is_compiling() and bool((seq_ids.diff() < 0).any()):
+        raise ValueError(f"{name}: seq_ids must be non-decreasing")
+    place = torch.zeros_like(seq_ids, dtype=torch.int64)
+    place[1:] = (seq_ids[1:] != seq_ids[:-1]).cumsum(0)
+    return place
+
+
+def _nth(where: Tensor, place: Tensor, *, last: bool) -> Tensor:
+    """The first, or last, True of each response."""
+    flat, number = where.flatten(), torch.arange(where.numel(), device=where.device)
+    best = number.new_full((where.numel() + 1,), -1 if last else where.numel())
+    best.scatter_reduce_(0, place.flatten(), torch.where(flat, number, best[0]), "amax" if last else "amin")
+    return (flat & (best[place.flatten()] == number)).view(where.shape)

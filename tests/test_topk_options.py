@@ -1,0 +1,250 @@
+"""The axes of a top-K loss beyond topk_kl_loss's first ones: directions, clamps, gradient paths, and each inside the sweep."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rlad_kernels as rk
+from rlad_kernels.registry import METHODS, TOKEN_LOSSES
+from tests.oracles import DTYPES, gradient, hold
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+N, V, K = 8 if INTERPRET else 32, 11, 4
+EPS = torch.finfo(torch.float32).eps
+FORMS = [(d, n) for d in ("reverse", "forward", "mixed", "jsd") for n in ("both", "teacher", "none", "tail")]
+FORMS.remove(("jsd", "teacher"))
+CLAMPS: list[dict[str, Any]] = [{}, {"log_ratio_clamp": 0.6}, {"logp_floor": -1.5}, {"loss_min": -0.1, "loss_max": 0.6}]
+
+CASES = [
+    (form, clamp, how) for form in FORMS for clamp in CLAMPS for how in ("kill", "pass")
+    if (clamp or how == "kill")
+    and not (form[1] == "both" and "logp_floor" in clamp) and not (form[0] == "jsd" and "log_ratio_clamp" in clamp)
+]  # fmt: skip
+
+
+def draw(dtype: torch.dtype = torch.float32, scale: float = 1.5) -> tuple[Tensor, Tensor, rk.TopK]:
+    z, t = scale * torch.randn(2, N, V, dtype=torch.float64)
+    ids = t.topk(K).indices
+    lq, lp = (x.log_softmax(1) for x in (z, t))
+    tail_q, tail_p = (x.exp().scatter(1, ids, 0).sum(1).log().to(dtype) for x in (lq, lp))
+    teacher = rk.TopK(ids.int(), lp.gather(1, ids).to(dtype), tail_logp=tail_p)
+    return lq.gather(1, ids).to(dtype).requires_grad_(), tail_q.requires_grad_(), teacher
+
+
+def clamped(x: Tensor, low: float | None, high: float | None, gradient: str) -> Tensor:
+    """The clamp with its two gradients, written as value and slope."""
+    if low is high is None:
+        return x
+    y = x.clamp(low, high)
+    return y if gradient == "kill" else x + (y - x).detach()
+
+
+def formula(lq: Tensor, tail_q: Tensor, lp: Tensor, tail_p: Tensor, o: dict[str, Any]) -> Tensor:
+    """Every axis again, in probabilities, on full supports."""
+    how, beta = o.get("clamp_gradient", "kill"), o.get("beta", 0.5)
+    if o["normalize"] == "tail":
+        lq, lp = torch.cat([lq, tail_q[:, None]], 1), torch.cat([lp, tail_p[:, None]], 1)
+    if (floor := o.get("logp_floor")) is not None:
+        lq, lp = clamped(lq, floor, None, how), lp.clamp_min(floor)
+    q, p = lq.exp(), lp.exp()
+    q = q / q.sum(1, keepdim=True) if o["normalize"] == "both" else q
+    p = p / p.sum(1, keepdim=True) if o["normalize"] in ("both", "teacher") else p
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        ratio = (a / b).log()
+        if (c := o.get("log_ratio_clamp")) is not None:
+            ratio = clamped(ratio, -c, c, how)
+        return (a * ratio).sum(1)
+
+    m = beta * p + (1 - beta) * q
+    value = {
+        "reverse": lambda: kl(q, p),
+        "forward": lambda: kl(p, q),
+        "mixed": lambda: beta * kl(p, q) + (1 - beta) * kl(q, p),
+        "jsd": lambda: beta * kl(p, m) + (1 - beta) * kl(q, m),
+    }[o["direction"]]()
+    return clamped(value, o.get("loss_min"), o.get("loss_max"), how)
+
+
+@pytest.mark.parametrize("form,clamp,how", CASES, ids=lambda x: "-".join(x) if isinstance(x, dict | tuple) else x)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_direction_normalisation_and_clamp(dtype: torch.dtype, form: tuple[str, str], clamp: dict[str, Any], how: str):
+    direction, normalize = form
+    o = {"direction": direction, "normalize": normalize, "beta": 0.3, **clamp, "clamp_gradient": how}
+    lq, tail_q, teacher = draw(dtype)
+    out = rk.topk_kl_loss(lq, teacher, tail_logp=tail_q, **o)
+
+    def value(lq: Tensor, tail_q: Tensor) -> Tensor:
+        return formula(lq, tail_q, teacher.logp.to(lq.dtype), teacher.tail_logp.to(lq.dtype), o)
+
+    hold(out.token_loss, value, lq.detach(), tail_q.detach())
+    leaves = (lq, tail_q) if normalize == "tail" else (lq,)
+    found = torch.autograd.grad(out.loss, leaves)
+    hold(found[0] * N, gradient(value), lq, tail_q.detach())
+    if normalize == "tail":
+        hold(found[1] * N, gradient(lambda t, x: value(x, t)), tail_q, lq.detach())
+
+
+@pytest.mark.parametrize("how", ["kill", "pass"])
+@pytest.mark.parametrize("clamp", CLAMPS[1:], ids="-".join)
+def test_the_clamps_bind_and_do_to_the_gradient_what_the_docstring_says(clamp: dict[str, Any], how: str):
+    lq, _, teacher = draw()
+    o = {"direction": "forward", "normalize": "none"}
+    free, out = rk.topk_kl_loss(lq, teacher, **o), rk.topk_kl_loss(lq, teacher, **o, **clamp, clamp_gradient=how)
+    assert not torch.equal(free.token_loss, out.token_loss)
+    usual, grad = (torch.autograd.grad(x.loss, lq)[0] for x in (free, out))
+    if how == "pass" and "logp_floor" not in clamp:  # the floor also bounds p, a factor of the gradient
+        assert torch.allclose(usual, grad, rtol=1e-6)
+        return
+    gap, floor = (lq - teacher.logp).abs(), clamp.get("logp_floor", -math.inf)
+    bind = {"log_ratio_clamp": gap > 0.6, "logp_floor": lq < floor}.get(
+        next(iter(clamp)), (free.token_loss.clamp(-0.1, 0.6) != free.token_loss)[:, None]
+    )
+    bind = bind.expand_as(lq)
+    assert bind.any()
+    assert not bind.all()
+    assert (grad[bind] == 0).all() == (how == "kill")
+    assert (grad[~bind] != 0).all()
+
+
+def test_straight_through_is_finite_where_the_student_has_no_mass():
+    lq, _, teacher = draw()
+    with torch.no_grad():
+        lq[0, 0] = -math.inf
+    for how in ("kill", "pass"):
+        for o in ({"logp_floor": -10.0}, {"log_ratio_clamp": 5.0}):
+            out = rk.topk_kl_loss(lq, teacher, direction="forward", normalize="none", clamp_gradient=how, **o)
+            assert out.token_loss.isfinite().all()
+            assert torch.autograd.grad(out.loss, lq)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("direction", ["reverse", "mixed", "jsd"])
+def test_renormalised_losses_keep_small_values_in_float32(direction: str):
+    """At KL ≈ 1e-4 value and gradient come from float32 inputs to 1e-3; what float32 inputs themselves lose is not counted."""
+    z = 2 * torch.randn(N, K)
+    lq, lp = z.log_softmax(1).requires_grad_(), (z + 0.0145 * torch.randn(N, K)).log_softmax(1)
+    teacher = rk.TopK(torch.arange(K).expand(N, K), lp)
+    out = rk.topk_kl_loss(lq, teacher, direction=direction)
+    exact = lq.detach().double().requires_grad_()
+    o = {"direction": direction, "normalize": "both"}
+    want = formula(exact, exact[:, 0], lp.double(), lp[:, 0].double(), o)
+    scale = 4 if direction == "jsd" else 1
+    assert 2e-5 < scale * want.mean() < 5e-4
+    assert (out.loss - want.mean()).abs() < 1e-3 * want.mean()
+    slope = torch.autograd.grad(want.mean(), exact)[0]
+    assert (torch.autograd.grad(out.loss, lq)[0] - slope).norm() < 1e-3 * slope.norm()
+    assert (out.token_loss >= 0).all()
+
+
+def test_outside_logp_is_the_reverse_kl_to_a_teacher_with_that_log_prob_elsewhere():
+    z = torch.randn(N, V, dtype=torch.float64, requires_grad=True)
+    head = rk.LMHead(torch.eye(V, dtype=torch.float64))
+    if INTERPRET:
+        z, head = z.detach().float().requires_grad_(), rk.LMHead(torch.eye(V))
+    teacher = rk.linear_topk(torch.randn_like(z), head, K)
+    out = rk.linear_topk_kl_loss(z, head, teacher, normalize="teacher", outside_logp=-20.0)
+    ids = teacher.ids.long()
+
+    def whole(z: Tensor) -> Tensor:
+        lq = z.log_softmax(1)
+        lp = torch.full_like(lq, -20.0).scatter(1, ids, teacher.logp.to(z.dtype).log_softmax(1))
+        return (lq.exp() * (lq - lp)).sum(1)
+
+    hold(out.token_loss, whole, z.detach(), calls=2)
+    grad = torch.autograd.grad(out.loss, z)[0] * N
+    want = torch.autograd.grad(whole(z).sum(), z)[0]
+    assert (grad - want).abs().max() < (1e-5 if INTERPRET else 1e-12) * want.abs().max()
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"direction": "jsd", "beta": 0.0}, "beta"),
+    ({"direction": "mixed", "beta": 1.0}, "beta"),
+    ({"direction": "jsd", "normalize": "teacher"}, "'both', 'tail' or 'none'"),
+    ({"direction": "jsd", "log_ratio_clamp": 1.0}, "log_ratio_clamp"),
+    ({"log_ratio_clamp": 0.0}, "log_ratio_clamp"),
+    ({"logp_floor": -10.0}, "logp_floor"),
+    ({"logp_floor": 1.0, "normalize": "none"}, "logp_floor"),
+    ({"clamp_gradient": "half"}, "clamp_gradient"),
+    ({"loss_min": 1.0, "loss_max": 0.0}, "loss_min"),
+    ({"outside_logp": -100.0}, "outside_logp"),
+    ({"outside_logp": -100.0, "normalize": "teacher"}, "entropy"),
+    ({"outside_logp": -100.0, "normalize": "teacher", "direction": "forward"}, "outside_logp"),
+]
+
+
+@pytest.mark.parametrize("options,named", BAD, ids=lambda x: "-".join(map(str, x)) if isinstance(x, dict) else "")
+def test_options_without_a_meaning_are_refused(options: dict[str, Any], named: str):
+    lq, _, teacher = draw()
+    with pytest.raises(ValueError, match=f"^topk_kl_loss: .*{named}"):
+        rk.topk_kl_loss(lq, teacher, **options)
+
+
+def everything(b: int = 2, t: int = 5, d: int = 6) -> tuple[Tensor, rk.LMHead, Tensor, rk.TopK, Tensor, Tensor, Tensor]:
+    head = rk.LMHead(torch.randn(V, d, requires_grad=True))
+    hidden = torch.randn(b, t, d, requires_grad=True)
+    target, mask = torch.randint(V, (b, t)), torch.rand(b, t) > 0.2
+    teacher = rk.linear_topk(torch.randn(b, t, d), rk.LMHead(2 * torch.randn(V, d)), K, target=target, entropy=True)
+    old = rk.linear_logp(hidden.detach() + 0.1 * torch.randn(b, t, d), head, target, topk_ids=teacher.ids)
+    return hidden, head, target, teacher, mask, old.logp.detach(), old.topk_logp.detach()
+
+
+IN_SWEEP = [k for k, m in METHODS.items() if m.family == "top-k" and k != "lsm_sampled"]
+
+
+@pytest.mark.parametrize("name", ["ta_opd", "thunlp_opd"] if INTERPRET else IN_SWEEP)
+def test_inside_the_sweep_is_the_same_as_from_scores(name: str):
+    hidden, head, target, teacher, mask, old, old_topk = everything()
+    method, token = METHODS[name], "topk_kl"
+    scores = rk.linear_logp(hidden, head, target, topk_ids=teacher.ids, tail=True, entropy=True, mask=mask)
+    rows: dict[str, Any] = {"ids": teacher.ids, "teacher_logp": teacher.logp, "teacher_tail": teacher.tail_logp}
+    args: dict[str, Any] = {"topk_logp": scores.topk_logp, "teacher": teacher, "mask": mask}
+    if name == "eopd":
+        token = "eopd"
+        args |= {"logp": scores.logp, "old_logp": old}
+        rows |= {"old_logp": old, "target_teacher_logp": teacher.target_logp, "teacher_entropy": teacher.entropy}
+    elif name == "ema_pg":
+        token = "topk_sampled_tail"
+        args |= {"logp": scores.logp, "target": target}
+        rows |= {"target": target, "target_teacher_logp": teacher.target_logp}
+    elif name == "thunlp_opd":
+        token = "topk_pg"
+        args |= {"old_topk_logp": old_topk}
+        rows |= {"old_topk_logp": old_topk}
+    elif name == "verl_topk_pg":
+        token = "topk_advantage"
+        args |= {"logp": scores.logp, "old_logp": old}
+        rows |= {"old_logp": old, **method.options}
+    else:
+        rows |= method.options
+        args |= {"tail_logp": scores.tail_logp} | ({"entropy": scores.entropy} if "outside_logp" in method.options else {})
+    same = method(**args)
+    out = rk.fused_linear_loss(hidden, head, target, TOKEN_LOSSES[token], inputs=rows, mask=mask, topk_ids=teacher.ids)
+    size = same.token_loss.abs().max()
+    assert (out.token_loss - same.token_loss).abs().max() <= 1e-5 * size.clamp_min(1)
+    for x, y in zip(*(torch.autograd.grad(o.loss, (hidden, head.weight)) for o in (out, same)), strict=True):
+        assert (x - y).abs().max() <= 1e-5 * y.abs().max().clamp_min(size)
+    for key, value in same.metrics.items():
+        assert out.metrics[key].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-5), key
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("token,options", [
+    ("topk_kl", {"direction": "jsd", "normalize": "tail", "beta": 0.3}), ("topk_pg", {"weight": "teacher"}),
+])  # fmt: skip
+def test_registered_token_losses_compile_fullgraph(token: str, options: dict[str, Any]):
+    hidden, head, target, teacher, mask, _, old_topk = everything()
+    rows = {"ids": teacher.ids, "teacher_logp": teacher.logp, "teacher_tail": teacher.tail_logp, **options}
+    rows |= {"old_topk_logp": old_topk} if token == "topk_pg" else {}
+
+    def call(hidden: Tensor) -> Tensor:
+        return rk.fused_linear_loss(hidden, head, target, TOKEN_LOSSES[token], inputs=rows, mask=mask, topk_ids=teacher.ids).loss
+
+    eager, compiled = call(hidden), torch.compile(call, fullgraph=True, backend="aot_eager")(hidden)
+    assert torch.equal(eager, compiled)
+    assert torch.equal(*(torch.autograd.grad(x, hidden)[0] for x in (eager, compiled)))
