@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlad_kernels.losses.reduction import keep_mask
-from rlad_kernels.settings import settings
+from rlad_kernels.losses.groups import wrong_groups
+from rlad_kernels.losses.reduction import keep_mask, sequence_index
 
 LEVELS = ("response", "group")
 
@@ -95,14 +95,7 @@ def reward_mask(correct: Tensor, group_ids: Tensor | None = None, level: str = "
     wrong = ~keep_mask(name, correct, correct)
     if level == "response":
         return wrong
-    if group_ids is None or group_ids.shape != correct.shape:
-        got = None if group_ids is None else tuple(group_ids.shape)
-        raise ValueError(f"{name}: level='group' needs group_ids {tuple(correct.shape)}, got {got}")
-    ordered, order = group_ids.sort(stable=True)
-    run = torch.zeros_like(order)
-    run[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
-    right = torch.zeros_like(order).scatter_add_(0, run, (~wrong)[order].long())
-    return torch.empty_like(wrong).scatter_(0, order, right[run] == 0)
+    return wrong_groups(name, ~wrong, group_ids)
 
 
 def spread(responses: Tensor, tokens: Tensor, *, seq_ids: Tensor | None = None) -> Tensor:
@@ -115,18 +108,7 @@ def spread(responses: Tensor, tokens: Tensor, *, seq_ids: Tensor | None = None) 
 
 def _places(name: str, tokens: Tensor, seq_ids: Tensor | None) -> Tensor:
     """Number of each token's response, in the shape of ``tokens``."""
-    if tokens.dim() == 2 and seq_ids is None:
-        return torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1).expand(tokens.shape)
-    if tokens.dim() != 1 or seq_ids is None or seq_ids.shape != tokens.shape:
-        got = None if seq_ids is None else tuple(seq_ids.shape)
-        raise ValueError(
-            f"{name}: tokens must be (B, T), or packed (N,) with seq_ids (N,); got {tuple(tokens.shape)} and seq_ids {got}"
-        )
-    if (settings.checks or not seq_ids.is_cuda) and not torch.compiler.is_compiling() and bool((seq_ids.diff() < 0).any()):
-        raise ValueError(f"{name}: seq_ids must be non-decreasing")
-    place = torch.zeros_like(seq_ids, dtype=torch.int64)
-    place[1:] = (seq_ids[1:] != seq_ids[:-1]).cumsum(0)
-    return place
+    return sequence_index(name, tokens, "a response", seq_ids).view(tokens.shape)
 
 
 def _nth(where: Tensor, place: Tensor, *, last: bool) -> Tensor:
