@@ -299,8 +299,8 @@ def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _fused_backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> Any:
     grads = [(g_loss * d).to(d.dtype) if need else None for need, d in zip(ctx.need, ctx.saved_tensors, strict=True)]
-    names, _, numbers, words = (None if n else [] for n in ctx.lists)  # an empty list is taken for one of tensors
-    return *grads, *[None] * 11, names, [None] * ctx.lists[1], numbers, words, *[None] * 3
+    none = [None if n else [] for n in ctx.lists]  # an empty list is taken for one of tensors
+    return *grads, *[None] * 11, none[0], [None] * ctx.lists[1], *none[2:], *[None] * 3
 
 
 torch.library.register_autograd("rlad::fused_linear_loss", _fused_backward, setup_context=_fused_setup)
