@@ -86,8 +86,9 @@ def test_reward_masks():
 @pytest.mark.parametrize("call,named", [
     (lambda x: rk.reward_mask(x, level="batch"), "reward_mask: level"),
     (lambda x: rk.reward_mask(x, level="group"), "reward_mask: group_ids is None"),
-    (lambda x: rk.reward_mask(x + 2), "reward_mask: mask must hold bools"),
+    (lambda x: rk.reward_mask(x + 2), "reward_mask: correct must hold bools"),
     (lambda x: rk.reward_mask(x[None]), "reward_mask: correct"),
+    (lambda x: rk.spread(x, torch.zeros(2, 4)), "spread: responses"),
     (lambda x: rk.top_entropy_mask(x.float(), 1.5), "top_entropy_mask: fraction"),
     (lambda x: rk.special_token_mask(x, [1]), "special_token_mask: a response of packed"),
     (lambda x: rk.final_eos_mask(x, [1], seq_ids=torch.tensor([1, 0, 0])), "final_eos_mask: seq_ids must be non-decreasing"),

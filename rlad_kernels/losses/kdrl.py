@@ -101,8 +101,12 @@ def annealed_coef(step: int, *, start: float = 5e-3, decrement: float = 5e-5, fl
 
 _NEEDS, _PAPER = ("old_logp", "teacher_logp", "advantages"), "arXiv 2506.02208"
 add_method(
-    "kdrl", "ratio", kdrl_loss, formula="−rÂ + β·½(s − t)², β = 2e-3", needs=_NEEDS, paper=_PAPER, confidence="B", products=3
-)
+    "kdrl", "ratio", kdrl_loss, formula="−rÂ + β·½(s − t)², β = 2e-3", needs=_NEEDS, paper=_PAPER, confidence="B", products=3,
+    note=(
+        "k2's gradient is the reverse KL's only on the policy's own samples: it is not importance-corrected over "
+        "several updates. Backpropagating s − t itself (k1) would lose the teacher."
+    ),
+)  # fmt: skip
 add_method(
     "kdrl_in_reward", "ratio", kdrl_loss, formula="−r(Â + β·sg[t − s]), β = 2e-3", needs=_NEEDS, paper=_PAPER, confidence="B",
     products=3, options={"form": "in-reward"},

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rlad_kernels.losses.groups import wrong_groups
 from rlad_kernels.losses.reduction import keep_mask, sequence_index
+from rlad_kernels.settings import settings
 
 LEVELS = ("response", "group")
 
@@ -92,7 +93,9 @@ def reward_mask(correct: Tensor, group_ids: Tensor | None = None, level: str = "
         raise ValueError(f"{name}: level must be one of {LEVELS}, got {level!r}")
     if correct.dim() != 1:
         raise ValueError(f"{name}: correct must be (B,), one a response, got shape {tuple(correct.shape)}")
-    wrong = ~keep_mask(name, correct, correct)
+    if correct.dtype != torch.bool and (settings.checks or not correct.is_cuda) and bool(((correct != 0) & (correct != 1)).any()):
+        raise ValueError(f"{name}: correct must hold bools, or numbers equal to 0 or 1, got {correct.tolist()}")
+    wrong = correct == 0
     if level == "response":
         return wrong
     return wrong_groups(name, ~wrong, group_ids)
@@ -101,9 +104,15 @@ def reward_mask(correct: Tensor, group_ids: Tensor | None = None, level: str = "
 def spread(responses: Tensor, tokens: Tensor, *, seq_ids: Tensor | None = None) -> Tensor:
     """One value a response ``(B,)`` at each of its tokens, in the shape of ``tokens`` ``(B, T)`` or packed ``(N,)`` + ``seq_ids``.
 
-    Packed: ``responses[i]`` belongs to the i-th run of equal ``seq_ids``.
+    Packed: ``responses[i]`` belongs to the i-th run of equal ``seq_ids``. Another number of responses raises a ValueError (on
+    CUDA with ``set_checks(True)``).
     """
-    return responses[_places("spread", tokens, seq_ids)]
+    place = _places("spread", tokens, seq_ids)
+    if settings.checks or not place.is_cuda:
+        count = int(place.max()) + 1 if place.numel() else 0
+        if responses.dim() != 1 or responses.shape[0] != count:
+            raise ValueError(f"spread: responses has shape {tuple(responses.shape)}, wanted ({count},), one a response of tokens")
+    return responses[place]
 
 
 def _places(name: str, tokens: Tensor, seq_ids: Tensor | None) -> Tensor:

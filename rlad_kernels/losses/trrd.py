@@ -59,4 +59,9 @@ def trrd_loss(
 add_method(
     "trrd", "ratio", trrd_loss, formula="−min(rÂ, clip(r, 1−ε, 1+ε)Â), log r = α(s − o) + (1 − α)(s − t)",
     needs=("old_logp", "teacher_logp", "advantages"), paper="arXiv 2602.22495", confidence="B", products=3,
+    note=(
+        "The clip is live at the first step: at α = .5, ε = .2 no gradient where s − t > 0.365 (Â > 0) or t − s > "
+        "0.446 (Â < 0). Â = 0: no teacher signal. Without teacher_clamp or dual_clip r is unbounded for Â < 0. α = "
+        "1 is grpo."
+    ),
 )  # fmt: skip
