@@ -29,6 +29,9 @@ ROW_OPS = {
     "dlogits_": f"(Tensor(a!) out, {_TILE}, Tensor slot_grad, Tensor? slot_tail, Tensor rows, bool entropy, bool tail) -> ()",
     "column_stats_": "(Tensor(a!) out, Tensor logits, Tensor? bias, Tensor inv_temp, float logit_scale, float softcap, Tensor lse, "
     "int block) -> ()",
+    "divergence_": "(Tensor(a!) value, Tensor(b!)? out, Tensor logits, Tensor? bias, Tensor inv_temp, float logit_scale, "
+    "float softcap, Tensor norm, Tensor teacher, Tensor? teacher_bias, Tensor teacher_inv_temp, float teacher_scale, "
+    "float teacher_softcap, Tensor teacher_norm, Tensor rows, str family, float a, float b, float c, bool accumulate) -> ()",
     "gather_dot": "(Tensor hidden, Tensor weight, Tensor ids) -> Tensor",
     "gather_dhidden": "(Tensor grad, Tensor weight, Tensor ids) -> Tensor",
     "gather_dweight_": "(Tensor(a!) d_weight, Tensor grad, Tensor hidden, Tensor order, Tensor sorted_ids) -> ()",
