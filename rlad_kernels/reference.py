@@ -74,7 +74,10 @@ def divergence(
     lq: Tensor, lp: Tensor, family: str, numbers: tuple[float, float, float] = (0.0, 0.0, 0.0), forward: Tensor | float = 0.0,
     reverse: Tensor | float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """The families of ``rlad::divergence_`` as their definitions read, from log-probs ``(…, V)``; a column dead on both sides counts 0."""
+    """The families of ``rlad::divergence_`` as their definitions read, from log-probs ``(…, V)`` of student and teacher.
+
+    A column without mass on either side counts 0.
+    """
     dead = (lq == -torch.inf) & (lp == -torch.inf)
     lq, lp = torch.where(dead, 0, lq), torch.where(dead, 0, lp)
     q, p, w = lq.exp(), lp.exp(), lp - lq
