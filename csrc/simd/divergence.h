@@ -61,7 +61,11 @@ struct Mix {
   RLAD_INLINE Part<T> operator()(const Point<T>& x) const {
     Part<T> out{};
     const auto up = x.w > T(0);
-    const Vec<T> l = log1p((up ? splat(rest) : splat(lambda)) * expm1(-magnitude<T>(x.w)));
+    const Vec<T> share = up ? splat(rest) : splat(lambda), other = up ? splat(lambda) : splat(rest), down = -magnitude<T>(x.w);
+    // log(other + share·e^down) = log(1 + share·(e^down − 1)): the second way near 1, the first where it would cancel
+    const Vec<T> near_one = share * expm1(down), sum = other + share * exp_clamped(clamp_exp<T>(down));
+    const auto close = near_one > T(-0.5);
+    const Vec<T> l = log(close ? near_one + T(1) : sum, close ? near_one : sum - T(1));
     const Vec<T> mu = up ? x.w + l : l, nu = up ? l : l - x.w;  // log(m/q), log(m/p)
     if (a != 0) {
       const Vec<T> far = (x.q - x.p) * rest - times<T>(x.p, nu);

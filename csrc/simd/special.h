@@ -1,4 +1,4 @@
-// e^x − 1, e^x − 1 − x, log(1 + u), |x|, lane by lane, to a few ulps of their own size also near 0.
+// e^x − 1, e^x − 1 − x, log x, |x|, lane by lane, to a few ulps of their own size also near 0.
 #pragma once
 
 namespace rlad::RLAD_ISA {
@@ -42,28 +42,27 @@ RLAD_INLINE Vec<T> excess(Vec<T> x) {
   return magnitude<T>(x) < T(1) ? x * x * excess_ratio<T>(x) : exp_all<T>(x) - T(1) - x;
 }
 
-// With 1 + u = 2ⁿ·m, m in [√½, √2): n·ln2 + 2·atanh(f/(2 + f)), f = m − 1, and f = u itself where n = 0.
-RLAD_INLINE Vec<float> log1p(Vec<float> u) {
+// log x, where f = x − 1 is given: exact where the caller has it better than x. With x = 2ⁿ·m, m in [√½, √2):
+// n·ln2 + 2·atanh(f/(2 + f)), f = m − 1, and the given one where n = 0.
+RLAD_INLINE Vec<float> log(Vec<float> x, Vec<float> given) {
   using U = Simd<float>::U;
-  const Vec<float> x = u + 1.0f;
+  typedef int32_t I __attribute__((vector_size(RLAD_VECTOR_BYTES)));
   const U shifted = (U)x - 0x3f3504f3u;  // √½
   const U n = shifted >> 23 | (shifted >> 31) * 0xfffffe00u;
   const Vec<float> m = (Vec<float>)((shifted & 0x7fffffu) + 0x3f3504f3u);
-  const Vec<float> f = n == 0u ? u : m - 1.0f;
+  const Vec<float> f = n == 0u ? given : m - 1.0f;
   const Vec<float> s = f / (f + 2.0f), t = s * s;
   Vec<float> series = t * (1.0f / 11) + 1.0f / 9;
   series = series * t + 1.0f / 7;
   series = series * t + 1.0f / 5;
   series = series * t + 1.0f / 3;
-  typedef int32_t I __attribute__((vector_size(RLAD_VECTOR_BYTES)));
-  const Vec<float> whole = __builtin_convertvector((I)n, Vec<float>);
-  const Vec<float> log = whole * 0.693147181f + (s * t * series + s) * 2.0f;
-  return x > 0.0f ? log : x == 0.0f ? splat(-kInf<float>) : x - x + __builtin_nanf("");
+  const Vec<float> result = __builtin_convertvector((I)n, Vec<float>) * 0.693147181f + (s * t * series + s) * 2.0f;
+  return x > 0.0f ? result : x == 0.0f ? splat(-kInf<float>) : x - x + __builtin_nanf("");
 }
 
-RLAD_INLINE Vec<double> log1p(Vec<double> u) {
-  for (int l = 0; l < kLanes<double>; ++l) u[l] = std::log1p(u[l]);
-  return u;
+RLAD_INLINE Vec<double> log(Vec<double> x, Vec<double> given) {
+  for (int l = 0; l < kLanes<double>; ++l) x[l] = x[l] > 0.5 ? std::log1p(given[l]) : std::log(x[l]);
+  return x;
 }
 
 }  // namespace rlad::RLAD_ISA

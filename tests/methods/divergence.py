@@ -10,14 +10,14 @@ from torch import Tensor
 import rlad_kernels as rk
 
 Inputs = dict[str, Any]
-SIZES = {"hidden": (24, 12), "weight": (67, 12), "bias": (67,)}
-TEACHER = {"teacher_hidden": (24, 20), "teacher_weight": (67, 20)}
+SIZES = {"hidden": (10, 12), "weight": (67, 12), "bias": (67,)}
+TEACHER = {"teacher_hidden": (10, 20), "teacher_weight": (67, 20)}
 
 
 def inputs(needs: tuple[str, ...]) -> tuple[list[str], Inputs]:
-    """The arguments that receive gradient, and all arguments, float32: 24 packed tokens, a teacher of another width."""
+    """The arguments that receive gradient, and all arguments, float32: 10 packed tokens, a teacher of another width."""
     given: Inputs = {k: torch.randn(*s) * (0.5 if "weight" in k else 1) for k, s in {**SIZES, **TEACHER}.items()}
-    mask = torch.rand(24) > 0.2
+    mask = torch.rand(10) > 0.2
     return ["hidden", "weight", "bias"], {**given, "mask": mask}
 
 
