@@ -332,6 +332,11 @@ def _fused_backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> Any:
 torch.library.register_autograd("rlad::fused_linear_loss", _fused_backward, setup_context=_fused_setup)
 
 
+def _no_gradient(ctx: Any) -> list[Any]:
+    """For mask, call and teachers' arguments; an empty list of numbers, too, counts as one of tensors."""
+    return [*[None] * 5, [None] * ctx.teachers, None, None, None, None if ctx.params else []]
+
+
 def _divergence_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *head, teachers, ctx.teacher_heads, weights, ctx.divergence, ctx.params, _, _ = inputs
     ctx.head, ctx.teachers = head[5:], len(teachers)
@@ -343,17 +348,17 @@ def _divergence_backward(ctx: Any, g: Tensor, _: Tensor) -> Any:
     need = _wanted(ctx, bias)
     given = (teachers, ctx.teacher_heads, weights, ctx.divergence, ctx.params)
     grads = _rlad.linear_divergence_bwd(hidden, weight, bias, mask, inv_temp, *ctx.head, *given, slope, g, *need)
-    return *_given(grads, need), *[None] * 5, [None] * ctx.teachers, *[None] * 6
+    return *_given(grads, need), *_no_gradient(ctx), None, None
 
 
 def _divergence_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.need, ctx.teachers = tuple(inputs[-4:-1]), len(inputs[8])
+    ctx.need, ctx.teachers, ctx.params = tuple(inputs[-4:-1]), len(inputs[8]), inputs[12]
     ctx.save_for_backward(*output[2:])
 
 
 def _divergence_loss_backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> Any:
     grads = [(g_loss * d).to(d.dtype) if need else None for need, d in zip(ctx.need, ctx.saved_tensors, strict=True)]
-    return *grads, *[None] * 5, [None] * ctx.teachers, *[None] * 9
+    return *grads, *_no_gradient(ctx), *[None] * 5
 
 
 torch.library.register_autograd("rlad::linear_divergence", _divergence_backward, setup_context=_divergence_setup)

@@ -124,8 +124,14 @@ struct AlphaBeta {
     const auto near = near_zero<T>(x.w);
     const Vec<T> w = swap ? -x.w : x.w, base = swap ? ps : qs, own = swap ? qs : ps;
     Vec<T> cross{};
-    if (alpha != 0 && beta != 0) cross = exp_all<T>(x.lp * alpha + x.lq * beta);
-    else if (alpha != 0) cross = ps;
+    if (alpha != 0 && beta != 0) {
+      const Vec<T> lift = x.w * -beta, log_ps = x.lp * s;
+      const auto safe = (magnitude<T>(lift) < T(40)) & (magnitude<T>(log_ps) < T(40));
+      // one exponent of large terms would round where two of smaller ones need not
+      cross = safe ? ps * exp_all<T>(lift) : exp_all<T>(x.lp * alpha + x.lq * beta);
+    } else if (alpha != 0) {
+      cross = ps;
+    }
     Vec<T> close{}, far = base * c_base;
     if (c_own != 0) close += excess<T>(w * s) * c_own, far += own * c_own;
     if (c_cross != 0) close -= excess<T>(w * inner) * c_cross, far -= cross * c_cross;

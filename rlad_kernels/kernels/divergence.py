@@ -57,7 +57,11 @@ def _alpha_beta(b_lq, b_lp, b_w, m_near, alpha, beta, s, inner, c_own, c_cross, 
         b_base, b_own, b_sw = b_ps, b_qs, -b_w
     else:
         b_base, b_own, b_sw = b_qs, b_ps, b_w
+    b_lift = -beta * b_w
+    m_safe = (tl.abs(b_lift) < 40.0) & (tl.abs(b_lp * s) < 40.0)
     b_cross = exp_ulp(tl.where(alpha == 0, 0.0, b_lp * alpha) + tl.where(beta == 0, 0.0, b_lq * beta))
+    # one exponent of large terms would round where two of smaller ones need not
+    b_cross = tl.where(m_safe, b_ps * exp_ulp(b_lift), b_cross)
     b_close = tl.where(c_own == 0, 0.0, excess(b_sw * s) * c_own) - tl.where(c_cross == 0, 0.0, excess(b_sw * inner) * c_cross)
     b_far = b_base * c_base + tl.where(c_own == 0, 0.0, b_own * c_own) - tl.where(c_cross == 0, 0.0, b_cross * c_cross)
     b_far -= tl.where(c_slope == 0, 0.0, _times(b_base, b_sw) * c_slope)

@@ -87,10 +87,17 @@ def adaptive_coefficients(lq: Tensor, lp: Tensor, mu: float) -> Tensor:
 
 
 def interpolated(lq: Tensor, lp: Tensor, tau: float) -> Tensor:
-    """TAID's target: log_softmax((1 − τ)·z_student + τ·z_teacher)."""
-    if tau in (0, 1):  # 0·(−∞) must not come in
-        return lp if tau else lq
-    return torch.lerp(lq, lp, tau).log_softmax(1)
+    """TAID's target: log_softmax((1 − τ)·z_student + τ·z_teacher), exactly ``lq`` where both sides are equal.
+
+    With w = log p − log q it is log q + τw − log Σq·e^{τw}, and that sum is 1 + Σq(e^{τw} − 1).
+    """
+    gap = torch.where(lp == lq, 0, lp - lq).mul_(tau)
+    if not tau:
+        return lq
+    mixed = torch.where(gap.isinf(), -torch.inf, lq + gap)
+    q = lq.exp()
+    grown = torch.where(gap.abs() < 1, q * torch.expm1(gap.clamp(-1, 1)), mixed.exp() - q)
+    return mixed.sub_(grown.sum(1, keepdim=True).log1p_())
 
 
 _SHARE = {"lam": Parameter(0.1, 0, 1, "[)")}
