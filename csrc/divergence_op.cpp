@@ -18,9 +18,10 @@ Family family_of(const Checker& check, const std::string& name) {
   if (name == "mix") return Family::mix;
   if (name == "todi") return Family::todi;
   if (name == "alpha_beta") return Family::alpha_beta;
+  if (name == "taid") return Family::taid;
   if (name == "log_square") return Family::log_square;
   if (name == "total_variation") return Family::total_variation;
-  check.fail("family", "sym, mix, todi, alpha_beta, log_square or total_variation", name);
+  check.fail("family", "sym, mix, todi, alpha_beta, taid, log_square or total_variation", name);
 }
 
 template <class T>

@@ -88,7 +88,7 @@ struct GatherArgs {
   int64_t positions;
 };
 
-enum class Family { sym, mix, todi, alpha_beta, log_square, total_variation };
+enum class Family { sym, mix, todi, alpha_beta, taid, log_square, total_variation };
 
 template <class T>
 struct DivergenceArgs {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,11 +138,6 @@ def _apply(kind: Kind, values: Tensor, g: Tensor | None, student: Chunk, teacher
     if kind.coefficients is not None:
         found = [kind.coefficients(student.log_probs(b), teacher.log_probs(b)) for b in student.blocks()]
         shares = torch.cat(found, 1)
-    if kind.target is not None:
-        for b in student.blocks():
-            teacher.logits[b] = kind.target(student.log_probs(b), teacher.log_probs(b))
-        ones = torch.ones_like(teacher.inv_temp)
-        teacher = Chunk(teacher.logits, None, ones, 1.0, 0.0, torch.zeros_like(teacher.norm))
     torch.ops.rlad.divergence_(
         values, g, *student.args, *teacher.args, torch.cat([rows * kind.factor, shares]), kind.family, *kind.numbers, not first
     )
@@ -183,13 +179,15 @@ def _send(tiles: Tiles, grads: Gradients, g: Tensor, r0: int, r1: int) -> None:
         grads.add(part, w, c0, slice(r0, r1), first=r0 == 0, last=r1 == tiles.n, unscale=unscale)
 
 
-def _calls(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Sequence, teachers: list[Tensor], heads: list[float]):
+def _calls(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, head: tuple[Any, ...], teachers: list[Tensor], heads: list[float]
+) -> tuple[Call, list[Call]]:  # fmt: skip
     """Student and teachers from an op's flat arguments; see ``flat_teachers``."""
     student = Call(hidden, weight, bias, *head)
     found = []
     for i in range(len(teachers) // 4):
         h, w, b, inv_temp = teachers[4 * i : 4 * i + 4]
-        found.append(Call(h, w, b if b.numel() else None, inv_temp, *heads[2 * i : 2 * i + 2], student.vocab_size))
+        found.append(Call(h, w, b if b.numel() else None, inv_temp, heads[2 * i], heads[2 * i + 1], student.vocab_size))
     return student, found
 
 

@@ -95,6 +95,9 @@ def divergence(
     elif family == "todi":
         sigma = torch.sigmoid(a * w).detach()
         terms = sigma * kl(p, w) + (1 - sigma) * kl(q, -w)
+    elif family == "taid":
+        target = torch.where(dead, -torch.inf, (1 - a) * lq + a * lp).detach().log_softmax(-1)
+        terms = kl(target.exp(), torch.where(dead, 0, target - lq))
     elif family == "alpha_beta" and a + b == 0:
         terms = (torch.expm1(a * w) - a * w) / a**2
     elif family == "alpha_beta" and a == 0:

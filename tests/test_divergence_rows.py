@@ -29,6 +29,7 @@ ROWS: dict[str, Row] = {
     "beta-0": ("alpha_beta", (0.6, 0.0, 0.0), 0.0, 0.0),
     "sum-0": ("alpha_beta", (0.6, -0.6, 0.0), 0.0, 0.0),
     "negative": ("alpha_beta", (2.0, -1.0, 0.0), 0.0, 0.0),
+    "taid": ("taid", (0.4, 0.0, 0.0), 0.0, 0.0),
     "log-square": ("log_square", (0.0, 0.0, 0.0), 0.0, 0.0),
     "total-variation": ("total_variation", (0.0, 0.0, 0.0), 0.0, 0.0),
 }

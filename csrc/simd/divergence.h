@@ -31,6 +31,7 @@ RLAD_INLINE Vec<T> times(Vec<T> a, Vec<T> b) {
 template <class T>
 struct Sym {
   T forward, reverse;
+  Sym(T forward, T reverse) : forward(forward), reverse(reverse) {}
   Sym(const DivergenceArgs<T>& a, int64_t i) : forward(a.rows.row(2)[i]), reverse(a.rows.row(3)[i]) {}
 
   RLAD_INLINE Part<T> operator()(const Point<T>& x) const {
@@ -143,6 +144,25 @@ struct AlphaBeta {
   }
 };
 
+// KL(p_τ‖q) with p_τ ∝ q^(1−τ)·p^τ held constant, 0 < τ < 1: log p_τ − log q = τw − log z, where z = 1 + Σ tilt
+template <class T>
+struct Taid {
+  T tau, log_z = 0;
+  Taid(const DivergenceArgs<T>& g, int64_t) : tau(T(g.numbers[0])) {}
+
+  RLAD_INLINE Vec<T> mixed(const Point<T>& x) const { return x.lq * (T(1) - tau) + x.lp * tau; }
+
+  RLAD_INLINE Vec<T> tilt(const Point<T>& x) const {
+    const Vec<T> w = x.w * tau;
+    return near_zero<T>(w) ? x.q * (w + w * w * excess_ratio<T>(w)) : exp_clamped(clamp_exp<T>(mixed(x))) - x.q;
+  }
+
+  RLAD_INLINE Part<T> operator()(const Point<T>& x) const {
+    const Vec<T> lp = mixed(x) - log_z;
+    return Sym<T>(1, 0)(Point<T>{x.lq, lp, x.q, exp_clamped(clamp_exp<T>(lp)), x.w * tau - log_z});
+  }
+};
+
 // ½·Σ(log p − log q)²: the αβ-divergence at α = β = 0
 template <class T>
 struct LogSquare {
@@ -172,13 +192,21 @@ RLAD_INLINE void temper_row(const Tile<T>& tile, int64_t i, int64_t j0, int64_t 
   });
 }
 
+template <class T>
+RLAD_INLINE Point<T> point(Vec<T> lq, Vec<T> lp) {
+  return {lq, lp, exp_clamped(clamp_exp<T>(lq)), exp_clamped(clamp_exp<T>(lp)), lp == lq ? Vec<T>{} : lp - lq};
+}
+
 // A column without mass on either side has no part in anything.
+template <class T>
+RLAD_INLINE auto dead(const Point<T>& x) {
+  return (x.lq == -kInf<T>) & (x.lp == -kInf<T>);
+}
+
 template <class T, class F>
-RLAD_INLINE Part<T> part_of(const F& f, Vec<T> lq, Vec<T> lp, Vec<T>& q) {
-  const auto dead = (lq == -kInf<T>) & (lp == -kInf<T>);
-  q = exp_clamped(clamp_exp<T>(lq));
-  const Part<T> part = f(Point<T>{lq, lp, q, exp_clamped(clamp_exp<T>(lp)), lp == lq ? Vec<T>{} : lp - lq});
-  return {dead ? Vec<T>{} : part.value, dead ? Vec<T>{} : part.u};
+RLAD_INLINE Part<T> part_of(const F& f, const Point<T>& x) {
+  const Part<T> part = f(x);
+  return {dead<T>(x) ? Vec<T>{} : part.value, dead<T>(x) ? Vec<T>{} : part.u};
 }
 
 // g(j) = dL/dz → dL/draw of one stretch, written or added.
@@ -202,51 +230,70 @@ RLAD_INLINE void chain(const DivergenceArgs<T>& a, int64_t i, int64_t j0, int64_
   }
 }
 
+// The two log-probs of one row, a stretch of columns at a time: f(first column, columns, points), which reads point k of them.
+template <class T, class F>
+RLAD_INLINE void for_stretches(const DivergenceArgs<T>& a, int64_t i, T* zq, T* zp, F f) {
+  const T top_q = a.norm.row(0)[i], log_q = a.norm.row(1)[i], top_p = a.teacher_norm.row(0)[i], log_p = a.teacher_norm.row(1)[i];
+  const auto at = [&](int64_t k) { return point<T>((load(zq + k) - top_q) - log_q, (load(zp + k) - top_p) - log_p); };
+  for (int64_t j0 = 0; j0 < a.student.cols; j0 += kStretch) {
+    const int64_t n = a.student.cols - j0 < kStretch ? a.student.cols - j0 : kStretch;
+    temper_row(a.student, i, j0, n, zq);
+    temper_row(a.teacher, i, j0, n, zp);
+    f(j0, n, at);
+  }
+}
+
 template <class F, class T>
 void divergence_rows(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
   constexpr int64_t L = kLanes<T>;
-  const int64_t cols = a.student.cols;
   const bool grad = a.out.data;
   alignas(64) T zq[kScratch], zp[kScratch];
   for (int64_t i = begin; i < end; ++i) {
     const T value_weight = a.rows.row(0)[i], grad_weight = a.rows.row(1)[i];
-    const T top_q = a.norm.row(0)[i], log_q = a.norm.row(1)[i], top_p = a.teacher_norm.row(0)[i], log_p = a.teacher_norm.row(1)[i];
-    const F f(a, i);
+    F f(a, i);
     const bool pull = grad && grad_weight != 0;
     double value = 0, total = 0;
-    for (int64_t j0 = 0; (value_weight != 0 || pull) && j0 < cols; j0 += kStretch) {
-      const int64_t n = cols - j0 < kStretch ? cols - j0 : kStretch;
-      temper_row(a.student, i, j0, n, zq);
-      temper_row(a.teacher, i, j0, n, zp);
-      Vec<T> values[kUnroll<T>], us[kUnroll<T>], q;
-      for (int u = 0; u < kUnroll<T>; ++u) values[u] = us[u] = Vec<T>{};
-      for (int64_t j = 0; j < round_up(n, kBlock<T>); j += kBlock<T>) {
-        for (int u = 0; u < kUnroll<T>; ++u) {
-          const int64_t k = j + u * L;
-          const Part<T> part = part_of<T>(f, (load(zq + k) - top_q) - log_q, (load(zp + k) - top_p) - log_p, q);
-          values[u] += part.value;
-          us[u] += part.u;
+    if constexpr (std::is_same_v<F, Taid<T>>) {
+      double tilt = 0;
+      for_stretches(a, i, zq, zp, [&](int64_t, int64_t n, auto at) {
+        Vec<T> sum[kUnroll<T>];
+        for (int u = 0; u < kUnroll<T>; ++u) sum[u] = Vec<T>{};
+        for (int64_t k = 0; k < round_up(n, kBlock<T>); k += L) {
+          const Point<T> x = at(k);
+          sum[k / L % kUnroll<T>] += dead<T>(x) ? Vec<T>{} : f.tilt(x);
         }
-      }
-      value += sum_lanes<T>(values);
-      total += sum_lanes<T>(us);
+        tilt += sum_lanes<T>(sum);
+      });
+      f.log_z = T(std::log1p(tilt));
+    }
+    if (value_weight != 0 || pull) {
+      for_stretches(a, i, zq, zp, [&](int64_t, int64_t n, auto at) {
+        Vec<T> values[kUnroll<T>], us[kUnroll<T>];
+        for (int u = 0; u < kUnroll<T>; ++u) values[u] = us[u] = Vec<T>{};
+        for (int64_t j = 0; j < round_up(n, kBlock<T>); j += kBlock<T>) {
+          for (int u = 0; u < kUnroll<T>; ++u) {
+            const Part<T> part = part_of<T>(f, at(j + u * L));
+            values[u] += part.value;
+            us[u] += part.u;
+          }
+        }
+        value += sum_lanes<T>(values);
+        total += sum_lanes<T>(us);
+      });
     }
     const T term = value_weight == 0 ? T(0) : T(value_weight * value);
     a.value[i] = a.accumulate ? a.value[i] + term : term;
-    if (grad && !pull && !a.accumulate) std::memset(a.out.row(i), 0, cols * sizeof(T));
-    for (int64_t j0 = 0; pull && j0 < cols; j0 += kStretch) {
-      const int64_t n = cols - j0 < kStretch ? cols - j0 : kStretch;
-      temper_row(a.student, i, j0, n, zq);
-      temper_row(a.teacher, i, j0, n, zp);
+    if (grad && !pull && !a.accumulate) std::memset(a.out.row(i), 0, a.student.cols * sizeof(T));
+    if (!pull) continue;
+    for_stretches(a, i, zq, zp, [&](int64_t j0, int64_t n, auto at) {
       for (int64_t k = 0; k < round_up(n, L); k += L) {
-        Vec<T> q;
-        const Part<T> part = part_of<T>(f, (load(zq + k) - top_q) - log_q, (load(zp + k) - top_p) - log_p, q);
-        store<T>(zp + k, (part.u - q * T(total)) * grad_weight);
+        const Point<T> x = at(k);
+        store<T>(zp + k, (part_of<T>(f, x).u - x.q * T(total)) * grad_weight);
       }
       with_flag(a.student.softcap > 0, [&](auto cap) {
         with_flag(a.student.bias, [&](auto bias) { chain<cap.value, bias.value>(a, i, j0, n, zp); });
       });
-    }
+    });
   }
 }
 
@@ -257,6 +304,7 @@ void divergence(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
     case Family::mix: return divergence_rows<Mix<T>>(a, begin, end);
     case Family::todi: return divergence_rows<Todi<T>>(a, begin, end);
     case Family::alpha_beta: return divergence_rows<AlphaBeta<T>>(a, begin, end);
+    case Family::taid: return divergence_rows<Taid<T>>(a, begin, end);
     case Family::log_square: return divergence_rows<LogSquare<T>>(a, begin, end);
     case Family::total_variation: return divergence_rows<TotalVariation<T>>(a, begin, end);
   }

@@ -13,7 +13,7 @@ from ._launch import launch, require_dtype
 from ._math import excess, exp_ulp, expm1, log1p, tanh_and_slope, tempered
 from .configs import pick
 
-FAMILIES = ("sym", "mix", "todi", "alpha_beta", "log_square", "total_variation")
+FAMILIES = ("sym", "mix", "todi", "alpha_beta", "taid", "log_square", "total_variation")
 
 
 @triton.jit
@@ -84,6 +84,24 @@ def _numbers(family: str, a: float, b: float, c: float) -> tuple[float, ...]:
 
 
 @triton.jit
+def _forward_kl(b_q, b_p, b_w):
+    """(value, u) of KL(p‖q)."""
+    m_near = tl.abs(b_w) < 1.0
+    b_value = tl.where(m_near, b_p * excess(-b_w), b_q - b_p + _times(b_p, b_w))
+    return b_value, tl.where(m_near, -b_q * (b_w + excess(b_w)), b_q - b_p)
+
+
+@triton.jit
+def _tilt(b_lq, b_lp, tau):
+    """q·(e^{τw} − 1): TAID's p_τ ∝ q^{1−τ}·p^τ sums to 1 + Σ of it."""
+    m_dead = (b_lq == -float("inf")) & (b_lp == -float("inf"))
+    b_w = tau * (tl.where(m_dead, 0.0, b_lp) - tl.where(m_dead, 0.0, b_lq))
+    b_q = exp_ulp(b_lq)
+    b_far = exp_ulp((1.0 - tau) * b_lq + tau * b_lp) - b_q
+    return tl.where(m_dead, 0.0, tl.where(tl.abs(b_w) < 1.0, b_q * (b_w + excess(b_w)), b_far))
+
+
+@triton.jit
 def _part(b_lq, b_lp, forward, reverse, n0, n1, n2, n3, n4, n5, n6, n7, FAMILY: tl.constexpr, SWAP: tl.constexpr):
     """(value, u, q) of one block of columns; a column without mass on either side has no part in anything."""
     m_dead = (b_lq == -float("inf")) & (b_lp == -float("inf"))
@@ -96,11 +114,10 @@ def _part(b_lq, b_lp, forward, reverse, n0, n1, n2, n3, n4, n5, n6, n7, FAMILY: 
     b_grown = b_w + excess(b_w)  # e^w − 1 where near
     if FAMILY == "sym":
         b_qw = _times(b_q, b_w)
-        b_forward = tl.where(m_near, b_p * excess(-b_w), b_q - b_p + _times(b_p, b_w))
+        b_forward, b_steep = _forward_kl(b_q, b_p, b_w)
         b_reverse = tl.where(m_near, b_q * excess(b_w), b_p - b_q - b_qw)
         b_value = tl.where(forward == 0, 0.0, forward * b_forward) + tl.where(reverse == 0, 0.0, reverse * b_reverse)
-        b_u = tl.where(forward == 0, 0.0, forward * tl.where(m_near, -b_q * b_grown, b_q - b_p))
-        b_u -= tl.where(reverse == 0, 0.0, reverse * b_qw)
+        b_u = tl.where(forward == 0, 0.0, forward * b_steep) - tl.where(reverse == 0, 0.0, reverse * b_qw)
     elif FAMILY == "mix":
         b_value, b_u = _mix(b_q, b_p, b_w, n0, n1, n2, n3)
     elif FAMILY == "todi":
@@ -113,6 +130,8 @@ def _part(b_lq, b_lp, forward, reverse, n0, n1, n2, n3, n4, n5, n6, n7, FAMILY: 
         b_u = tl.where(m_near, b_q * (-b_sigma * b_grown - b_t - b_other * b_w), b_far)
     elif FAMILY == "alpha_beta":
         b_value, b_u = _alpha_beta(b_lq, b_lp, b_w, m_near, n0, n1, n2, n3, n4, n5, n6, n7, SWAP)
+    elif FAMILY == "taid":  # n1 = log Σq^{1−τ}·p^τ
+        b_value, b_u = _forward_kl(b_q, exp_ulp((1.0 - n0) * b_lq + n0 * b_lp - n1), n0 * b_w - n1)
     elif FAMILY == "log_square":
         b_value = 0.5 * b_w * b_w
         b_u = -b_w
@@ -188,6 +207,16 @@ def divergence_kernel(
     forward = tl.load(rows + 2 * stride_r + i_r)
     reverse = tl.load(rows + 3 * stride_r + i_r)
     o_b = tl.arange(0, BLOCK)
+
+    if FAMILY == "taid":
+        b_tilt = tl.zeros([BLOCK], tl.float32)
+        for c0 in range(0, C, BLOCK):
+            o_c = c0 + o_b
+            b_lq, _ = _log_probs(p_x, bias, o_c, C, logit_scale, softcap, it, top_q, log_q, True, SOFTCAP)
+            b_lp, _ = _log_probs(
+                p_y, teacher_bias, o_c, C, teacher_scale, teacher_softcap, t_it, top_p, log_p, True, TEACHER_SOFTCAP)  # fmt: skip
+            b_tilt += _tilt(b_lq, b_lp, n0)
+        n1 = log1p(tl.sum(b_tilt, 0))
 
     b_value = tl.zeros([BLOCK], tl.float32)
     b_total = tl.zeros([BLOCK], tl.float32)

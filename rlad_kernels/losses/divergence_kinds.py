@@ -13,19 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-OnLogProbs = Callable[[Tensor, Tensor], Tensor]
-
 
 class Kind(NamedTuple):
-    """What ``rlad::divergence_`` is told, and what is computed from a chunk's log-probs (student, teacher) before."""
+    """What ``rlad::divergence_`` is told, and what is found from a chunk's log-probs (student's, teacher's) before."""
 
     family: str
     numbers: tuple[float, float, float] = (0.0, 0.0, 0.0)
     forward: float = 0.0  # coefficients of KL(p‖q) and KL(q‖p) in the family "sym"
     reverse: float = 0.0
     factor: float = 1.0
-    coefficients: OnLogProbs | None = None  # → (2, C), instead of forward and reverse
-    target: OnLogProbs | None = None  # → (C, V) log-probs, instead of the teacher's
+    coefficients: Callable[[Tensor, Tensor], Tensor] | None = None  # log-probs (C, V) → (2, C), instead of forward and reverse
 
 
 @dataclass(frozen=True)
@@ -86,18 +83,8 @@ def adaptive_coefficients(lq: Tensor, lp: Tensor, mu: float) -> Tensor:
     return torch.stack([forward, 1 - forward])
 
 
-def interpolated(lq: Tensor, lp: Tensor, tau: float) -> Tensor:
-    """TAID's target: log_softmax((1 − τ)·z_student + τ·z_teacher), exactly ``lq`` where both sides are equal.
-
-    With w = log p − log q it is log q + τw − log Σq·e^{τw}, and that sum is 1 + Σq(e^{τw} − 1).
-    """
-    gap = torch.where(lp == lq, 0, lp - lq).mul_(tau)
-    if not tau:
-        return lq
-    mixed = torch.where(gap.isinf(), -torch.inf, lq + gap)
-    q = lq.exp()
-    grown = torch.where(gap.abs() < 1, q * torch.expm1(gap.clamp(-1, 1)), mixed.exp() - q)
-    return mixed.sub_(grown.sum(1, keepdim=True).log1p_())
+def _taid(tau: float) -> Kind:
+    return _sym(tau, 0) if tau in (0, 1) else Kind("taid", (tau, 0.0, 0.0))  # at 0 the target is the student itself
 
 
 _SHARE = {"lam": Parameter(0.1, 0, 1, "[)")}
@@ -117,9 +104,7 @@ DIVERGENCES: dict[str, Divergence] = {
     "akl": Divergence(
         lambda mu: Kind("sym", coefficients=lambda lq, lp: adaptive_coefficients(lq, lp, mu)), {"mu": Parameter(0.5, 0, 1)}
     ),
-    "taid": Divergence(
-        lambda tau: Kind("sym", forward=1.0, target=lambda lq, lp: interpolated(lq, lp, tau)), {"tau": Parameter(None, 0, 1)}
-    ),
+    "taid": Divergence(_taid, {"tau": Parameter(None, 0, 1)}),
 }
 
 
