@@ -134,7 +134,7 @@ def run(
 
 def _apply(kind: Kind, values: Tensor, g: Tensor | None, student: Chunk, teacher: Chunk, rows: Tensor, first: bool) -> None:
     """One chunk against one teacher by the row pass; ``rows`` holds the weights of value and gradient."""
-    shares = rows.new_tensor([kind.forward, kind.reverse]).unsqueeze(1).expand_as(rows)
+    shares = torch.stack([torch.full_like(rows[0], kind.forward), torch.full_like(rows[0], kind.reverse)])
     if kind.coefficients is not None:
         found = [kind.coefficients(student.log_probs(b), teacher.log_probs(b)) for b in student.blocks()]
         shares = torch.cat(found, 1)
