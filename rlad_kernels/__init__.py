@@ -5,6 +5,7 @@ from rlad_kernels.head import LMHead
 from rlad_kernels.losses import load as _load_methods
 from rlad_kernels.losses.cispo import cispo_loss
 from rlad_kernels.losses.cross_entropy import linear_cross_entropy_loss
+from rlad_kernels.losses.divergence import linear_divergence, linear_divergence_loss
 from rlad_kernels.losses.eopd import eopd_loss
 from rlad_kernels.losses.grpo import grpo_loss
 from rlad_kernels.losses.gspo import gspo_loss
@@ -53,6 +54,8 @@ __all__ = [
     "intersection",
     "kdrl_loss",
     "linear_cross_entropy_loss",
+    "linear_divergence",
+    "linear_divergence_loss",
     "linear_gather",
     "linear_logp",
     "linear_support",

@@ -155,13 +155,13 @@ class Gradients:
             total = g.sum(0, dtype=self.bias.dtype)
             self.bias.index_add_(0, columns, total if unscale is None else total * unscale)
 
-    def close(self, cot: Cotangents, rows: slice | Tensor, c0: int, c1: int, *, last: bool) -> None:
+    def close(self, cot: Cotangents | None, rows: slice | Tensor, c0: int, c1: int, *, last: bool) -> None:
         """Add to these columns' d_weight what rounding has taken from ``rows``, all of whose dlogits are in; ``last`` casts it."""
         if self.weight is None or self.tiles.n == 0:
             return
         slab = self._slab if self._whole is None else self._whole[c0:c1]
         assert slab is not None
-        if cot.lost is not None:
+        if cot is not None and cot.lost is not None:
             sorted_ids, order = (cot.target - c0).flatten().sort(stable=True)
             torch.ops.rlad.gather_dweight_(slab, cot.lost, self.tiles.hidden[rows], order, sorted_ids, True)
         if last and self._whole is not self.weight:

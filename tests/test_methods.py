@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from rlad_kernels.registry import METHODS
-from tests.methods import other, ratio, topk
+from tests.methods import divergence, other, ratio, topk
 from tests.oracles import hold
 
-FAMILIES = {"ratio": ratio, "top-k": topk, "other": other}
+FAMILIES = {"ratio": ratio, "top-k": topk, "divergence": divergence, "other": other}
 
 
 def test_every_method_has_an_oracle():
