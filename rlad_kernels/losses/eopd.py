@@ -91,5 +91,4 @@ add_method(
     "eopd", "top-k", eopd_loss, formula="−min(rÂ, clip(r, 1−ε, 1+ε)Â) + 1[H_T > τ]·Σ_S p̃(log p̃ − log q), Â = t − o",
     needs=("old_logp", "teacher"), paper="arXiv 2603.07079", confidence="A", products=3,
     note="q is not renormalised. The paper's Eq. 4 averages over sequences, its Algorithm 1 over tokens, as here.",
-    note="q is not renormalised. The paper's Eq. 4 averages over sequences, its Algorithm 1 over tokens, as here.",
 )  # fmt: skip

@@ -42,5 +42,4 @@ add_method(
     "hdpo", "ratio", hdpo_loss, formula="−min(rA, clip(r)A), A = Â + 1[all wrong]·β·sg[t − s]",
     needs=("old_logp", "teacher_logp", "advantages", "correct", "group_ids"), paper="arXiv 2609.04108", confidence="A", products=3,
     note="As the paper that compares it writes it; the method's own paper was not read.",
-    note="As the paper that compares it writes it; the method's own paper was not read.",
 )  # fmt: skip

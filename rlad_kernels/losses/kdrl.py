@@ -106,10 +106,6 @@ add_method(
         "k2's gradient is the reverse KL's only on the policy's own samples: it is not importance-corrected over "
         "several updates. Backpropagating s − t itself (k1) would lose the teacher."
     ),
-    note=(
-        "k2's gradient is the reverse KL's only on the policy's own samples: it is not importance-corrected over "
-        "several updates. Backpropagating s − t itself (k1) would lose the teacher."
-    ),
 )  # fmt: skip
 add_method(
     "kdrl_in_reward", "ratio", kdrl_loss, formula="−r(Â + β·sg[t − s]), β = 2e-3", needs=_NEEDS, paper=_PAPER, confidence="B",

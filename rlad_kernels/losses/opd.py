@@ -99,22 +99,16 @@ add_method(
     "opd", "ratio", opd_loss, formula="−r·A, A = t − o", needs=_NEEDS, paper="Thinking Machines, On-Policy Distillation",
     confidence="A", products=3,
     note="t − o is detached: as a backpropagated loss s − t would have the expected gradient 0.",
-    note="t − o is detached: as a backpropagated loss s − t would have the expected gradient 0.",
 )  # fmt: skip
 add_method(
     "opd_clipped", "ratio", opd_loss, formula="−min(rA, clip(r)A), A = clamp(Σ_{t' ≥ t} γ^{t'−t}(t − o), ±5)", needs=_NEEDS,
     paper="arXiv 2603.25562", confidence="A", products=3, options={"clip": (0.2, 0.2), "reward_clamp": 5.0},
-    note="γ = 0 is the default; γ > 0 has a variance that grows faster with the length.",
     note="γ = 0 is the default; γ > 0 has a variance that grows faster with the length.",
 )  # fmt: skip
 add_method(
     "exopd", "ratio", opd_loss, formula="−min(rA, clip(r)A) with dual clip 3, A = λt + (1 − λ)b − o, λ = 1.25",
     needs=(*_NEEDS, "base_logp"), paper="arXiv 2602.12125", confidence="A", products=3,
     options={"extrapolation": 1.25, "clip": (0.2, 0.2), "dual_clip": 3.0},
-    note=(
-        "λ = 1 is opd whatever b; λ = 1.5 can be unstable. The official code calls the teacher ref_log_prob and b "
-        "base_log_prob."
-    ),
     note=(
         "λ = 1 is opd whatever b; λ = 1.5 can be unstable. The official code calls the teacher ref_log_prob and b "
         "base_log_prob."

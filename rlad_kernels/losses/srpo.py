@@ -53,5 +53,4 @@ add_method(
     "srpo", "ratio", srpo_loss, formula="−min(rA, clip(r)A), A = Â in right responses, sg[t − s] in wrong ones",
     needs=("old_logp", "teacher_logp", "advantages", "correct"), paper="arXiv 2609.04108", confidence="A", products=3,
     note="As the paper that compares it writes it; the method's own paper was not read.",
-    note="As the paper that compares it writes it; the method's own paper was not read.",
 )  # fmt: skip

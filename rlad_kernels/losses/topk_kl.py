@@ -253,27 +253,22 @@ _NEMO = {"direction": "mixed", "beta": 0.5}
 _add(
     "lsm", "Σ_S q̂(log q̂ − log p̂), S = teacher's top-K, both renormalised", "arXiv 2603.25562", **_LSM,
     note="Nothing holds the mass outside S: its gradient there is exactly 0. y only sets the context.",
-    note="Nothing holds the mass outside S: its gradient there is exactly 0. y only sets the context.",
 )  # fmt: skip
 _add(
     "lsm_sampled", "Σ_S q̂(log q̂ − log p̂), S = teacher's top-K ∪ {y} (with_sampled)", "arXiv 2603.25562", **_LSM,
     note="Pass rk.with_sampled(teacher, target). The mass outside S is not held either.",
-    note="Pass rk.with_sampled(teacher, target). The mass outside S is not held either.",
 )  # fmt: skip
 _add(
     "ta_opd", "Σ_S q log(q/p) + q_τ log(q_τ/p_τ), τ the tail as one bucket", "arXiv 2608.14728", "C", normalize="tail",
-    note="Holds the mass outside S, as one bucket.",
     note="Holds the mass outside S, as one bucket.",
 )  # fmt: skip
 _add(
     "verl_forward_kl_topk", "clip(Σ_S p(log p − log q), 0, 10), log-probs ≥ −10", "verl trainer/distillation",
     direction="forward", normalize="none", logp_floor=-10.0, loss_min=0.0, loss_max=10.0,
     note="The floor and the clip kill the gradient where they bind.",
-    note="The floor and the clip kill the gradient where they bind.",
 )  # fmt: skip
 _add(
     "nemo_rl_mixed", "½KL(p̂‖q̂) + ½KL(q̂‖p̂) on S", "NeMo-RL DistillationLossFn", **_NEMO, **_LSM,
-    note="Nothing holds the mass outside S.",
     note="Nothing holds the mass outside S.",
 )  # fmt: skip
 _add(
@@ -282,7 +277,6 @@ _add(
 )  # fmt: skip
 _add(
     "ms_swift_topk", "½KL(p̂‖m) + ½KL(q̂‖m), m = ½p̂ + ½q̂", "ms-swift gkd_loss", direction="jsd", beta=0.5, **_LSM,
-    note="Nothing holds the mass outside S.",
     note="Nothing holds the mass outside S.",
 )  # fmt: skip
 _add(

@@ -111,5 +111,4 @@ add_method(
     "ema_pg", "top-k", topk_sampled_tail_loss, formula="Σ_S q log(q/p) + 1[y∉S]·sg(s − t)·exp(s − sg s), S = old policy's top-K",
     needs=("target", "teacher"), paper="EMA-PG (LunjunZhang/ema-pg)", confidence="A", products=3,
     note="As published the expected gradient also lowers the student's mass on S; unbiased=True does not.",
-    note="As published the expected gradient also lowers the student's mass on S; unbiased=True does not.",
 )  # fmt: skip

@@ -64,9 +64,4 @@ add_method(
         "0.446 (Â < 0). Â = 0: no teacher signal. Without teacher_clamp or dual_clip r is unbounded for Â < 0. α = "
         "1 is grpo."
     ),
-    note=(
-        "The clip is live at the first step: at α = .5, ε = .2 no gradient where s − t > 0.365 (Â > 0) or t − s > "
-        "0.446 (Â < 0). Â = 0: no teacher signal. Without teacher_clamp or dual_clip r is unbounded for Â < 0. α = "
-        "1 is grpo."
-    ),
 )  # fmt: skip
