@@ -18,7 +18,9 @@ from tests.sweeps import Problem, assert_within, leaf, problem, relative
 
 NAMES = {"jsd": "gkd_jsd", "alpha_beta": "abkd", "alpha": "alpha_divergence", "power": "power_divergence"}
 OPTIONS = {"taid": {"tau": 0.4}}
-TOKENS = (2, 3) if INTERPRET else (4, 16)
+TOKENS = (2, 6) if INTERPRET else (4, 16)
+SWEPT = ("reverse_kl", "jsd") if INTERPRET else tuple(DIVERGENCES)  # interpreted, each formula is tests/test_methods.py's matter
+slow = pytest.mark.skipif(INTERPRET, reason="facts of formulas and of Python, which other tests hold to this backend; slow here")
 HEADS: dict[str, dict[str, Any]] = {"bias": {}, "softcap": {"softcap": 8.0, "logit_scale": 1.2, "temperature": 0.7}}
 
 
@@ -35,7 +37,7 @@ def grads(loss: Tensor, p: Problem) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", SWEPT)
 def test_value_and_gradient(name: str, head: str) -> None:
     """Any cotangent; heads of other widths, scales and biases; whole and in small tiles, and the loss as a weighted sum."""
     p, t = problem(shape=TOKENS, d=14, v=53, sigma=0.8, **HEADS[head]), teacher(TOKENS, 53, temperature=1.3)
@@ -50,7 +52,7 @@ def test_value_and_gradient(name: str, head: str) -> None:
 
     (exact, exact_grads), (plain, plain_grads) = expected(torch.float64), expected(torch.float32)
     args = (p.hidden, p.head, t.hidden, t.head)
-    for tile in ((None, None), (3, 20)):
+    for tile in ((3, 20),) if INTERPRET else ((None, None), (3, 20)):
         with rk.set_tile(*tile):
             found = rk.linear_divergence(*args, divergence=name, mask=p.mask, **OPTIONS.get(name, {}))
             assert_within(found, exact, plain, "value")
@@ -99,6 +101,7 @@ LIMITS = [
 ]  # fmt: skip
 
 
+@slow
 @pytest.mark.parametrize("left, right, tolerance", LIMITS, ids=[f"{a[0]} {b[0]} {i}" for i, (a, b, _) in enumerate(LIMITS)])
 def test_limits(left: tuple[str, dict[str, float]], right: tuple[str, dict[str, float]], tolerance: float) -> None:
     p, t = problem(shape=(3,), d=8, v=40, sigma=1.0), teacher((3,), 40)
@@ -107,6 +110,7 @@ def test_limits(left: tuple[str, dict[str, float]], right: tuple[str, dict[str, 
     assert all(relative(x, y) <= tolerance for x, y in zip(da, db, strict=True))
 
 
+@slow
 def test_taid_at_0_has_nothing_to_learn() -> None:
     p, t = problem(shape=(3,), d=8, v=40), teacher((3,), 40)
     found, gradients = pair("taid", p, t, tau=0.0)
@@ -114,7 +118,7 @@ def test_taid_at_0_has_nothing_to_learn() -> None:
     assert all((g == 0).all() for g in gradients)
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", SWEPT)
 def test_identical_models_with_other_paddings_are_exactly_0_apart(name: str) -> None:
     p = problem(shape=(5,), d=8, v=37, sigma=4.0, bias=False)
     longer = torch.cat([p.weight.detach(), torch.randn(27, 8) * 50])
@@ -127,9 +131,12 @@ def test_identical_models_with_other_paddings_are_exactly_0_apart(name: str) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "skew_rkl", "todi", "hellinger", "akl"])
+@pytest.mark.parametrize(
+    "name", ["reverse_kl"] if INTERPRET else ["forward_kl", "reverse_kl", "jsd", "skew_rkl", "todi", "hellinger", "akl"]
+)
 def test_low_precision_gradients(name: str, dtype: torch.dtype) -> None:
-    p, t = problem(shape=(24,), d=24, v=101, dtype=dtype, sigma=1.5), teacher((24,), 101, dtype=torch.float32)
+    n = 8 if INTERPRET else 24
+    p, t = problem(shape=(n,), d=24, v=101, dtype=dtype, sigma=1.5), teacher((n,), 101)
     loss = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, divergence=name).loss
     q, lp = p.twin(), t.twin().logits().log_softmax(-1)
     for a, e in zip(grads(loss, p), grads(value(name, q.logits().log_softmax(-1), lp).mean(), q), strict=True):
@@ -140,7 +147,7 @@ def test_low_precision_gradients(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("size", [1e-4, 1e-2])
 def test_reverse_kl_gradient_of_close_models_in_bfloat16(size: float) -> None:
     """d_hidden and d_weight to 5e-3 down to a KL of 1e-4: plain −Σq·w in float32 would lose the value's digits first."""
-    p = problem(shape=(32,), d=32, v=201, dtype=torch.bfloat16, sigma=2.0, bias=False)
+    p = problem(shape=(8 if INTERPRET else 32,), d=32, v=201, dtype=torch.bfloat16, sigma=2.0, bias=False)
     t = Problem(p.hidden.detach().clone(), p.weight.detach().clone(), None, p.target, p.ids)
     near = leaf((p.weight.detach().float() * (1 + 0.9 * size**0.5 * torch.randn(p.weight.shape))).bfloat16())
     p = Problem(p.hidden, near, None, p.target, p.ids)
@@ -153,7 +160,7 @@ def test_reverse_kl_gradient_of_close_models_in_bfloat16(size: float) -> None:
         assert relative(a, e) <= 5e-3
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "alpha_beta", "todi"])
+@pytest.mark.parametrize("name", ["reverse_kl"] if INTERPRET else ["forward_kl", "reverse_kl", "jsd", "alpha_beta", "todi"])
 @pytest.mark.parametrize("level", [-120.0, 150.0])
 def test_far_away_logits(name: str, level: float) -> None:
     """Every logit of both sides near ``level``: only differences matter."""
@@ -170,7 +177,7 @@ def test_far_away_logits(name: str, level: float) -> None:
     assert all(g.isfinite().all() for g in torch.autograd.grad(found.sum(), (p.hidden, p.weight, student.bias)))
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", SWEPT)
 def test_a_column_dead_on_both_sides_counts_nothing(name: str) -> None:
     p, t = problem(shape=(4,), d=8, v=40), teacher((4,), 40)
     dead = torch.arange(40) == 11
@@ -215,6 +222,7 @@ def test_nothing_to_do(n: int) -> None:
     assert all((g == 0).all() for g in grads(token.sum(), p))
 
 
+@slow
 def test_reductions_scale_and_weights() -> None:
     p, t = problem(shape=(2, 5), d=8, v=40, temperature=2.0), teacher((2, 5), 40, temperature=2.0)
     mask, weights = torch.rand(2, 5) > 0.3, torch.rand(2, 5)
@@ -254,6 +262,7 @@ class Flops:
         return total
 
 
+@slow
 def test_products(monkeypatch: pytest.MonkeyPatch) -> None:
     n, d, v = 12, 8, 40
     p, t = problem(shape=(n,), d=d, v=v), teacher((n,), v, d=d)
@@ -291,10 +300,10 @@ def test_frozen_head_gradient() -> None:
 
 def test_several_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Σ w_i·D(p_i, q), widths and heads of their own; a teacher whose weights are 0 in a chunk costs nothing there."""
-    n, v = 8, 40
+    n, v = 4, 40
     p = problem(shape=(n,), d=8, v=v)
     ts = [teacher((n,), v, d=6), teacher((n,), v, d=12, softcap=9.0), teacher((n,), v, d=8)]
-    first = torch.arange(n) < 4
+    first = torch.arange(n) < 2
     weights = [torch.where(first, 0.5, 0.0), torch.where(first, 0.0, torch.rand(n)), 0.3]
     heads, hiddens = [t.head for t in ts], [t.hidden for t in ts]
     call = {"divergence": "reverse_kl", "teacher_weights": weights}
@@ -303,10 +312,10 @@ def test_several_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(want, Tensor)
     want_grads = grads(want.mean(), p)
     flops = Flops(monkeypatch)
-    with rk.set_tile(rows=4):
+    with rk.set_tile(rows=2):
         out = rk.linear_divergence_loss(p.hidden, p.head, hiddens, heads, **call)
-    if torch.get_default_device().type == "cpu":
-        assert flops.take() == n * v * (3 * 8 + 8) + 4 * v * (6 + 12)
+    if p.hidden.device.type == "cpu":  # elsewhere nobody may read the weights
+        assert flops.take() == n * v * (3 * 8 + 8) + 2 * v * (6 + 12)
     assert torch.allclose(out.token_loss, want.detach(), rtol=1e-5)
     for a, e in zip(grads(out.loss, p), want_grads, strict=True):
         assert relative(a, e) <= 1e-5
@@ -383,6 +392,7 @@ def test_backward_of_the_loss_runs_once() -> None:
         loss.backward()
 
 
+@slow
 @pytest.mark.parametrize("which", ["token", "loss"])
 def test_compiles_fullgraph(which: str) -> None:
     p, t = problem(shape=(2, 3), d=8, v=40), teacher((2, 3), 40)

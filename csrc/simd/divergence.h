@@ -230,7 +230,7 @@ RLAD_INLINE void chain(const DivergenceArgs<T>& a, int64_t i, int64_t j0, int64_
   }
 }
 
-// The two log-probs of one row, a stretch of columns at a time: f(first column, columns, points), which reads point k of them.
+// The two log-probs of one row, a stretch of columns at a time: f(first column, columns, at), at(k) being the points from the k-th on.
 template <class T, class F>
 RLAD_INLINE void for_stretches(const DivergenceArgs<T>& a, int64_t i, T* zq, T* zp, F f) {
   const T top_q = a.norm.row(0)[i], log_q = a.norm.row(1)[i], top_p = a.teacher_norm.row(0)[i], log_p = a.teacher_norm.row(1)[i];
@@ -248,6 +248,7 @@ void divergence_rows(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
   constexpr int64_t L = kLanes<T>;
   const bool grad = a.out.data;
   alignas(64) T zq[kScratch], zp[kScratch];
+  std::vector<T> found(grad ? round_up(a.student.cols, kBlock<T>) : 0);  // u of a row, kept from the sums for the gradient
   for (int64_t i = begin; i < end; ++i) {
     const T value_weight = a.rows.row(0)[i], grad_weight = a.rows.row(1)[i];
     F f(a, i);
@@ -267,7 +268,7 @@ void divergence_rows(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
       f.log_z = T(std::log1p(tilt));
     }
     if (value_weight != 0 || pull) {
-      for_stretches(a, i, zq, zp, [&](int64_t, int64_t n, auto at) {
+      for_stretches(a, i, zq, zp, [&](int64_t j0, int64_t n, auto at) {
         Vec<T> values[kUnroll<T>], us[kUnroll<T>];
         for (int u = 0; u < kUnroll<T>; ++u) values[u] = us[u] = Vec<T>{};
         for (int64_t j = 0; j < round_up(n, kBlock<T>); j += kBlock<T>) {
@@ -275,6 +276,7 @@ void divergence_rows(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
             const Part<T> part = part_of<T>(f, at(j + u * L));
             values[u] += part.value;
             us[u] += part.u;
+            if (pull) store<T>(&found[j0 + j + u * L], part.u);
           }
         }
         value += sum_lanes<T>(values);
@@ -285,15 +287,18 @@ void divergence_rows(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
     a.value[i] = a.accumulate ? a.value[i] + term : term;
     if (grad && !pull && !a.accumulate) std::memset(a.out.row(i), 0, a.student.cols * sizeof(T));
     if (!pull) continue;
-    for_stretches(a, i, zq, zp, [&](int64_t j0, int64_t n, auto at) {
+    const T top = a.norm.row(0)[i], log_total = a.norm.row(1)[i];
+    for (int64_t j0 = 0; j0 < a.student.cols; j0 += kStretch) {
+      const int64_t n = a.student.cols - j0 < kStretch ? a.student.cols - j0 : kStretch;
+      temper_row(a.student, i, j0, n, zq);
       for (int64_t k = 0; k < round_up(n, L); k += L) {
-        const Point<T> x = at(k);
-        store<T>(zp + k, (part_of<T>(f, x).u - x.q * T(total)) * grad_weight);
+        const Vec<T> q = exp_clamped(clamp_exp<T>((load(zq + k) - top) - log_total));
+        store<T>(zp + k, (load(&found[j0 + k]) - q * T(total)) * grad_weight);
       }
       with_flag(a.student.softcap > 0, [&](auto cap) {
         with_flag(a.student.bias, [&](auto bias) { chain<cap.value, bias.value>(a, i, j0, n, zp); });
       });
-    });
+    }
   }
 }
 

@@ -46,7 +46,7 @@ RLAD_INLINE Vec<float> exp_clamped(Vec<float> x) {
 }
 
 RLAD_INLINE Vec<double> exp_clamped(Vec<double> x) {
-  Vec<double> e;
+  Vec<double> e{};
   for (int l = 0; l < kLanes<double>; ++l) e[l] = std::exp(x[l]);
   return e;
 }

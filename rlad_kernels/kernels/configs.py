@@ -47,12 +47,9 @@ TABLES = MappingProxyType(
             _row(1024, 2, BLOCK=1024, BLOCK_J=64),
             _row(inf, 8, BLOCK=4096, BLOCK_J=256),
         ),
-        # size: columns. Two tiles are read and, for the gradient, read again from L2; 4 columns a thread keep every family's
-        # temporaries in registers.
-        "divergence_kernel": (
-            _row(512, 4, BLOCK=512),  # small vocabularies: half the threads idle in a wider block
-            _row(inf, 8, BLOCK=1024),
-        ),
+        # size: columns. 4 columns a thread: the mixtures' and the αβ family's temporaries then fit into 66 to 84 registers; in
+        # 8 warps ptxas stops at 64 and spills. Five or more programs an SM cover the latency.
+        "divergence_kernel": (_row(inf, 4, BLOCK=512),),
         # size: columns. A program walks down a block of rows; the sums of 2 columns a thread are all it keeps, and each row's
         # loads are independent of the last's, so short blocks of columns give the chip enough programs.
         "column_stats_kernel": (_row(inf, 4, BLOCK=512),),

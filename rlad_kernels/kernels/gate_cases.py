@@ -106,7 +106,7 @@ def divergence_cases() -> Iterator[Case]:
     for tile in tiles:
         cols = tile.shape[1]
         for f in (*flags, frozenset({"grad"})):
-            for family in FAMILIES if tile is tiles[1] else ("sym",):
+            for family in FAMILIES if tile is tiles[0] else ("sym",):
                 student = (tile, *_sweep_args(f, cols), _f32(2, R))
                 teacher_flags = frozenset(x.removeprefix("teacher_") for x in f if x.startswith("teacher_"))
                 teacher = (tile, *_sweep_args(teacher_flags, cols), _f32(2, R))

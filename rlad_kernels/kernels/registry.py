@@ -43,7 +43,7 @@ REGISTRY: dict[str, Kernel] = {
         Kernel(fold_topk_kernel, fold_topk_, 128, (WIDE_LOAD,)),
         Kernel(dlogits_kernel, dlogits_, 80, (WIDE_LOAD, WIDE_STORE)),
         Kernel(column_stats_kernel, column_stats_, 64),
-        Kernel(divergence_kernel, divergence_, 80, (WIDE_LOAD, WIDE_STORE)),
+        Kernel(divergence_kernel, divergence_, 96, (WIDE_LOAD, WIDE_STORE)),
         Kernel(gather_dot_kernel, gather_dot, 80, (WIDE_LOAD,)),
         Kernel(gather_dhidden_kernel, gather_dhidden, 72),
         Kernel(gather_dweight_kernel, gather_dweight_, 96),
