@@ -10,7 +10,7 @@ from torch import Tensor
 
 import rlad_kernels as rk
 from rlad_kernels import reference
-from rlad_kernels.losses.divergence_kinds import DIVERGENCES
+from rlad_kernels.losses.divergence_kinds import DIVERGENCES, adaptive_coefficients
 from rlad_kernels.tiles import Tiles
 from tests.conftest import INTERPRET
 from tests.methods.divergence import VALUES, kl
@@ -365,10 +365,7 @@ def test_a_callable_of_ones_own() -> None:
 
 def test_akl_counts_ties_as_head() -> None:
     """Teacher ½, ¼, ¼ at μ = ½: the head is the first token; at μ = ¾ the two that tie come in together."""
-    lp = torch.tensor([[0.5, 0.25, 0.25]]).log()
-    lq = torch.tensor([[0.2, 0.5, 0.3]]).log()
-    from rlad_kernels.losses.divergence_kinds import adaptive_coefficients
-
+    lp, lq = torch.tensor([[[0.5, 0.25, 0.25]], [[0.2, 0.5, 0.3]]]).log()
     gap = torch.tensor([0.3, 0.25, 0.05])
     assert torch.allclose(adaptive_coefficients(lq, lp, 0.5)[:, 0], torch.stack([gap[0], gap[1:].sum()]) / gap.sum())
     assert torch.allclose(adaptive_coefficients(lq, lp, 0.76)[:, 0], torch.tensor([1.0, 0.0]), atol=1e-6)
