@@ -1,0 +1,220 @@
+"""TRL's own trainers on our head: the same gradients and parameters as without us, on fixed completions."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+MISSING = [x for x in ("trl", "datasets", "peft") if importlib.util.find_spec(x) is None]
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed: pip install -r requirements-dev.txt"),
+]
+COMMON: dict[str, Any] = {
+    "use_cpu": True, "report_to": "none", "logging_steps": 1, "save_strategy": "no", "optim": "sgd", "learning_rate": 0.1,
+    "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 5, "per_device_train_batch_size": 4, "seed": 3,
+    "bf16": False, "disable_tqdm": True, "gradient_checkpointing": False,
+}  # fmt: skip
+WORDS = ["the cat", "a dog ran", "one", "two birds sing", "red", "blue sky", "three", "so it goes"]
+
+
+def config_and_trainer(kind: str) -> tuple[Any, Any]:
+    import trl
+
+    return getattr(trl, f"{kind}Config"), getattr(trl, f"{kind}Trainer")
+
+
+def dataset(kind: str) -> Any:
+    from datasets import Dataset
+
+    rows = [{"prompt": w, "completion": f" {w[::-1]}!", "label": i % 2 == 0} for i, w in enumerate(WORDS * 3)]
+    if kind == "DPO":
+        rows = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": " no"} for r in rows]
+    keep = {"DPO": ("prompt", "chosen", "rejected"), "KTO": ("prompt", "completion", "label"), "SFT": ("prompt", "completion")}
+    return Dataset.from_list([{k: r[k] for k in keep.get(kind, ("prompt",))} for r in rows])
+
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    return [float(sum(map(ord, c)) % 7) for c in completions]
+
+
+def stub_generate(model: Any, length: int) -> None:
+    """Completions of random bytes with an end at random, the same for each run."""
+    made = torch.Generator().manual_seed(11)
+
+    def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        new = torch.randint(0, 257, (len(input_ids), length), generator=made)
+        new[torch.rand(new.shape, generator=made) < 0.1] = tiny.EOS
+        return torch.cat([input_ids, new], 1)
+
+    model.generate = generate
+
+
+def train(kind: str, tmp_path: Path, *, model: Any = None, peft_config: Any = None, **options: Any) -> dict[str, Any]:
+    """Five steps of SGD: the parameters before and after, the gradient of the first step, the logs."""
+    from transformers import TrainerCallback
+
+    config, trainer_type = config_and_trainer(kind)
+    rl = kind in ("GRPO", "RLOO")
+    if rl:
+        options = {"num_generations": 4, "max_completion_length": 9, "temperature": 0.8, "beta": 0.0, **options}
+    found: dict[str, Any] = {"grads": {}}
+
+    class Recorder(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            if state.global_step == 0:
+                found["grads"] = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+    args = config(output_dir=str(tmp_path), **{**COMMON, **options})
+    more: dict[str, Any] = {"reward_funcs": reward} if rl else {}
+    if kind in ("DPO", "KTO"):
+        more["ref_model"] = tiny.model(seed=1)
+    trainer = trainer_type(
+        model=tiny.model() if model is None else model, args=args, train_dataset=dataset(kind), processing_class=tiny.tokenizer(),
+        callbacks=[Recorder()], peft_config=peft_config, **more,
+    )  # fmt: skip
+    if rl:
+        stub_generate(trainer.model, 9)
+    found["before"] = {k: p.detach().clone() for k, p in trainer.model.named_parameters()}
+    trainer.train()
+    found["after"] = {k: p.detach().clone() for k, p in trainer.model.named_parameters()}
+    found["logs"] = trainer.state.log_history
+    return found
+
+
+def assert_same_training(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Step-1 gradients within 1e-5 relative; parameters after the steps within 1e-4 of their change, all together."""
+    assert ours["grads"].keys() == theirs["grads"].keys() and theirs["grads"]
+    gap = torch.cat([(ours["grads"][k] - g).flatten() for k, g in theirs["grads"].items()])
+    assert gap.norm() <= 1e-5 * torch.cat([g.flatten() for g in theirs["grads"].values()]).norm()
+    change = torch.cat([(theirs["after"][k] - p).flatten() for k, p in theirs["before"].items()])
+    gap = torch.cat([(ours["after"][k] - p).flatten() for k, p in theirs["after"].items()])
+    assert change.norm() > 1e-3
+    assert gap.norm() <= 1e-4 * change.norm()
+
+
+def lora() -> dict[str, Any]:
+    from peft import LoraConfig
+
+    return {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False), "learning_rate": 0.5}
+
+
+RUNS: dict[str, tuple[str, Any]] = {
+    "GRPO, accumulation and checkpointing": ("GRPO", lambda: {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
+    "GRPO, LoRA with a frozen head": ("GRPO", lora),
+    "RLOO": ("RLOO", dict),
+    "DPO": ("DPO", dict),
+    "KTO": ("KTO", dict),
+    "SFT, padded": ("SFT", dict),
+    "SFT, packed": ("SFT", lambda: {"packing": True, "packing_strategy": "bfd", "max_length": 64}),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_trainer_trains_the_same_with_us(run: str, tmp_path: Path):
+    from rlad_kernels.integrations import trl as ours
+
+    kind, options = RUNS[run]
+    calls = []
+    score = ours.score
+    theirs = train(kind, tmp_path, **options())
+    with pytest.MonkeyPatch.context() as patch, ours.use_rlad_kernels():
+        patch.setattr(ours, "score", lambda *a, **k: calls.append(1) or score(*a, **k))
+        mine = train(kind, tmp_path, **options())
+    assert calls
+    assert_same_training(mine, theirs)
+    if kind in ("GRPO", "RLOO"):
+        assert all(row["reward_std"] > 0 for row in mine["logs"] if "reward_std" in row)
+        assert any("reward_std" in row for row in mine["logs"])
+
+
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO", "DPO", "KTO", "SFT"])
+def test_every_trainer_goes_through_our_op(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from rlad_kernels.integrations import trl as ours
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ArithmeticError("our op was called")
+
+    monkeypatch.setattr(ours, "score", broken)
+    with ours.use_rlad_kernels(), pytest.raises(ArithmeticError, match="our op was called"):
+        train(kind, tmp_path, max_steps=1)
+
+
+@pytest.mark.parametrize("softcap, scale", [(None, 1.0), (5.0, 0.7)])
+def test_the_function_equals_trls(softcap: float | None, scale: float):
+    from trl.kernels import ChunkedLogProbFunction as theirs
+
+    from rlad_kernels.integrations.trl import ChunkedLogProbFunction as ours
+
+    hidden, weight, bias = torch.randn(37, 48), torch.randn(501, 48) * 0.3, torch.randn(501)
+    target = (hidden @ weight.T + bias).argmax(1).where(torch.arange(37) % 2 == 0, torch.randint(0, 501, (37,)))
+    results = []
+    for function in (theirs, ours):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        out = function.apply(*leaves, target, 0.8, 128, softcap, scale)
+        assert out[0] is not None and out[1] is not None
+        (out[0] * torch.linspace(-1, 1, 37) + out[1] * torch.linspace(0, 0.3, 37)).sum().backward()
+        results.append((*out, *[x.grad for x in leaves]))
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype and a.requires_grad == b.requires_grad
+        torch.testing.assert_close(b.float(), a.float(), rtol=1e-5, atol=4e-6)
+    assert results[0][4].any() and not results[0][4].all()
+    assert ours.apply(hidden, weight, bias, target, 1.0, 128, outputs=())[1:] == (None,) * 4
+
+
+def test_undo_restores_every_name():
+    import sys
+
+    import trl.kernels
+    import trl.trainer.grpo_trainer
+    import trl.trainer.utils
+
+    from rlad_kernels.integrations import trl as ours
+
+    def names() -> dict[tuple[str, str], Any]:
+        modules = {k: m for k, m in list(sys.modules.items()) if k == "trl" or k.startswith("trl.")}
+        wanted = ("ChunkedLogProb", "ChunkedDivergence", "add_fused_lm_head", "_use_triton")
+        return {(k, n): v for k, m in modules.items() for n, v in vars(m).items() if any(w in n for w in wanted)}
+
+    with ours.use_rlad_kernels():  # imports what it patches
+        pass
+    before = names()
+    first = ours.use_rlad_kernels()
+    with ours.use_rlad_kernels():
+        assert trl.kernels.ChunkedLogProbFunction is ours.ChunkedLogProbFunction
+        assert trl.trainer.grpo_trainer.add_fused_lm_head is not before["trl.trainer.grpo_trainer", "add_fused_lm_head"]
+        sys.modules.pop("trl.trainer.rloo_trainer", None)
+        importlib.import_module("trl.trainer.rloo_trainer")  # a module that is imported under the patch
+        assert names()["trl.trainer.rloo_trainer", "add_fused_lm_head"] is trl.trainer.utils.add_fused_lm_head
+    assert trl.kernels.ChunkedLogProbFunction is ours.ChunkedLogProbFunction
+    first.undo()
+    first.undo()
+    after = names()
+    assert {k: after[k] for k in before} == before
+    assert after["trl.trainer.rloo_trainer", "add_fused_lm_head"] is trl.trainer.utils.add_fused_lm_head
+
+
+def test_wrong_wiring_names_the_fix(monkeypatch: pytest.MonkeyPatch):
+    import trl
+    from peft import LoraConfig, get_peft_model
+    from trl.trainer import utils
+
+    from rlad_kernels.integrations import trl as ours
+
+    with ours.use_rlad_kernels():
+        adapted = get_peft_model(tiny.model(), LoraConfig(target_modules=["lm_head"]))
+        with pytest.raises(ValueError, match="remove it from target_modules"):
+            utils.add_fused_lm_head(adapted.get_base_model())
+        with pytest.raises(ValueError, match="pass the head of the model that gave the hidden states"):
+            trl.kernels.ChunkedLogProbFunction.apply(torch.randn(3, 8), torch.randn(9, 16), None, torch.zeros(3).long(), 1.0, 128)
+    monkeypatch.setattr(trl, "__version__", "1.17.0")
+    with pytest.raises(RuntimeError, match=r"trl 1\.17\.0 is not supported, only 1\.16\.0: pip install trl==1\.16\.0"):
+        ours.use_rlad_kernels()
