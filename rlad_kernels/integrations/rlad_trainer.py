@@ -32,6 +32,7 @@ class RLADConfig(GRPOConfig):
     """
 
     loss_type: str = field(default="grpo", metadata={"help": "grpo, bnpo, dapo or dr_grpo."})
+    use_bias_correction_kl: bool = field(default=False, metadata={"help": "Must stay False."})
     alpha: float = field(default=0.5, metadata={"help": "Weight of the old policy in the ratio's anchor; 1 is GRPO."})
     teacher_clamp: float | None = field(default=None, metadata={"help": "Clamp log π − log π_T to ± this before mixing."})
     topk: int = field(default=0, metadata={"help": "K of the teacher's top-K; 0 leaves the KL term out."})
@@ -214,7 +215,9 @@ def _refuse(args: RLADConfig) -> None:
     }  # fmt: skip
     for name, value in wanted.items():
         if getattr(args, name, value) != value:
-            raise ValueError(f"RLADTrainer: {name} must stay {value!r}, got {getattr(args, name)!r}; RLAD's loss has no place for it")
+            raise ValueError(
+                f"RLADTrainer: {name} must stay {value!r}, got {getattr(args, name)!r}; RLAD's loss has no place for it"
+            )
     if args.loss_type not in ("grpo", "bnpo", "dapo", "dr_grpo"):
         raise ValueError(f"RLADTrainer: loss_type must be grpo, bnpo, dapo or dr_grpo, got {args.loss_type!r}")
     if args.topk < 0:
