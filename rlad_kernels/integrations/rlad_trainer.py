@@ -63,6 +63,8 @@ class RLADTrainer(GRPOTrainer):
             that carries an adapter; RuntimeError for an unsupported TRL. All name the fix.
     """
 
+    args: RLADConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __init__(self, model: Any, reward_funcs: Any = None, *, teacher: Any, args: RLADConfig, **kwargs: Any) -> None:
         check_version("RLADTrainer", "trl", trl.__version__, SUPPORTED)
         if not isinstance(args, RLADConfig):
@@ -127,8 +129,8 @@ class RLADTrainer(GRPOTrainer):
         found = TopK(*[None if x is None else x.to(completion.device) for x in found])
         if found.ids.shape[:-1] != completion.shape or found.target_logp.shape != completion.shape:
             raise ValueError(
-                f"RLADTrainer: the teacher's ids have shape {tuple(found.ids.shape)}, target_logp {tuple(found.target_logp.shape)}; "
-                f"wanted {(*completion.shape, 'K')} and {tuple(completion.shape)}: only the completion's tokens"
+                f"RLADTrainer: the teacher's ids have shape {tuple(found.ids.shape)}, target_logp "
+                f"{tuple(found.target_logp.shape)}; wanted {(*completion.shape, 'K')} and {tuple(completion.shape)}: only the completion's tokens"
             )
         if found.ids.numel() and int(found.ids.max()) >= size:
             raise ValueError(
@@ -195,7 +197,7 @@ class RLADTrainer(GRPOTrainer):
         return self.current_gradient_accumulation_steps if mode == "train" else 1
 
     def _record(self, mode: str, name: str, value: Tensor) -> None:
-        values = self.accelerator.gather(value.detach())
+        values: Any = self.accelerator.gather(value.detach())
         self._metrics[mode][name].append((values.max() if name.endswith("_max") else values.mean()).item())
 
 

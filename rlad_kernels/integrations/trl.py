@@ -18,7 +18,6 @@ from rlad_kernels.integrations.wiring import check_head, check_plain_head, check
 from rlad_kernels.scores import EXTRAS, score
 
 SUPPORTED = ("1.16.0",)
-__all__ = ["RLADConfig", "RLADTrainer", "use_rlad_kernels"]
 
 
 class ChunkedLogProbFunction:
