@@ -21,7 +21,7 @@ MODELS = {  # D, V
 REFERENCE = (1024, *MODELS["Qwen3-0.6B"])
 TRADE = ("naive", "lce", "trl")
 OURS = ("linear_logp", "fused")
-MODES = ("half", "frozen", "sparse", "fused_sparse", "topk", "topk_kl", "scoring")
+MODES = ("half", "frozen", "sparse", "fused_sparse", "topk", "topk_kl", "divergence", "scoring")
 GROWING = ("naive", *OURS)
 GROWTH_V = 16_384
 

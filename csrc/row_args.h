@@ -88,6 +88,20 @@ struct GatherArgs {
   int64_t positions;
 };
 
+enum class Family { sym, mix, todi, alpha_beta, log_square, total_variation };
+
+template <class T>
+struct DivergenceArgs {
+  Tile<T> student, teacher;           // whole rows, without slots
+  Mat<const T> norm, teacher_norm;    // (2, R): max z, lse − max
+  Mat<const T> rows;                  // (4, R): weight of the value, of the gradient; of forward and reverse KL for Family::sym
+  T* value;                           // (R,)
+  Mat<T> out;                         // (R, C), may be the student's logits; data null without a gradient
+  Family family;
+  double numbers[3];  // what the family wants
+  bool accumulate;    // add to value and out
+};
+
 // Every function does the rows of [begin, end); column_stats: the stretches of columns; dweight: the runs that start there.
 template <class T>
 struct RowPasses {
@@ -98,6 +112,7 @@ struct RowPasses {
   void (*gather_dot)(const GatherArgs<T>&, int64_t begin, int64_t end);
   void (*gather_dhidden)(const GatherArgs<T>&, int64_t begin, int64_t end);
   void (*gather_dweight)(const GatherArgs<T>&, int64_t begin, int64_t end);
+  void (*divergence)(const DivergenceArgs<T>&, int64_t begin, int64_t end);
 };
 
 struct Variant {

@@ -2,6 +2,7 @@
 
 from rlad_kernels.fused import fused_linear_loss
 from rlad_kernels.head import LMHead
+from rlad_kernels.losses.divergence import linear_divergence, linear_divergence_loss
 from rlad_kernels.losses.ratio import grpo_loss, trrd_loss
 from rlad_kernels.losses.reduction import LossOutput
 from rlad_kernels.losses.rlad import rlad_loss
@@ -19,6 +20,8 @@ __all__ = [
     "TopK",
     "fused_linear_loss",
     "grpo_loss",
+    "linear_divergence",
+    "linear_divergence_loss",
     "linear_gather",
     "linear_logp",
     "linear_topk",

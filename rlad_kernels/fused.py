@@ -59,7 +59,7 @@ def run(
     slots = row_slots(name, kept, target, topk_ids, call.vocab_size)
     inv_temp = kept_inv_temp(name, kept, call.inv_temp, target.shape[0])
     multiple = sparse.BLOCK if filter_eps else 1
-    tiles = Tiles(kept.take(call.hidden), *call[1:3], inv_temp, *call[4:], keep_logits=True, multiple=multiple)
+    tiles = Tiles(kept.take(call.hidden), *call[1:3], inv_temp, *call[4:], keep_logits=1, multiple=multiple)
     weight = kept.take(row_weight)
     inputs = tree_map_only(Tensor, lambda x: kept.take(x) if x.dim() else x, dict(inputs))
     grads = Gradients(tiles, call.weight, *need, whole=True, scattered=filter_eps > 0) if any(need) else None
@@ -127,15 +127,18 @@ def _backward(
         return {"rows_skipped": skipped}
 
 
-class _FusedLoss(torch.autograd.Function):
-    """Gradients are finished in the forward; backward scales them in place and gives them away, so it runs once."""
+class FusedLoss(torch.autograd.Function):
+    """Gradients are finished in the forward; backward scales them in place and gives them away, so it runs once.
+
+    ``sweep(hidden, weight, bias, need)`` computes the loss with the gradients that are needed.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str, call: Call, *args: Any
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str, sweep: Callable[..., Fused]
     ) -> tuple[Any, ...]:
         need = tuple(ctx.needs_input_grad[:3])
-        out = run(name, call._replace(hidden=hidden, weight=weight, bias=bias), *args, need)  # type: ignore[arg-type]
+        out = sweep(hidden, weight, bias, need)
         ctx.name, ctx.gradients = name, [g if n else None for g, n in zip(out[3:], need, strict=True)]
         ctx.mark_non_differentiable(out.token_loss, *out.metrics.values())
         return out.loss, out.token_loss, tuple(out.metrics), *out.metrics.values()
@@ -148,7 +151,7 @@ class _FusedLoss(torch.autograd.Function):
             raise RuntimeError(f"{ctx.name}: backward has run already; its gradients were given away, call the loss again")
         if g_loss.is_cuda or g_loss != 1:  # the usual 1 saves a pass over d_weight; reading it on CUDA would synchronise
             gradients = [None if g is None else g.mul_(g_loss) for g in gradients]
-        return *gradients, *[None] * 9
+        return *gradients, None, None
 
 
 def fused_linear_loss_op(
@@ -228,7 +231,11 @@ def fuse(
     if registered is not None and torch.compiler.is_compiling():
         return _compiled(name, call, *args, registered, flat, filter_eps, need, shape)
     if any(need):
-        loss, token, keys, *values = _FusedLoss.apply(*call[:3], name, call, *args, token_loss, flat, filter_eps)
+
+        def sweep(h: Tensor, w: Tensor, b: Tensor | None, need: tuple[bool, bool, bool]) -> Fused:
+            return run(name, call._replace(hidden=h, weight=w, bias=b), *args, token_loss, flat, filter_eps, need)
+
+        loss, token, keys, *values = FusedLoss.apply(*call[:3], name, sweep)
     else:
         out = run(name, call, *args, token_loss, flat, 0.0, (False, False, False))
         loss, token, keys, values = out.loss, out.token_loss, tuple(out.metrics), list(out.metrics.values())

@@ -21,6 +21,8 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
 _CALL = "Tensor inv_temp, float logit_scale, float softcap, int vocab_size"
 _TILE = "Tensor logits, int col0, Tensor? bias, Tensor inv_temp, float logit_scale, float softcap, Tensor slots"
+_TEACHERS = "Tensor[] teachers, float[] teacher_heads, Tensor weights, str divergence, float[] params"
+_DIVERGENCE = f"{_HEAD}, Tensor? mask, {_CALL}, {_TEACHERS}"
 
 ROW_OPS = {
     "fold_": f"({_TILE}, bool exclude, Tensor(a!) stats, Tensor(b!) slot_logits, bool entropy, bool extras) -> ()",
@@ -29,6 +31,9 @@ ROW_OPS = {
     "dlogits_": f"(Tensor(a!) out, {_TILE}, Tensor slot_grad, Tensor? slot_tail, Tensor rows, bool entropy, bool tail) -> ()",
     "column_stats_": "(Tensor(a!) out, Tensor logits, Tensor? bias, Tensor inv_temp, float logit_scale, float softcap, Tensor lse, "
     "int block) -> ()",
+    "divergence_": "(Tensor(a!) value, Tensor(b!)? out, Tensor logits, Tensor? bias, Tensor inv_temp, float logit_scale, "
+    "float softcap, Tensor norm, Tensor teacher, Tensor? teacher_bias, Tensor teacher_inv_temp, float teacher_scale, "
+    "float teacher_softcap, Tensor teacher_norm, Tensor rows, str family, float a, float b, float c, bool accumulate) -> ()",
     "gather_dot": "(Tensor hidden, Tensor weight, Tensor ids) -> Tensor",
     "gather_dhidden": "(Tensor grad, Tensor weight, Tensor ids) -> Tensor",
     "gather_dweight_": "(Tensor(a!) d_weight, Tensor grad, Tensor hidden, Tensor order, Tensor sorted_ids) -> ()",
@@ -55,6 +60,11 @@ SWEEP_OPS = {
     "linear_gather": f"({_HEAD}, Tensor ids, Tensor? mask, int vocab_size, str caller) -> Tensor",
     "linear_gather_bwd": f"(Tensor grad, {_HEAD}, Tensor ids, Tensor? mask, int vocab_size, bool need_hidden, bool need_weight, "
     "bool need_bias) -> (Tensor, Tensor, Tensor)",
+    "linear_divergence": f"({_DIVERGENCE}, bool ahead, str caller) -> (Tensor, Tensor)",
+    "linear_divergence_bwd": f"({_DIVERGENCE}, Tensor slope, Tensor g, bool need_hidden, bool need_weight, bool need_bias) "
+    "-> (Tensor, Tensor, Tensor)",
+    "linear_divergence_loss": f"({_DIVERGENCE}, Tensor row_weight, bool need_hidden, bool need_weight, bool need_bias, str caller) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "fused_linear_loss": f"({_HEAD}, Tensor target, Tensor? topk_ids, Tensor? mask, {_CALL}, Tensor row_weight, float filter_eps, "
     "str caller, str loss, str[] names, Tensor[] tensors, float[] numbers, str[] words, bool need_hidden, bool need_weight, "
     "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -96,7 +106,8 @@ def _register() -> None:
     for name in (*ROW_OPS, *LOSS_OPS):
         torch.library.impl(f"rlad::{name}", triton_devices, _late("kernels", name))
     for name in SWEEP_OPS:
-        where = ("fused", "fused_linear_loss_op") if name == "fused_linear_loss" else ("sweep", name)
+        where = {"fused_linear_loss": ("fused", "fused_linear_loss_op")}.get(name, ("sweep", name))
+        where = ("divergence", name) if name.startswith("linear_divergence") else where
         torch.library.impl(f"rlad::{name}", ("cpu", "cuda"), _late(*where))
     if INTERPRET:
         return
@@ -218,6 +229,21 @@ def _(hidden, weight, bias, target, topk_ids, mask, inv_temp, *args):
     return _empty(hidden, ()), _empty(hidden, target.shape), _empty(hidden, (len(METRICS),)), *gradients
 
 
+@torch.library.register_fake("rlad::linear_divergence")
+def _(hidden, weight, bias, mask, inv_temp, scale, softcap, vocab_size, *args):
+    return _empty(hidden, hidden.shape[:1]), _empty(hidden, hidden.shape, args[-2])
+
+
+@torch.library.register_fake("rlad::linear_divergence_bwd")
+def _(hidden, weight, bias, *args):
+    return _gradients(hidden, weight, bias, args[-3:])
+
+
+@torch.library.register_fake("rlad::linear_divergence_loss")
+def _(hidden, weight, bias, *args):
+    return _empty(hidden, ()), _empty(hidden, hidden.shape[:1]), *_gradients(hidden, weight, bias, args[-4:-1])
+
+
 def _no_double_backward(name: str) -> None:
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(f"rlad::{name}: double backward is not supported")
@@ -227,6 +253,7 @@ def _no_double_backward(name: str) -> None:
 
 _no_double_backward("linear_logp_bwd")
 _no_double_backward("linear_gather_bwd")
+_no_double_backward("linear_divergence_bwd")
 
 
 def _wanted(ctx: Any, bias: Tensor | None) -> tuple[bool, bool, bool]:
@@ -303,3 +330,36 @@ def _fused_backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> Any:
 
 
 torch.library.register_autograd("rlad::fused_linear_loss", _fused_backward, setup_context=_fused_setup)
+
+
+def _no_gradient(ctx: Any) -> list[Any]:
+    """For mask, call and teachers' arguments; an empty list of numbers, too, counts as one of tensors."""
+    return [*[None] * 5, [None] * ctx.teachers, None, None, None, None if ctx.params else []]
+
+
+def _divergence_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *head, teachers, ctx.teacher_heads, weights, ctx.divergence, ctx.params, _, _ = inputs
+    ctx.head, ctx.teachers = head[5:], len(teachers)
+    ctx.save_for_backward(*head[:5], weights, output[1], *teachers)
+
+
+def _divergence_backward(ctx: Any, g: Tensor, _: Tensor) -> Any:
+    hidden, weight, bias, mask, inv_temp, weights, slope, *teachers = ctx.saved_tensors
+    need = _wanted(ctx, bias)
+    given = (teachers, ctx.teacher_heads, weights, ctx.divergence, ctx.params)
+    grads = _rlad.linear_divergence_bwd(hidden, weight, bias, mask, inv_temp, *ctx.head, *given, slope, g, *need)
+    return *_given(grads, need), *_no_gradient(ctx), None, None
+
+
+def _divergence_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.need, ctx.teachers, ctx.params = tuple(inputs[-4:-1]), len(inputs[8]), inputs[12]
+    ctx.save_for_backward(*output[2:])
+
+
+def _divergence_loss_backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> Any:
+    grads = [(g_loss * d).to(d.dtype) if need else None for need, d in zip(ctx.need, ctx.saved_tensors, strict=True)]
+    return *grads, *_no_gradient(ctx), *[None] * 5
+
+
+torch.library.register_autograd("rlad::linear_divergence", _divergence_backward, setup_context=_divergence_setup)
+torch.library.register_autograd("rlad::linear_divergence_loss", _divergence_loss_backward, setup_context=_divergence_loss_setup)

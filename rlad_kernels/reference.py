@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -67,3 +68,44 @@ def topk(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 def gather(z: Tensor, ids: Tensor) -> Tensor:
     """Logits at ``ids (…, K)``, −inf in empty slots."""
     return torch.where(ids < 0, -torch.inf, z.gather(-1, ids.clamp_min(0).long()))
+
+
+def divergence(
+    lq: Tensor, lp: Tensor, family: str, numbers: tuple[float, float, float] = (0.0, 0.0, 0.0), forward: Tensor | float = 0.0,
+    reverse: Tensor | float = 0.0,
+) -> Tensor:  # fmt: skip
+    """The families of ``rlad::divergence_`` as their definitions read, from log-probs ``(…, V)`` of student and teacher.
+
+    A column without mass on either side counts 0.
+    """
+    dead = (lq == -torch.inf) & (lp == -torch.inf)
+    lq, lp = torch.where(dead, 0, lq), torch.where(dead, 0, lp)
+    q, p, w = lq.exp(), lp.exp(), lp - lq
+    a, b, c = numbers
+
+    def kl(x: Tensor, log_ratio: Tensor) -> Tensor:
+        return torch.where(x > 0, x * torch.where(x > 0, log_ratio, 0), 0)
+
+    if family == "sym":
+        on = [torch.as_tensor(k, dtype=lq.dtype).expand(lq.shape[:-1]).unsqueeze(-1) for k in (forward, reverse)]
+        terms = sum(torch.where(k != 0, k * kl(x, r), 0) for k, x, r in zip(on, (p, q), (w, -w), strict=True))
+    elif family == "mix":
+        m = torch.logaddexp(lp + math.log(c), lq + math.log1p(-c))
+        terms = a * kl(p, lp - m) + b * kl(q, lq - m)
+    elif family == "todi":
+        sigma = torch.sigmoid(a * w).detach()
+        terms = sigma * kl(p, w) + (1 - sigma) * kl(q, -w)
+    elif family == "alpha_beta" and a + b == 0:
+        terms = (torch.expm1(a * w) - a * w) / a**2
+    elif family == "alpha_beta" and a == 0:
+        terms = ((b * lq).exp() * (-b * w - 1) + (b * lp).exp()) / b**2
+    elif family == "alpha_beta" and b == 0:
+        terms = ((a * lp).exp() * (a * w - 1) + (a * lq).exp()) / a**2
+    elif family == "alpha_beta":
+        s = a + b
+        terms = -((a * lp + b * lq).exp() - a / s * (s * lp).exp() - b / s * (s * lq).exp()) / (a * b)
+    elif family == "log_square":
+        terms = w.square() / 2
+    else:
+        terms = (p - q).abs() / 2
+    return torch.where(dead, 0, terms).sum(-1)

@@ -98,7 +98,7 @@ def _whole_rows(
     ``rows`` counts masked ones too: the number of blocks must not depend on the mask's values.
     """
     filtered = filter_eps > 0
-    tiles = Tiles(hidden, *head, keep_logits=True, multiple=sparse.BLOCK if filtered else 1)
+    tiles = Tiles(hidden, *head, keep_logits=1, multiple=sparse.BLOCK if filtered else 1)
     stats, z = tiles.new_stats(slots.shape[1])
     blocks, new = sparse.blocks_of(rows), stats.new_zeros
     if filtered:

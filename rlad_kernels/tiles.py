@@ -30,7 +30,8 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
 class Tiles:
     """Hidden rows, head and tile sizes of one call; every product it makes has an accumulation-dtype result.
 
-    ``keep_logits`` sizes chunks for callers that hold all logits of their rows, a ``multiple`` of rows at a time.
+    ``keep_logits`` sizes chunks for callers that hold all logits of their rows, in so many buffers of one budget together, a
+    ``multiple`` of rows at a time.
 
     On CUDA low-precision operands go to cuBLAS as they are, with float32 results; on a CPU with bfloat16 instructions,
     bfloat16 ones to ``bf16_mm_``. Otherwise a tile of the weight is widened first: bfloat16 products are exact in float32.
@@ -46,7 +47,7 @@ class Tiles:
         softcap: float,
         vocab_size: int,
         *,
-        keep_logits: bool = False,
+        keep_logits: int = 0,
         multiple: int = 1,
     ) -> None:
         self.acc = acc_dtype(hidden.dtype)
@@ -63,10 +64,10 @@ class Tiles:
         self.rows, self.cols = self._sizes(hidden.device.type, keep_logits, multiple)
         self._buffers: dict[torch.dtype, Tensor] = {}
 
-    def _sizes(self, device: str, keep_logits: bool, multiple: int) -> tuple[int, int]:
+    def _sizes(self, device: str, keep_logits: int, multiple: int) -> tuple[int, int]:
         rows, cols = _TILE[device]
         if keep_logits:
-            chunk = max(_CHUNK_BYTES[device] // (self.acc.itemsize * self.vocab), _CHUNK_ROWS_MIN)
+            chunk = max(_CHUNK_BYTES[device] // (self.acc.itemsize * self.vocab), _CHUNK_ROWS_MIN) // keep_logits
             rows, cols = chunk, max(cols, rows * cols // chunk)
         rows = -(-(settings.tile_rows or rows) // multiple) * multiple
         return min(rows, max(self.n, 1)), min(settings.tile_cols or cols, self.vocab)

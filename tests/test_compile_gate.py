@@ -17,13 +17,15 @@ from rlad_kernels.kernels import compile_gate  # noqa: E402
 from rlad_kernels.kernels._launch import Launch  # noqa: E402
 from rlad_kernels.kernels.clipped_ratio import ESTIMATORS  # noqa: E402
 from rlad_kernels.kernels.configs import TABLES, Config  # noqa: E402
+from rlad_kernels.kernels.divergence import FAMILIES  # noqa: E402
 from rlad_kernels.kernels.gate_cases import CASES  # noqa: E402
 from rlad_kernels.kernels.registry import REGISTRY, WIDE_LOAD  # noqa: E402
 from rlad_kernels.kernels.topk_kl import NORMALIZATIONS  # noqa: E402
 
 HALVES = {torch.float32, torch.bfloat16, torch.float16}
-FLOAT32_OUT = {"gather_dot_kernel", "column_stats_kernel"}
-CHOICES = {"ESTIMATOR": {"none", *ESTIMATORS}, "NORMALIZE": set(NORMALIZATIONS)}  # the constants that are not booleans
+FLOAT32_OUT = {"gather_dot_kernel", "column_stats_kernel", "divergence_kernel"}
+# the constants that are not booleans
+CHOICES = {"ESTIMATOR": {"none", *ESTIMATORS}, "NORMALIZE": set(NORMALIZATIONS), "FAMILY": set(FAMILIES)}
 
 
 def jitted_kernels() -> set[str]:
@@ -50,7 +52,7 @@ def test_cases_reach_every_config_row_dtype_flag_and_optional_argument(name):
     seen = [dict(zip(parameters, launch.args, strict=False)) | launch.flags for launch in launches]
     for flag in launches[0].flags:
         assert {values[flag] for values in seen} == CHOICES.get(flag, {False, True}), flag
-    for optional in {"bias", "ref_logp", "tail_logp", "slot_tail", "column_max"} & set(parameters):
+    for optional in {"bias", "teacher_bias", "ref_logp", "tail_logp", "slot_tail", "column_max"} & set(parameters):
         assert {values[optional] is None for values in seen} == {False, True}, optional
     for tensor in {"out", "weight", "hidden", "d_weight"} & set(parameters) - ({"out"} if name in FLOAT32_OUT else set()):
         assert {getattr(values[tensor], "base", values[tensor]).dtype for values in seen} == HALVES, tensor

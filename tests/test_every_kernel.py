@@ -22,6 +22,7 @@ def test_public_functions_launch_every_kernel() -> None:
     rk.linear_topk_kl_loss(p.hidden, p.head, inputs["teacher"]).loss.backward()  # gather and its two gradients
     rk.linear_topk(p.hidden, p.head, 3)
     rk.linear_logp(p.hidden, p.head, p.target, filter_eps=1e-3)  # column statistics
+    rk.linear_divergence(p.hidden, p.head, p.hidden, p.head)
     settings.fused_scoring = True
     rk.linear_logp(torch.randn(2, 4), rk.LMHead(torch.randn(5, 4)), torch.tensor([0, 1]))
     assert set(LAUNCHES) == set(REGISTRY)

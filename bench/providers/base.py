@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,19 @@ def logits(x: Inputs) -> Tensor:
 def policy_gradient(x: Inputs) -> Tensor:
     """What trainers write by hand, and everybody's objective: mean of −advantage·logp."""
     return -(logits(x).log_softmax(-1).gather(1, x.target[:, None])[:, 0] * x.advantage).mean()
+
+
+def teacher_states(x: Inputs) -> Tensor:
+    """Hidden states of a teacher with the student's head: the next token's."""
+    return x.hidden.detach().roll(1, 0)
+
+
+def jsd(x: Inputs) -> Tensor:
+    """Jensen–Shannon divergence to the teacher over the whole vocabulary, by hand."""
+    lq = logits(x).log_softmax(-1)
+    lp = (teacher_states(x) @ x.weight.detach().T).to(lq.dtype).log_softmax(-1)
+    m = torch.logaddexp(lq, lp) - math.log(2)
+    return ((lp.exp() * (lp - m)).sum(-1) + (lq.exp() * (lq - m)).sum(-1)).mean() / 2
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Liger's chunked GRPO loss: its advantages are per sequence, its value a ratio of 1 whose gradient is the policy gradient."""
+"""Liger's chunked losses. GRPO: its advantages are per sequence, its value a ratio of 1 whose gradient is the policy gradient."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.inputs import Inputs
-from bench.providers.base import Provider, logits
+from bench.providers.base import Provider, jsd, logits, teacher_states
 
 
 @cache
@@ -31,4 +31,18 @@ def ratio(x: Inputs) -> Tensor:
     return -((logp - logp.detach()).exp() * x.advantage).mean()
 
 
-PROVIDERS = (Provider("liger", liger, "Liger LigerFusedLinearGRPOLoss", 4, 7, ratio, needs=("liger_kernel",)),)
+@cache
+def _jsd() -> Any:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    return LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5)
+
+
+def liger_jsd(x: Inputs) -> Tensor:
+    return _jsd()(x.hidden, x.weight, teacher_states(x), x.weight.detach(), x.target)
+
+
+PROVIDERS = (
+    Provider("liger", liger, "Liger LigerFusedLinearGRPOLoss", 4, 7, ratio, needs=("liger_kernel",)),
+    Provider("liger_jsd", liger_jsd, "Liger LigerFusedLinearJSDLoss", 4, 11, jsd, needs=("liger_kernel",)),
+)

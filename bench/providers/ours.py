@@ -7,7 +7,7 @@ from torch import Tensor
 
 import rlad_kernels as rk
 from bench.inputs import Inputs
-from bench.providers.base import Provider, logits, policy_gradient
+from bench.providers.base import Provider, jsd, logits, policy_gradient, teacher_states
 
 K = 64
 FILTER_EPS = 2.0**-14
@@ -91,6 +91,11 @@ def topk_kl_truth(x: Inputs) -> Tensor:
     return (student.exp() * (student - x.teacher_logp)).sum(-1).mean()
 
 
+def divergence(x: Inputs) -> Tensor:
+    head, teacher = rk.LMHead(x.weight), rk.LMHead(x.weight.detach())
+    return rk.linear_divergence_loss(x.hidden, head, teacher_states(x), teacher, divergence="jsd").loss
+
+
 PROVIDERS = (
     Provider("linear_logp", linear_logp, "ours, log-probs, any loss after them", 4, 7, bound=EXACT),
     Provider("fused", fused, "ours, the loss inside the sweep", 3, 6, bound=EXACT),
@@ -100,5 +105,6 @@ PROVIDERS = (
     Provider("fused_sparse", fused_sparse, "ours, fused, filter_eps 2⁻¹⁴, peaked logits", 3, 6, bound=SPARSE, peaked=True),
     Provider("topk", topk, "ours, linear_topk, K 64, no gradient", 1, 2, topk_truth, EXACT),
     Provider("topk_kl", topk_kl, "ours, renormalised top-K loss, K 32", 0, 0, topk_kl_truth, EXACT),
+    Provider("divergence", divergence, "ours, full-vocabulary JSD to a teacher", 4, 11, jsd, EXACT),
     Provider("scoring", scoring, "ours, linear_logp under no_grad", 1, 2, scoring_truth, EXACT),
 )

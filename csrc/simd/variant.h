@@ -11,11 +11,14 @@
 #include "dlogits.h"
 #include "columns.h"
 #include "gather.h"
+#include "special.h"
+#include "divergence.h"
 
 namespace rlad::RLAD_ISA {
 
 template <class T>
-constexpr RowPasses<T> kPasses = {fold<T>, fold_topk<T>, dlogits<T>, column_stats<T>, gather_dot<T>, gather_dhidden<T>, gather_dweight<T>};
+constexpr RowPasses<T> kPasses = {fold<T>,       fold_topk<T>,      dlogits<T>,        column_stats<T>,
+                                  gather_dot<T>, gather_dhidden<T>, gather_dweight<T>, divergence<T>};
 
 extern const Variant variant;
 const Variant variant = {kPasses<float>, kPasses<double>};

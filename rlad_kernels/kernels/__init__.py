@@ -2,6 +2,7 @@
 
 from .clipped_ratio import clipped_ratio
 from .columns import column_stats_
+from .divergence import divergence_
 from .dlogits import dlogits_
 from .fold import fold_
 from .gather import gather_dhidden, gather_dot, gather_dweight_
@@ -12,6 +13,7 @@ from .topk_kl import topk_kl
 __all__ = [
     "clipped_ratio",
     "column_stats_",
+    "divergence_",
     "dlogits_",
     "fold_",
     "fold_topk_",

@@ -76,6 +76,22 @@ def exp(b_x):
 
 
 @triton.jit
+def exp_ulp(b_x):
+    """e^x to about an ulp of itself, where :func:`exp` keeps the two or three of the hardware's exp2."""
+    m_in = tl.abs(b_x) < 87.0
+    b_y = tl.where(m_in, b_x, 0.0)
+    b_n = tl.floor(b_y * 1.4426950408889634 + 0.5)
+    b_r = (b_y - b_n * 0.693359375) - b_n * -2.12194440e-4  # ln 2 in two parts, the first short enough that n times it is exact
+    b_s = 1 / 720.0 + b_r * (1 / 5040.0)
+    b_s = 1 / 120.0 + b_r * b_s
+    b_s = 1 / 24.0 + b_r * b_s
+    b_s = 1 / 6.0 + b_r * b_s
+    b_s = 1 / 2.0 + b_r * b_s
+    b_power = ((b_n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.where(m_in, b_power + b_power * (b_r + b_r * b_r * b_s), tl.exp(b_x))
+
+
+@triton.jit
 def excess(b_w):
     """e^w − w − 1, to a few ulp of its own size also as w → 0."""
     b_s = 1 / 39916800.0

@@ -47,6 +47,12 @@ TABLES = MappingProxyType(
             _row(1024, 2, BLOCK=1024, BLOCK_J=64),
             _row(inf, 8, BLOCK=4096, BLOCK_J=256),
         ),
+        # size: columns. Two tiles are read and, for the gradient, read again from L2; 4 columns a thread keep every family's
+        # temporaries in registers.
+        "divergence_kernel": (
+            _row(512, 4, BLOCK=512),  # small vocabularies: half the threads idle in a wider block
+            _row(inf, 8, BLOCK=1024),
+        ),
         # size: columns. A program walks down a block of rows; the sums of 2 columns a thread are all it keeps, and each row's
         # loads are independent of the last's, so short blocks of columns give the chip enough programs.
         "column_stats_kernel": (_row(inf, 4, BLOCK=512),),

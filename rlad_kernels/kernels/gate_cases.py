@@ -10,6 +10,7 @@ from ._launch import Launch, record
 from .clipped_ratio import ESTIMATORS, clipped_ratio
 from .columns import column_stats_
 from .configs import TABLES
+from .divergence import FAMILIES, divergence_
 from .dlogits import dlogits_
 from .fold import fold_
 from .gather import HALVES, gather_dhidden, gather_dot, gather_dweight_
@@ -99,6 +100,22 @@ def dlogits_cases() -> Iterator[Case]:
                 yield Case(f"{dtype} C={cols} {'+'.join(sorted(f))}", lambda a=args: dlogits_(*a), cols > 1)
 
 
+def divergence_cases() -> Iterator[Case]:
+    tiles = _tiles("divergence_kernel")
+    flags = _flag_sets("bias", "teacher_bias", "softcap", "teacher_softcap", "grad", "accumulate", single=False)
+    for tile in tiles:
+        cols = tile.shape[1]
+        for f in (*flags, frozenset({"grad"})):
+            for family in FAMILIES if tile is tiles[1] else ("sym",):
+                student = (tile, *_sweep_args(f, cols), _f32(2, R))
+                teacher_flags = frozenset(x.removeprefix("teacher_") for x in f if x.startswith("teacher_"))
+                teacher = (tile, *_sweep_args(teacher_flags, cols), _f32(2, R))
+                numbers = (_f32(4, R), family, 0.8 if "softcap" in f else 0.2, 0.7, 0.3, "accumulate" in f)
+                args = (_f32(R), tile if "grad" in f else None, *student, *teacher, *numbers)
+                wide = cols > 1 and "grad" in f
+                yield Case(f"{family} C={cols} {'+'.join(sorted(f))}", lambda a=args: divergence_(*a), wide)
+
+
 def column_cases() -> Iterator[Case]:
     for tile in (_f32(R, C), _f32(R, C)[:, :-1]):
         cols = tile.shape[1]
@@ -160,6 +177,7 @@ CASES: dict[str, list[Case]] = {
     "fold_kernel": list(fold_cases()),
     "fold_topk_kernel": list(topk_cases()),
     "dlogits_kernel": list(dlogits_cases()),
+    "divergence_kernel": list(divergence_cases()),
     "column_stats_kernel": list(column_cases()),
     "gather_dot_kernel": list(gather_dot_cases()),
     "gather_dhidden_kernel": list(gather_dhidden_cases()),

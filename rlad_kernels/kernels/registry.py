@@ -6,6 +6,7 @@ from typing import Any
 
 from .clipped_ratio import clipped_ratio, clipped_ratio_kernel
 from .columns import column_stats_, column_stats_kernel
+from .divergence import divergence_, divergence_kernel
 from .dlogits import dlogits_, dlogits_kernel
 from .fold import fold_, fold_kernel
 from .gather import (
@@ -42,6 +43,7 @@ REGISTRY: dict[str, Kernel] = {
         Kernel(fold_topk_kernel, fold_topk_, 128, (WIDE_LOAD,)),
         Kernel(dlogits_kernel, dlogits_, 80, (WIDE_LOAD, WIDE_STORE)),
         Kernel(column_stats_kernel, column_stats_, 64),
+        Kernel(divergence_kernel, divergence_, 80, (WIDE_LOAD, WIDE_STORE)),
         Kernel(gather_dot_kernel, gather_dot, 80, (WIDE_LOAD,)),
         Kernel(gather_dhidden_kernel, gather_dhidden, 72),
         Kernel(gather_dweight_kernel, gather_dweight_, 96),

@@ -1,0 +1,450 @@
+"""linear_divergence and its loss: value and gradient against float64, limits, small divergences, teachers, masks, products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rlad_kernels as rk
+from rlad_kernels import reference
+from rlad_kernels.losses.divergence_kinds import DIVERGENCES
+from rlad_kernels.tiles import Tiles
+from tests.conftest import INTERPRET
+from tests.methods.divergence import VALUES, kl
+from tests.sweeps import Problem, assert_within, leaf, problem, relative
+
+NAMES = {"jsd": "gkd_jsd", "alpha_beta": "abkd", "alpha": "alpha_divergence", "power": "power_divergence"}
+OPTIONS = {"taid": {"tau": 0.4}}
+TOKENS = (2, 3) if INTERPRET else (4, 16)
+HEADS: dict[str, dict[str, Any]] = {"bias": {}, "softcap": {"softcap": 8.0, "logit_scale": 1.2, "temperature": 0.7}}
+
+
+def value(name: str, lq: Tensor, lp: Tensor) -> Tensor:
+    return VALUES[NAMES.get(name, name)](lq, lp)
+
+
+def teacher(shape: tuple[int, ...], v: int, d: int = 10, dtype: torch.dtype = torch.float32, **options: Any) -> Problem:
+    return problem(shape=shape, d=d, v=v, dtype=dtype, sigma=1.5, **options)
+
+
+def grads(loss: Tensor, p: Problem) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, p.leaves))
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_value_and_gradient(name: str, head: str) -> None:
+    """Any cotangent; heads of other widths, scales and biases; whole and in small tiles, and the loss as a weighted sum."""
+    p, t = problem(shape=TOKENS, d=14, v=53, sigma=1.5, **HEADS[head]), teacher(TOKENS, 53, temperature=1.3)
+    p.mask = torch.rand(TOKENS) > 0.2
+    g = torch.randn(TOKENS)
+    g[0, 0] = 0
+
+    def expected(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        q, lp = p.twin(dtype), t.twin(dtype).logits().log_softmax(-1)
+        out = torch.where(p.mask, value(name, q.logits().log_softmax(-1), lp), 0)
+        return out.detach(), grads((out * g).sum(), q)
+
+    (exact, exact_grads), (plain, plain_grads) = expected(torch.float64), expected(torch.float32)
+    args = (p.hidden, p.head, t.hidden, t.head)
+    for tile in ((None, None), (3, 20)):
+        with rk.set_tile(*tile):
+            found = rk.linear_divergence(*args, divergence=name, mask=p.mask, **OPTIONS.get(name, {}))
+            assert_within(found, exact, plain, "value")
+            for a, e, f in zip(grads((found * g).sum(), p), exact_grads, plain_grads, strict=True):
+                assert_within(a, e, f, "gradient")
+    out = rk.linear_divergence_loss(*args, divergence=name, mask=p.mask, weights=g, denominator=1.0, **OPTIONS.get(name, {}))
+    assert_within(out.token_loss, exact * g, plain * g, "token loss")
+    for a, e, f in zip(grads(out.loss, p), exact_grads, plain_grads, strict=True):
+        assert_within(a, e, f, "gradient of the loss")
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", sorted({*DIVERGENCES} - {"todi", "akl", "taid"}))  # these hold a part of themselves constant
+def test_gradcheck(name: str) -> None:
+    p, t = problem(n=3, d=4, v=9, dtype=torch.float64, sigma=1.0, softcap=5.0), teacher((3,), 9, dtype=torch.float64)
+
+    def f(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return rk.linear_divergence(hidden, rk.LMHead(weight, bias, softcap=5.0), t.hidden, t.head, divergence=name)
+
+    assert torch.autograd.gradcheck(f, p.leaves)
+
+
+def pair(name: str, p: Problem, t: Problem, **options: Any) -> tuple[Tensor, list[Tensor]]:
+    found = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, divergence=name, **options)
+    return found.detach(), grads(found.sum(), p)
+
+
+LIMITS = [
+    (("alpha_beta", {"alpha": 1.0, "beta": 0.0}), ("forward_kl", {}), 1e-5),
+    (("alpha_beta", {"alpha": 0.0, "beta": 1.0}), ("reverse_kl", {}), 1e-5),
+    (("alpha_beta", {"alpha": 1.0, "beta": 1e-4}), ("forward_kl", {}), 2e-3),
+    (("alpha", {"alpha": 1.0}), ("forward_kl", {}), 1e-5),
+    (("alpha", {"alpha": 0.0}), ("reverse_kl", {}), 1e-5),
+    (("power", {"lam": 0.0}), ("forward_kl", {}), 1e-5),
+    (("power", {"lam": -1.0}), ("reverse_kl", {}), 1e-5),
+    (("power", {"lam": 0.3}), ("alpha_beta", {"alpha": 1.3, "beta": -0.3}), 1e-6),
+    (("jsd", {"beta": 0.0}), ("forward_kl", {}), 0.0),
+    (("jsd", {"beta": 1.0}), ("reverse_kl", {}), 0.0),
+    (("jsd", {"beta": 1e-5, "scale": 1e5}), ("forward_kl", {}), 1e-2),
+    (("skew_kl", {"lam": 0.0}), ("forward_kl", {}), 0.0),
+    (("skew_kl", {"lam": 1e-6}), ("forward_kl", {}), 1e-2),
+    (("skew_rkl", {"lam": 0.0}), ("reverse_kl", {}), 0.0),
+    (("skew_rkl", {"lam": 1e-6}), ("reverse_kl", {}), 1e-2),
+    (("todi", {"beta": 1e-5}), ("jeffreys", {}), 1e-3),
+    (("taid", {"tau": 1.0}), ("forward_kl", {}), 0.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("left, right, tolerance", LIMITS, ids=[f"{a[0]} {b[0]} {i}" for i, (a, b, _) in enumerate(LIMITS)])
+def test_limits(left: tuple[str, dict[str, float]], right: tuple[str, dict[str, float]], tolerance: float) -> None:
+    p, t = problem(shape=(3,), d=8, v=40, sigma=1.0), teacher((3,), 40)
+    (a, da), (b, db) = (pair(name, p, t, **options) for name, options in (left, right))
+    assert relative(a, b) <= tolerance
+    assert all(relative(x, y) <= tolerance for x, y in zip(da, db, strict=True))
+
+
+def test_taid_at_0_has_nothing_to_learn() -> None:
+    p, t = problem(shape=(3,), d=8, v=40), teacher((3,), 40)
+    found, gradients = pair("taid", p, t, tau=0.0)
+    assert (found == 0).all()
+    assert all((g == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_identical_models_with_other_paddings_are_exactly_0_apart(name: str) -> None:
+    p = problem(shape=(5,), d=8, v=37, sigma=4.0, bias=False)
+    longer = torch.cat([p.weight.detach(), torch.randn(27, 8) * 50])
+    shorter = torch.cat([p.weight.detach(), torch.randn(3, 8) * 50]).requires_grad_()
+    head, other = rk.LMHead(shorter, vocab_size=37), rk.LMHead(longer, vocab_size=37)
+    found = rk.linear_divergence(p.hidden, head, p.hidden, other, divergence=name, **OPTIONS.get(name, {}))
+    assert (found == 0).all()
+    for g in torch.autograd.grad(found.sum(), (p.hidden, shorter)):
+        assert (g == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "skew_rkl", "todi", "hellinger", "akl"])
+def test_low_precision_gradients(name: str, dtype: torch.dtype) -> None:
+    p, t = problem(shape=(24,), d=24, v=101, dtype=dtype, sigma=1.5), teacher((24,), 101, dtype=torch.float32)
+    loss = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, divergence=name).loss
+    q, lp = p.twin(), t.twin().logits().log_softmax(-1)
+    for a, e in zip(grads(loss, p), grads(value(name, q.logits().log_softmax(-1), lp).mean(), q), strict=True):
+        assert a.dtype == dtype
+        assert relative(a, e) <= 3e-3
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-2])
+def test_reverse_kl_gradient_of_close_models_in_bfloat16(size: float) -> None:
+    """d_hidden and d_weight to 5e-3 down to a KL of 1e-4: plain −Σq·w in float32 would lose the value's digits first."""
+    p = problem(shape=(32,), d=32, v=201, dtype=torch.bfloat16, sigma=2.0, bias=False)
+    t = Problem(p.hidden.detach().clone(), p.weight.detach().clone(), None, p.target, p.ids)
+    near = leaf((p.weight.detach().float() * (1 + 0.9 * size**0.5 * torch.randn(p.weight.shape))).bfloat16())
+    p = Problem(p.hidden, near, None, p.target, p.ids)
+    found = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, divergence="reverse_kl")
+    q, lp = p.twin(), t.twin().logits().log_softmax(-1)
+    want = kl(q.logits().log_softmax(-1), lp)
+    assert size / 10 < want.mean() < size * 10
+    assert relative(found, want) <= 1e-3
+    for a, e in zip(grads(found.sum(), p), grads(want.sum(), q), strict=True):
+        assert relative(a, e) <= 5e-3
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "alpha_beta", "todi"])
+@pytest.mark.parametrize("level", [-120.0, 150.0])
+def test_far_away_logits(name: str, level: float) -> None:
+    """Every logit of both sides near ``level``: only differences matter."""
+    p, t = problem(shape=(4,), d=8, v=40, bias=False), teacher((4,), 40)
+    shift = torch.full((40,), level)
+    student = rk.LMHead(p.weight, shift.clone().requires_grad_())
+    found = rk.linear_divergence(p.hidden, student, t.hidden, rk.LMHead(t.weight, shift), divergence=name)
+
+    def expected(dtype: torch.dtype) -> Tensor:
+        sides = ((p.hidden, p.weight), (t.hidden, t.weight))
+        return value(name, *((h.detach().to(dtype) @ w.detach().to(dtype).T + level).log_softmax(-1) for h, w in sides))
+
+    assert_within(found, expected(torch.float64), expected(torch.float32), name)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(found.sum(), (p.hidden, p.weight, student.bias)))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_a_column_dead_on_both_sides_counts_nothing(name: str) -> None:
+    p, t = problem(shape=(4,), d=8, v=40), teacher((4,), 40)
+    dead = torch.arange(40) == 11
+    with torch.no_grad():
+        p.bias[dead] = t.bias[dead] = -torch.inf
+    found = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, divergence=name, **OPTIONS.get(name, {}))
+    less = [rk.LMHead(x.weight[~dead], x.bias[~dead]) for x in (p, t)]
+    want = rk.linear_divergence(p.hidden, less[0], t.hidden, less[1], divergence=name, **OPTIONS.get(name, {}))
+    assert torch.allclose(found, want, rtol=1e-5, atol=1e-6)
+    assert all(g.isfinite().all() for g in grads(found.sum(), p))
+
+
+def test_masked_rows_may_hold_anything() -> None:
+    p, t = problem(shape=(2, 5), d=8, v=40), teacher((2, 5), 40)
+    mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 1]], dtype=torch.bool)
+    args = {"divergence": "reverse_kl", "mask": mask}
+    clean = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, **args)
+    want = grads(clean.loss, p)
+    with torch.no_grad():
+        p.hidden[~mask] = torch.nan
+        t.hidden[~mask] = torch.nan
+    weights = torch.where(mask, 1.0, torch.nan)
+    for compaction in (True, False):
+        with rk.set_compaction(compaction):
+            out = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, weights=weights, **args)
+            assert torch.allclose(out.loss, clean.loss)
+            assert (out.token_loss[~mask] == 0).all()
+            for a, e in zip(grads(out.loss, p), want, strict=True):
+                assert torch.allclose(a, e, atol=1e-7)
+            token = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, **args)
+            for a, e in zip(grads((token * weights / mask.sum()).sum(), p), want, strict=True):
+                assert torch.allclose(a, e, atol=1e-7)
+
+
+@pytest.mark.parametrize("n", [0, 3])
+def test_nothing_to_do(n: int) -> None:
+    p, t = problem(shape=(n,), d=8, v=40), teacher((n,), 40)
+    out = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, mask=torch.zeros(n))
+    assert out.loss == 0
+    assert all((g == 0).all() for g in grads(out.loss, p))
+    token = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, mask=torch.zeros(n))
+    assert all((g == 0).all() for g in grads(token.sum(), p))
+
+
+def test_reductions_scale_and_weights() -> None:
+    p, t = problem(shape=(2, 5), d=8, v=40, temperature=2.0), teacher((2, 5), 40, temperature=2.0)
+    mask, weights = torch.rand(2, 5) > 0.3, torch.rand(2, 5)
+    token = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, mask=mask)
+    out = rk.linear_divergence_loss(
+        p.hidden, p.head, t.hidden, t.head, mask=mask, weights=weights, scale=4.0, reduction="seq-mean-token-mean"
+    )
+    want = 4 * torch.stack([(token * weights)[i][mask[i]].mean() for i in range(2)]).mean()
+    assert torch.allclose(out.loss, want)
+    assert torch.allclose(out.token_loss, (4 * token * weights).detach())
+    for a, e in zip(grads(3 * out.loss, p), grads(3 * want, p), strict=True):
+        assert relative(a, e) <= 1e-6
+    scaled = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, mask=mask, scale=4.0)
+    assert torch.allclose(scaled, 4 * token)
+
+
+class Flops:
+    """Products of a call in units of one 2·N·V of its student's width, by what the matrix products were given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.total = 0
+        product, add = Tiles._product, Tiles.add_product
+
+        def counted(tiles: Tiles, a: Tensor, b: Tensor, *rest: Any) -> Tensor:
+            self.total += a.shape[0] * a.shape[1] * b.shape[1]
+            return product(tiles, a, b, *rest)
+
+        def counted_add(tiles: Tiles, into: Tensor, a: Tensor, b: Tensor, *rest: Any, **more: Any) -> None:
+            self.total += a.shape[0] * a.shape[1] * b.shape[1]
+            add(tiles, into, a, b, *rest, **more)
+
+        monkeypatch.setattr(Tiles, "_product", counted)
+        monkeypatch.setattr(Tiles, "add_product", counted_add)
+
+    def take(self) -> int:
+        total, self.total = self.total, 0
+        return total
+
+
+def test_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, d, v = 12, 8, 40
+    p, t = problem(shape=(n,), d=d, v=v), teacher((n,), v, d=d)
+    flops, one = Flops(monkeypatch), n * d * v
+    loss = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head).loss
+    loss.backward()
+    assert flops.take() == 4 * one
+    rk.linear_divergence(p.hidden, p.head, t.hidden, t.head).sum().backward()
+    assert flops.take() == 6 * one
+    frozen = rk.LMHead(p.weight.detach(), p.bias.detach())
+    rk.linear_divergence(p.hidden, frozen, t.hidden, t.head).sum().backward()
+    assert flops.take() == 3 * one
+    rk.linear_divergence_loss(p.hidden, frozen, t.hidden, t.head).loss.backward()
+    assert flops.take() == 3 * one
+    rk.linear_divergence_loss(p.hidden.detach(), p.head, t.hidden, t.head).loss.backward()
+    assert flops.take() == 3 * one
+    with torch.no_grad():
+        rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head)
+    assert flops.take() == 2 * one
+    half = torch.arange(n) < n // 2
+    rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, mask=half).loss.backward()
+    assert flops.take() == 2 * one
+    rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, weights=half.float()).loss.backward()
+    assert flops.take() == 2 * one
+
+
+def test_frozen_head_gradient() -> None:
+    p, t = problem(shape=(7,), d=8, v=40), teacher((7,), 40)
+    g = torch.randn(7)
+    (want,) = torch.autograd.grad((rk.linear_divergence(p.hidden, p.head, t.hidden, t.head) * g).sum(), p.hidden)
+    frozen = rk.LMHead(p.weight.detach(), p.bias.detach())
+    (got,) = torch.autograd.grad((rk.linear_divergence(p.hidden, frozen, t.hidden, t.head) * g).sum(), p.hidden)
+    assert relative(got, want) <= 1e-6
+
+
+def test_several_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Σ w_i·D(p_i, q), widths and heads of their own; a teacher whose weights are 0 in a chunk costs nothing there."""
+    n, v = 8, 40
+    p = problem(shape=(n,), d=8, v=v)
+    ts = [teacher((n,), v, d=6), teacher((n,), v, d=12, softcap=9.0), teacher((n,), v, d=8)]
+    first = torch.arange(n) < 4
+    weights = [torch.where(first, 0.5, 0.0), torch.where(first, 0.0, torch.rand(n)), 0.3]
+    heads, hiddens = [t.head for t in ts], [t.hidden for t in ts]
+    call = {"divergence": "reverse_kl", "teacher_weights": weights}
+    singles = [rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, divergence="reverse_kl") for t in ts]
+    want = sum(w * d for w, d in zip(weights, singles, strict=True))
+    assert isinstance(want, Tensor)
+    want_grads = grads(want.mean(), p)
+    flops = Flops(monkeypatch)
+    with rk.set_tile(rows=4):
+        out = rk.linear_divergence_loss(p.hidden, p.head, hiddens, heads, **call)
+    if torch.get_default_device().type == "cpu":
+        assert flops.take() == n * v * (3 * 8 + 8) + 4 * v * (6 + 12)
+    assert torch.allclose(out.token_loss, want.detach(), rtol=1e-5)
+    for a, e in zip(grads(out.loss, p), want_grads, strict=True):
+        assert relative(a, e) <= 1e-5
+    token = rk.linear_divergence(p.hidden, p.head, hiddens, heads, **call)
+    for a, e in zip(grads(token.mean(), p), want_grads, strict=True):
+        assert relative(a, e) <= 1e-5
+
+
+@pytest.mark.cpu
+def test_a_teacher_in_float64_beside_a_student_in_float32() -> None:
+    p, t = problem(shape=(5,), d=8, v=40), teacher((5,), 40, dtype=torch.float64)
+    found = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head)
+    want = kl(t.logits().log_softmax(-1), p.twin().logits().log_softmax(-1))
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), want.detach(), rtol=1e-5)
+
+
+def test_teachers_receive_no_gradient() -> None:
+    p, t = problem(shape=(3,), d=8, v=40), teacher((3,), 40)
+    rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head).loss.backward()
+    rk.linear_divergence(p.hidden, p.head, t.hidden, t.head).sum().backward()
+    assert t.hidden.grad is None
+    assert t.weight.grad is None
+
+
+def test_a_callable_of_ones_own() -> None:
+    """Chernoff's coefficient at 0.3, nowhere in the library, gets value and gradient by autograd on chunks."""
+
+    def chernoff(lq: Tensor, lp: Tensor) -> Tensor:
+        return -torch.logsumexp(0.3 * lp + 0.7 * lq, -1)
+
+    p, t = problem(shape=(9,), d=8, v=40, softcap=7.0), teacher((9,), 40)
+    mask = torch.arange(9) % 3 > 0
+    with rk.set_tile(rows=4):
+        out = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, divergence=chernoff, mask=mask)
+    q = p.twin()
+    want = chernoff(q.logits().log_softmax(-1), t.twin().logits().log_softmax(-1))[mask].mean()
+    assert torch.allclose(out.loss.double(), want, rtol=1e-5)
+    for a, e in zip(grads(out.loss, p), grads(want, q), strict=True):
+        assert relative(a, e) <= 1e-5
+    with torch.no_grad():
+        again = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, divergence=chernoff, mask=mask)
+    assert torch.allclose(again.loss, out.loss)
+    with pytest.raises(ValueError, match=r"divergence must return one value a row, shape \(9,\), got \(9, 40\)"):
+        rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, divergence=lambda lq, lp: lq - lp)
+
+
+def test_akl_counts_ties_as_head() -> None:
+    """Teacher ½, ¼, ¼ at μ = ½: the head is the first token; at μ = ¾ the two that tie come in together."""
+    lp = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    lq = torch.tensor([[0.2, 0.5, 0.3]]).log()
+    from rlad_kernels.losses.divergence_kinds import adaptive_coefficients
+
+    gap = torch.tensor([0.3, 0.25, 0.05])
+    assert torch.allclose(adaptive_coefficients(lq, lp, 0.5)[:, 0], torch.stack([gap[0], gap[1:].sum()]) / gap.sum())
+    assert torch.allclose(adaptive_coefficients(lq, lp, 0.76)[:, 0], torch.tensor([1.0, 0.0]), atol=1e-6)
+    assert torch.allclose(adaptive_coefficients(lp, lp, 0.5)[:, 0], torch.tensor([0.5, 0.5]))
+
+
+def test_two_runs_are_bitwise_equal() -> None:
+    p, t = problem(shape=(9,), d=8, v=40), teacher((9,), 40)
+    runs = []
+    for _ in range(2):
+        out = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, divergence="jsd")
+        runs.append([out.loss, out.token_loss, *grads(out.loss, p)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_backward_of_the_loss_runs_once() -> None:
+    p, t = problem(shape=(3,), d=8, v=40), teacher((3,), 40)
+    loss = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="linear_divergence_loss: backward has run already"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("which", ["token", "loss"])
+def test_compiles_fullgraph(which: str) -> None:
+    p, t = problem(shape=(2, 3), d=8, v=40), teacher((2, 3), 40)
+    weights = torch.rand(2, 3)
+
+    def f(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        args = (hidden, rk.LMHead(weight, bias), [t.hidden, t.hidden], [t.head, t.head])
+        options = {"divergence": "jsd", "beta": 0.3, "teacher_weights": (0.6, weights)}
+        if which == "token":
+            return (rk.linear_divergence(*args, **options) * weights).sum()
+        return rk.linear_divergence_loss(*args, weights=weights, **options).loss
+
+    want = f(*p.leaves)
+    got = torch.compile(f, fullgraph=True, backend="aot_eager")(*p.leaves)
+    assert torch.allclose(got, want, rtol=1e-6)
+    for a, e in zip(grads(2 * got, p), grads(2 * want, p), strict=True):
+        assert torch.allclose(a, e, rtol=1e-6, atol=1e-7)
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"divergence": "kl"}, r"linear_divergence_loss: divergence must be a callable or one of .*got 'kl'"),
+    ({"beta": 0.5}, r"divergence 'forward_kl' has no parameter, got beta=0.5"),
+    ({"divergence": "jsd", "lam": 0.5}, r"divergence 'jsd' has only beta, got lam=0.5"),
+    ({"divergence": "jsd", "beta": 1.5}, r"divergence 'jsd' wants beta in \[0, 1\], got 1.5"),
+    ({"divergence": "skew_kl", "lam": 1.0}, r"divergence 'skew_kl' wants lam in \[0, 1\), got 1.0"),
+    ({"divergence": "todi", "beta": 0.0}, r"divergence 'todi' wants beta in \(0, inf\], got 0.0"),
+    ({"divergence": "taid"}, r"divergence 'taid' wants tau in \[0, 1\], got None"),
+    ({"divergence": "alpha", "alpha": float("nan")}, r"divergence 'alpha' wants alpha in finite, got nan"),
+    ({"divergence": lambda a, b: a.sum(1), "beta": 0.3}, r"belong to a named divergence, got a callable"),
+    ({"scale": float("inf")}, r"scale must be finite, got inf"),
+    ({"teacher_weights": (0.5, 0.5)}, r"teacher_weights must have one entry a teacher, 1, got 2"),
+    ({"teacher_weights": (torch.ones(4),)}, r"teacher_weights has shape \(4,\), wanted \(3,\)"),
+    ({"weights": torch.ones(4)}, r"weights has shape \(4,\), wanted \(3,\)"),
+    ({"mask": torch.full((3,), 0.5)}, r"mask must hold bools, or numbers equal to 0 or 1, got 0.5"),
+    ({"teacher_hidden": torch.zeros(4, 10)}, r"\(teacher\): teacher_hidden has shape \(4, 10\), wanted \(3, 'D'\)"),
+    ({"teacher_hidden": torch.zeros(3, 9)}, r"\(teacher\): weight \(V, D\) has D=10, hidden has D=9"),
+    ({"teacher_head": rk.LMHead(torch.zeros(41, 10))}, r"student's head has 40 tokens, the teacher's 41; .*LMHead\(vocab_size="),
+    ({"teacher_hidden": []}, r"teacher_hidden holds 0 teachers, teacher_head 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad, message", BAD, ids=[f"{i}-{next(iter(b))}" for i, (b, _) in enumerate(BAD)])
+def test_wrong_calls_raise(bad: dict[str, Any], message: str) -> None:
+    p, t = problem(shape=(3,), d=8, v=40), teacher((3,), 40)
+    given = {"hidden": p.hidden, "head": p.head, "teacher_hidden": t.hidden, "teacher_head": t.head, **bad}
+    with pytest.raises(ValueError, match=message):
+        rk.linear_divergence_loss(**given)
+
+
+def test_several_teachers_need_weights() -> None:
+    p, t = problem(shape=(3,), d=8, v=40), teacher((3,), 40)
+    with pytest.raises(ValueError, match=r"2 teachers need teacher_weights, a float or a tensor \(3,\) each, got None"):
+        rk.linear_divergence(p.hidden, p.head, [t.hidden] * 2, [t.head] * 2)
+    with pytest.raises(ValueError, match=r"linear_divergence_loss takes callables"):
+        rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, divergence=lambda a, b: a)  # type: ignore[arg-type]
+
+
+def test_the_reference_agrees_with_the_papers() -> None:
+    lq, lp = torch.randn(2, 3, 20, dtype=torch.float64).log_softmax(-1)
+    for name, divergence in DIVERGENCES.items():
+        if name in ("akl", "taid"):
+            continue
+        kind = divergence.kind(*(p.default for p in divergence.parameters.values()))
+        found = kind.factor * reference.divergence(lq, lp, kind.family, kind.numbers, kind.forward, kind.reverse)
+        assert torch.allclose(found, value(name, lq, lp), rtol=1e-10), name
