@@ -92,10 +92,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     before = measure(student, teacher, tok)
     with tempfile.TemporaryDirectory() as folder, use_rlad_kernels():
         config = RLADConfig(
-            folder, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=10,
-            max_steps=options.steps, learning_rate=options.lr, per_device_train_batch_size=32, num_generations=4, max_completion_length=LENGTH,
-            bf16=False, top_p=options.top_p, alpha=options.alpha, teacher_clamp=1.0, topk=options.topk, normalize="tail",
-            lr_scheduler_type="constant",
+            folder, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=10, bf16=False,
+            max_steps=options.steps, learning_rate=options.lr, lr_scheduler_type="constant", per_device_train_batch_size=32,
+            num_generations=4, max_completion_length=LENGTH, top_p=options.top_p,
+            alpha=options.alpha, teacher_clamp=1.0, topk=options.topk, normalize="tail",
         )  # fmt: skip
         trainer = RLADTrainer(
             student, reward, teacher=teacher, args=config, processing_class=tok,

@@ -20,6 +20,8 @@ RUNS: dict[str, tuple[str, Any]] = {
     "DPO": ("DPO", dict),
     "KTO": ("KTO", dict),
     "SFT, padded": ("SFT", dict),
+    "Distillation, JSD": ("Distillation", lambda: {"beta": 0.3}),
+    "Distillation, reverse KL": ("Distillation", lambda: {"beta": 1.0, "max_steps": 2}),
     "SFT, packed": ("SFT", lambda: {"packing": True, "packing_strategy": "bfd", "max_length": 64}),
 }
 
@@ -42,7 +44,7 @@ def test_a_trainer_trains_the_same_with_us(run: str, tmp_path: Path):
         assert any("reward_std" in row for row in mine["logs"])
 
 
-@pytest.mark.parametrize("kind", ["GRPO", "RLOO", "DPO", "KTO", "SFT"])
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO", "DPO", "KTO", "SFT", "Distillation"])
 def test_every_trainer_goes_through_our_op(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from rlad_kernels.integrations import trl as ours
 

@@ -65,9 +65,11 @@ def train(
     from transformers import TrainerCallback
 
     config, trainer_type = config_and_trainer(kind)
-    rl = kind in ("GRPO", "RLOO", "RLAD")
+    rl = kind in ("GRPO", "RLOO", "RLAD", "Distillation")
     if rl:
-        options = {"num_generations": 4, "max_completion_length": 9, "temperature": 0.8, "beta": 0.0, **options}
+        options = {"max_completion_length": 9, "temperature": 0.8, **options}
+        if kind != "Distillation":
+            options = {"num_generations": 4, "beta": 0.0, **options}
     found: dict[str, Any] = {"grads": {}}
 
     class Recorder(TrainerCallback):
@@ -76,7 +78,9 @@ def train(
                 found["grads"] = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
 
     args = config(output_dir=str(tmp_path), **{**COMMON, **options})
-    more: dict[str, Any] = {"reward_funcs": reward} if rl else {}
+    more: dict[str, Any] = {"reward_funcs": reward} if rl and kind != "Distillation" else {}
+    if kind == "Distillation":
+        more["teacher_model"] = tiny.model(seed=1, hidden_size=48)
     if kind == "RLAD":
         more["teacher"] = teacher
     if kind in ("DPO", "KTO"):
@@ -88,7 +92,7 @@ def train(
     if rl:
         stub_generate(trainer.model, 9)
     inputs: list[Any] = []
-    if rl:
+    if kind == "RLAD":
         loss = trainer._compute_loss
         trainer._compute_loss = lambda model, batch: inputs.append(batch) or loss(model, batch)
     found["inputs"] = inputs

@@ -63,6 +63,7 @@ class RLADTrainer(GRPOTrainer):
             that carries an adapter; RuntimeError for an unsupported TRL. All name the fix.
     """
 
+    model: Any
     args: RLADConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, model: Any, reward_funcs: Any = None, *, teacher: Any, args: RLADConfig, **kwargs: Any) -> None:
@@ -74,7 +75,7 @@ class RLADTrainer(GRPOTrainer):
         add_head_call("RLADTrainer", self.model)
         self.teacher = teacher
         if isinstance(teacher, torch.nn.Module):
-            check_vocab("RLADTrainer", *(self._head(x).vocab_size or 0 for x in (self.model, teacher)), _VOCAB_FIX)
+            check_vocab("RLADTrainer", self._ids(self.model), self._ids(teacher), _VOCAB_FIX)
             add_head_call("RLADTrainer", teacher)
             self.teacher = self.accelerator.prepare_model(teacher.requires_grad_(False).eval(), evaluation_mode=True)
         elif not callable(teacher):
@@ -82,6 +83,9 @@ class RLADTrainer(GRPOTrainer):
 
     def _head(self, model: Any) -> LMHead:
         return LMHead.from_model(model, temperature=self.temperature, vocab_size=self.args.vocab_size)
+
+    def _ids(self, model: Any) -> int:
+        return self._head(model).vocab_size or 0
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions(inputs)
@@ -113,7 +117,7 @@ class RLADTrainer(GRPOTrainer):
                 found = self.teacher(input_ids=ids, attention_mask=attention_mask, head_call=scores).result
         else:
             found = self._checked(self.teacher(ids, attention_mask, length), completion)
-        if self.args.mask_special_tokens:
+        if self.args.mask_special_tokens and found.target_logp is not None:
             special = torch.isin(completion, torch.tensor(self._tokenizer.all_special_ids, device=completion.device))
             found = found._replace(
                 target_logp=found.target_logp.masked_fill(special, torch.nan),
@@ -123,14 +127,15 @@ class RLADTrainer(GRPOTrainer):
 
     def _checked(self, found: Any, completion: Tensor) -> TopK:
         """A callable teacher's answer, refused with the fix if it does not fit."""
-        size = self._head(self.model).vocab_size
+        size = self._ids(self.model)
         if not isinstance(found, TopK) or found.target_logp is None:
             raise ValueError(f"RLADTrainer: teacher must return a TopK with target_logp, got {type(found).__name__}")
-        found = TopK(*[None if x is None else x.to(completion.device) for x in found])
+        found = found._replace(**{k: x.to(completion.device) for k, x in found._asdict().items() if x is not None})
         if found.ids.shape[:-1] != completion.shape or found.target_logp.shape != completion.shape:
             raise ValueError(
                 f"RLADTrainer: the teacher's ids have shape {tuple(found.ids.shape)}, target_logp "
-                f"{tuple(found.target_logp.shape)}; wanted {(*completion.shape, 'K')} and {tuple(completion.shape)}: only the completion's tokens"
+                f"{tuple(found.target_logp.shape)}; wanted {(*completion.shape, 'K')} and {tuple(completion.shape)}: "
+                "only the completion's tokens"
             )
         if found.ids.numel() and int(found.ids.max()) >= size:
             raise ValueError(
@@ -188,7 +193,7 @@ class RLADTrainer(GRPOTrainer):
         if self.loss_type == "bnpo":
             return {"reduction": "token-mean", "denominator": mask.sum().clamp(min=1) * steps}
         if self.loss_type == "dr_grpo":
-            return {"reduction": "token-mean", "denominator": len(mask) * self.max_completion_length * steps}
+            return {"reduction": "token-mean", "denominator": len(mask) * (self.max_completion_length or 1) * steps}
         share = self.args.steps_per_generation if mode == "train" else 1  # num_items_in_batch counts the whole rollout
         tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
         return {"reduction": "token-mean", "denominator": tokens * steps / share}

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rlad_kernels.head import LMHead
-from rlad_kernels.integrations.wiring import check_head, check_plain_head, check_version
+from rlad_kernels.integrations.wiring import check_head, check_plain_head, check_version, check_vocab
+from rlad_kernels.losses.divergence import linear_divergence
 from rlad_kernels.scores import EXTRAS, score
 
 SUPPORTED = ("1.16.0",)
@@ -40,6 +41,38 @@ class ChunkedLogProbFunction:
         found = scores.extras
         is_top1 = found["is_top1"].bool() if "is_top1" in found else None
         return scores.logp, scores.entropy, found.get("log_sum_sq_probs"), found.get("mean_logits"), is_top1
+
+
+class ChunkedDivergenceFunction:
+    """``trl.kernels.chunked_divergence.ChunkedDivergenceFunction`` on :func:`rlad_kernels.linear_divergence`."""
+
+    @staticmethod
+    def apply(
+        student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, teacher_hidden: Tensor, teacher_weight: Tensor,
+        teacher_bias: Tensor | None, beta: float, temperature: float = 1.0, student_logit_scale: float = 1.0,
+        student_final_logit_softcapping: float | None = None, teacher_logit_scale: float = 1.0,
+        teacher_final_logit_softcapping: float | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """(divergence, student's entropy) of each token; the entropy has no gradient and costs one product of its own.
+
+        As in TRL β = 0 is the forward KL(teacher‖student), β = 1 the reverse one, and between them the generalised JSD.
+        """
+        name = "ChunkedDivergenceFunction"
+        check_head(name, student_hidden, student_weight)
+        check_head(name + " (teacher)", teacher_hidden, teacher_weight)
+        check_vocab(name, len(student_weight), len(teacher_weight), "cut the larger head to the ids both tokenizers have")
+        student = _head(
+            student_hidden, student_weight, student_bias, temperature, student_logit_scale, student_final_logit_softcapping
+        )
+        teacher = _head(
+            teacher_hidden, teacher_weight, teacher_bias, temperature, teacher_logit_scale, teacher_final_logit_softcapping
+        )
+        value = linear_divergence(student_hidden, student, teacher_hidden, teacher, divergence="jsd", beta=beta)
+        with torch.no_grad():
+            target = torch.zeros(student_hidden.shape[:-1], dtype=torch.int64, device=student_hidden.device)
+            entropy = score(name, student_hidden, student, target, entropy=True).entropy
+        assert entropy is not None
+        return value, entropy
 
 
 def _head(
@@ -87,6 +120,7 @@ def _replaced() -> list[tuple[str, Any, Any]]:
     """(modules by prefix, TRL's object, ours)."""
     if not _pairs:
         kernels = importlib.import_module("trl.kernels")
+        divergence = importlib.import_module("trl.kernels.chunked_divergence")
         utils = importlib.import_module("trl.trainer.utils")
         importlib.import_module("trl.trainer.distillation_trainer")
         theirs = utils.add_fused_lm_head
@@ -101,6 +135,7 @@ def _replaced() -> list[tuple[str, Any, Any]]:
         _pairs.extend(
             [
                 ("trl", kernels.ChunkedLogProbFunction, ChunkedLogProbFunction),
+                ("trl", divergence.ChunkedDivergenceFunction, ChunkedDivergenceFunction),
                 ("trl", theirs, add_fused_lm_head),
                 ("trl.trainer", utils._use_triton, _compact),  # elsewhere it chooses TRL's own kernels
             ]
@@ -117,7 +152,7 @@ def _swap(prefix: str, old: Any, new: Any) -> None:
 
 
 def use_rlad_kernels() -> _Patch:
-    """Put our head under TRL's trainers (GRPO, RLOO, DPO, KTO, SFT, …), whether made before or after this call.
+    """Put our head under TRL's trainers (GRPO, RLOO, DPO, KTO, SFT, Distillation, …), whether made before or after this call.
 
     Returns:
         A handle: ``.undo()`` restores TRL, and so does leaving it as a context manager.
