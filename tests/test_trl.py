@@ -78,6 +78,27 @@ def test_the_function_equals_trls(softcap: float | None, scale: float):
     assert ours.apply(hidden, weight, bias, target, 1.0, 128, outputs=())[1:] == (None,) * 4
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_the_divergence_equals_trls(beta: float):
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction as theirs
+
+    from rlad_kernels.integrations.trl import ChunkedDivergenceFunction as ours
+
+    student = torch.randn(37, 48), torch.randn(501, 48) * 0.3, torch.randn(501)
+    teacher = torch.randn(37, 24), torch.randn(501, 24) * 0.4, torch.randn(501)
+    results = []
+    for function in (theirs, ours):
+        leaves = [x.clone().requires_grad_() for x in student]
+        divergence, entropy = function.apply(*leaves, *teacher, beta, 0.8, 0.7, 5.0, 1.2, None)
+        assert not entropy.requires_grad
+        (divergence * torch.linspace(-1, 1, 37)).sum().backward()
+        results.append((divergence, entropy, *[x.grad for x in leaves]))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=4e-6)
+    with pytest.raises(ValueError, match="501 ids, the teacher's 499; cut the larger head"):
+        ours.apply(*student, teacher[0], teacher[1][:499], None, beta)
+
+
 def test_undo_restores_every_name():
     import sys
 

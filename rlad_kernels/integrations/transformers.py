@@ -28,7 +28,7 @@ def causal_lm_loss(
     hidden: Tensor, head: LMHead, labels: Tensor | None = None, *, shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None, ignore_index: int = -100, filter_eps: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """Next-token cross-entropy −Σ log π(y)/n, as transformers' ``ForCausalLMLoss``, from hidden states ``(B, T, D)``: three products.
+    """Next-token cross-entropy −Σ log π(y)/n of transformers' ``ForCausalLMLoss``, from hidden states ``(B, T, D)``; 3 products.
 
     Args:
         hidden: the backbone's last hidden states, after its final norm.
@@ -132,11 +132,12 @@ def _compare(model: Any) -> None:
     model.eval()
     try:
         theirs = float(model(input_ids=ids, labels=ids).loss)
-        ours = float(_train_forward(model, 0.0, input_ids=ids, labels=ids).loss)
+        loss: Any = _train_forward(model, 0.0, input_ids=ids, labels=ids).loss
+        ours = float(loss)
     finally:
         model.train(training)
     if abs(ours - theirs) > (1e-3 if head.dtype == torch.float32 else 3e-2) * max(1.0, abs(theirs)):
         raise ValueError(
-            f"{NAME}: on eight tokens {type(model).__name__}'s own loss is {theirs:.5f}, from hidden states and head it is {ours:.5f}; "
+            f"{NAME}: on eight tokens {type(model).__name__}'s own loss is {theirs:.5f}, from hidden states and head {ours:.5f}; "
             "its forward does more than LMHead knows, so keep the model's own loss (or call causal_lm_loss with the right LMHead)"
         )
