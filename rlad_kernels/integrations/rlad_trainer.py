@@ -89,6 +89,8 @@ class RLADTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions(inputs)
+        if "pixel_values" in batch:
+            raise ValueError("RLADTrainer: got images; teacher and loss read tokens only, train on text")
         found = [self._ask(batch, part) for part in self._parts(len(batch["prompt_ids"]))]
         for name in _FIELDS:
             if getattr(found[0], name) is not None:
@@ -173,7 +175,8 @@ class RLADTrainer(GRPOTrainer):
                 old_logp = linear_logp(hidden, head, completion, mask=mask).logp
         advantages = inputs["advantages"]
         if "importance_sampling_ratio" in inputs:  # a weight w ≥ 0 on the token: w·min(rÂ, clip(r)Â) = min(r·wÂ, clip(r)·wÂ)
-            advantages = (advantages.unsqueeze(1) * inputs["importance_sampling_ratio"]).expand_as(old_logp)
+            wide = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+            advantages = (wide * inputs["importance_sampling_ratio"]).expand_as(old_logp)
         topk = {}
         if args.topk:
             teacher = TopK(inputs["teacher_ids"], inputs["teacher_logp"], tail_logp=inputs.get("teacher_tail_logp"))
