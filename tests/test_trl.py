@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -99,7 +99,32 @@ def test_the_divergence_equals_trls(beta: float):
         ours.apply(*student, teacher[0], teacher[1][:499], None, beta)
 
 
-def test_undo_restores_every_name():
+def test_a_model_made_before_the_patch_uses_it_until_undo(monkeypatch: pytest.MonkeyPatch):
+    from trl.trainer.utils import add_fused_lm_head
+
+    from rlad_kernels.integrations import trl as ours
+
+    rows: list[int] = []
+    score = ours.score
+    monkeypatch.setattr(ours, "score", lambda name, hidden, *a, **k: rows.append(len(hidden)) or score(name, hidden, *a, **k))
+    model = tiny.model()
+    outputs = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    add_fused_lm_head(model, 0.8, outputs=outputs)
+    ids = torch.randint(0, 256, (2, 7))
+    labels = ids.masked_fill(torch.arange(7) < 3, -100)
+    with ours.use_rlad_kernels():
+        mine = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        none = model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
+        none.loss.backward()
+    assert rows == [8, 0]  # masked rows are not computed
+    assert none.loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+    theirs = model(input_ids=ids, labels=labels, fused_lm_head=True)
+    assert rows == [8, 0]
+    for name in ("loss", *outputs, "label_mask"):
+        torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), rtol=1e-5, atol=4e-6)
+
+
+def test_undo_restores_every_name(monkeypatch: pytest.MonkeyPatch):
     import sys
 
     import trl.kernels
@@ -120,15 +145,16 @@ def test_undo_restores_every_name():
     with ours.use_rlad_kernels():
         assert trl.kernels.ChunkedLogProbFunction is ours.ChunkedLogProbFunction
         assert trl.trainer.grpo_trainer.add_fused_lm_head is not before["trl.trainer.grpo_trainer", "add_fused_lm_head"]
-        sys.modules.pop("trl.trainer.rloo_trainer", None)
-        importlib.import_module("trl.trainer.rloo_trainer")  # a module that is imported under the patch
-        assert names()["trl.trainer.rloo_trainer", "add_fused_lm_head"] is trl.trainer.utils.add_fused_lm_head
+        late = ModuleType("trl.late")  # a module of TRL's that is imported under the patch
+        monkeypatch.setitem(sys.modules, "trl.late", late)
+        exec("from trl.trainer.utils import add_fused_lm_head", vars(late))
+        assert vars(late)["add_fused_lm_head"] is not before["trl.trainer.utils", "add_fused_lm_head"]
     assert trl.kernels.ChunkedLogProbFunction is ours.ChunkedLogProbFunction
     first.undo()
     first.undo()
     after = names()
     assert {k: after[k] for k in before} == before
-    assert after["trl.trainer.rloo_trainer", "add_fused_lm_head"] is trl.trainer.utils.add_fused_lm_head
+    assert after["trl.late", "add_fused_lm_head"] is before["trl.trainer.utils", "add_fused_lm_head"]
 
 
 def test_wrong_wiring_names_the_fix(monkeypatch: pytest.MonkeyPatch):
