@@ -94,6 +94,9 @@ def test_wrong_wiring_names_the_fix(tmp_path: Path):
         train("RLAD", tmp_path, teacher=lambda ids, mask, n: TopK(*_constant(ids[:, -n:], 264)))
     with pytest.raises(ValueError, match="importance_sampling_level must stay 'token'"):
         train("RLAD", tmp_path, teacher=teacher_model(), importance_sampling_level="sequence")
+    student = tiny.model()
+    with pytest.raises(ValueError, match="teacher is the student itself"):
+        train("RLAD", tmp_path, model=student, teacher=student)
     with pytest.raises(ValueError, match="teacher must be a causal LM or a callable giving TopK, got str"):
         train("RLAD", tmp_path, teacher="Qwen/Qwen3-8B")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from rlad_kernels.head import LMHead
-from rlad_kernels.integrations.backbone import HeadOutput, add_head_call
+from rlad_kernels.integrations.backbone import HeadOutput, add_head_call, base_model
 from rlad_kernels.integrations.trl import SUPPORTED
 from rlad_kernels.integrations.wiring import check_head, check_version, check_vocab
 from rlad_kernels.losses.reduction import LossOutput
@@ -75,6 +75,8 @@ class RLADTrainer(GRPOTrainer):
         add_head_call("RLADTrainer", self.model)
         self.teacher = teacher
         if isinstance(teacher, torch.nn.Module):
+            if base_model(teacher) is base_model(self.model):
+                raise ValueError("RLADTrainer: teacher is the student itself, which would be frozen; pass copy.deepcopy(model)")
             check_vocab("RLADTrainer", self._ids(self.model), self._ids(teacher), _VOCAB_FIX)
             add_head_call("RLADTrainer", teacher)
             self.teacher = self.accelerator.prepare_model(teacher.requires_grad_(False).eval(), evaluation_mode=True)
