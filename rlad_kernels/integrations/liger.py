@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlad_kernels.fused import fused_linear_loss
 from rlad_kernels.head import LMHead
 from rlad_kernels.integrations.liger_grpo import Options, grpo_metrics, token_losses, total
 from rlad_kernels.integrations.wiring import check_head
+from rlad_kernels.losses.cross_entropy import linear_cross_entropy_loss
 from rlad_kernels.losses.divergence import linear_divergence_loss
-from rlad_kernels.scores import TokenScores, linear_logp
+from rlad_kernels.scores import linear_logp
 
 
 class LigerFusedLinearGRPOLoss(nn.Module):
@@ -81,10 +81,6 @@ def _is_ratio(ratio: Tensor | None, keep: Tensor) -> Tensor | None:
     return wide if wide.shape[1] != t else torch.where(keep, wide, 1)
 
 
-def _cross_entropy(scores: TokenScores) -> Tensor:
-    return -scores.logp
-
-
 class LigerFusedLinearJSDLoss(nn.Module):
     """``liger_kernel.chunked_loss.LigerFusedLinearJSDLoss``: weight_hard·CE + weight_soft·JSD_β over the kept tokens.
 
@@ -127,9 +123,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         if self.weight_hard_loss or self.return_soft_hard_loss:
             target = torch.where(keep, true_labels, 0)
             plain = LMHead(student_weight, student_bias)
-            hard = fused_linear_loss(
-                student_input, plain, target, _cross_entropy, inputs={}, mask=keep, denominator=divisor
-            ).loss  # fmt: skip
+            hard = linear_cross_entropy_loss(student_input, plain, target, mask=keep, denominator=divisor).loss
         loss = self.weight_hard_loss * hard + self.weight_soft_loss * soft
         return (loss, soft.detach(), hard.detach()) if self.return_soft_hard_loss else loss
 

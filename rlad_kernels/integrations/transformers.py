@@ -11,17 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from rlad_kernels.fused import fused_linear_loss
 from rlad_kernels.head import LMHead
 from rlad_kernels.integrations.backbone import base_model, run_backbone
 from rlad_kernels.integrations.wiring import check_head, check_plain_head
-from rlad_kernels.scores import TokenScores
+from rlad_kernels.losses.cross_entropy import linear_cross_entropy_loss
 
 NAME = "use_rlad_loss"
-
-
-def _cross_entropy(scores: TokenScores) -> Tensor:
-    return -scores.logp
 
 
 def causal_lm_loss(
@@ -48,10 +43,8 @@ def causal_lm_loss(
     target = shift_labels.to(hidden.device)
     keep = target != ignore_index
     n = num_items_in_batch.to(hidden.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
-    out = fused_linear_loss(
-        hidden, head, torch.where(keep, target, 0), _cross_entropy, inputs={}, mask=keep, denominator=n, filter_eps=filter_eps
-    )  # fmt: skip
-    return out.loss
+    target = torch.where(keep, target, 0)
+    return linear_cross_entropy_loss(hidden, head, target, mask=keep, denominator=n, filter_eps=filter_eps).loss
 
 
 class _Use:
