@@ -1,0 +1,1 @@
+"""The trainers people already use. Nothing is imported here: each module imports its framework."""
