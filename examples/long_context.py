@@ -76,7 +76,7 @@ class Peak:
 
 
 def student(args: argparse.Namespace, m: Model) -> Any:
-    """The student in training mode, gradient checkpointing on: bfloat16 on CUDA, float32 on CPU; of sizes ``m`` if none is given."""
+    """The student in training mode, gradient checkpointing on: bfloat16 on CUDA, float32 on CPU; ``m`` is its default size."""
     from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
@@ -86,10 +86,8 @@ def student(args: argparse.Namespace, m: Model) -> Any:
         sizes = {"hidden_size": m.hidden, "intermediate_size": m.mlp, "num_hidden_layers": m.blocks, "head_dim": m.head_dim}
         heads = {"num_attention_heads": m.heads, "num_key_value_heads": m.kv_heads, "tie_word_embeddings": m.tied}
         model = Qwen3ForCausalLM(Qwen3Config(vocab_size=m.vocab, max_position_embeddings=max(args.lengths), **sizes, **heads))
-    enable = (
-        "activation_checkpointing_enable" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing_enable"
-    )
-    getattr(model, enable)()
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # transformers renames it
+    next(getattr(model, name) for name in names if hasattr(model, name))()
     return model.to(args.device, dtype).train()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -33,6 +34,16 @@ def test_plain_pytorch() -> None:
 def test_served_teacher() -> None:
     pytest.importorskip("transformers")
     assert "KL to the served teacher" in run("served_teacher.py", "--smoke")
+
+
+def test_long_context(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    out = run("long_context.py", "--smoke", "--device", "cpu", "--out", str(tmp_path))
+    assert "longest context: naive 256, ours 1,024; losses agree" in out
+    rows = {(r["way"], r["length"]): r for r in json.loads((tmp_path / "memory.json").read_text())["rows"]}
+    assert "stopped" in rows["naive", 1024] and rows["ours", 256]["peak"] < rows["naive", 256]["peak"]
+    assert (tmp_path / "memory.png").stat().st_size > 10_000
 
 
 def test_the_local_server_says_what_linear_topk_says(monkeypatch: pytest.MonkeyPatch) -> None:
