@@ -15,7 +15,7 @@ from rlad_kernels.ops import has_bf16_mm
 from rlad_kernels.tiles import tile_sizes
 
 PATHS = ("naive", "linear_logp", "fused_linear_loss", "linear_topk_kl", "linear_topk")
-OPTIMIZERS = {  # bytes a parameter of dtype size b: states, and the copy that torch's foreach update makes of one
+OPTIMIZERS = {  # bytes a parameter of dtype size b: states, and a copy that torch's update makes of one
     "adamw": (lambda b: 2 * b, lambda b: b, "two moments in the weights' dtype, as torch.optim makes them"),
     "adamw-fp32": (lambda b: 12, lambda b: 4, "float32 weights and two float32 moments beside the weights"),
     "adamw-8bit": (lambda b: 2, lambda b: 0, "two 8-bit moments"),
@@ -157,7 +157,8 @@ class Plan:
         last_block = held + kept + stream + m.head * b + block
         embedding = m.head * b if m.tied else 0  # a gradient of its own before it is added to the head's
         first_block = held + fixed["gradients"] + 2 * stream + max(block, embedding)
-        update = held + fixed["gradients"] + m.parameters * OPTIMIZERS[self.optimizer][1](b)
+        copied = m.parameters if self.device == "cuda" else 2 * max(m.head, m.hidden * m.mlp)  # foreach, or one by one
+        update = held + fixed["gradients"] + copied * OPTIMIZERS[self.optimizer][1](b)
         return max(at_loss, last_block, first_block, update)
 
     def most_tokens(self, path: str, memory: int) -> int:
