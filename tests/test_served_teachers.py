@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ class World:
     """A teacher's whole distribution, float64, and sampled tokens, at positions 2, 4 and 5 outside the top K."""
 
     def __init__(self) -> None:
-        logits = torch.randn(T, V, dtype=torch.float64, generator=torch.Generator("cpu").manual_seed(1), device="cpu") * 2
+        logits = torch.randn(T, V, dtype=torch.float64, generator=torch.Generator("cpu").manual_seed(1)) * 2
         self.logp = logits.log_softmax(-1)
         self.top = self.logp.topk(K)
         order = self.logp.argsort(descending=True)
@@ -49,8 +50,10 @@ class World:
 
 
 @pytest.fixture
-def world() -> World:
-    return World()
+def world() -> Iterator[World]:
+    """What servers say arrives on the CPU, whatever the device under test."""
+    with torch.device("cpu"):
+        yield World()
 
 
 def check(got: rk.TopK, world: World, rows: slice = slice(None), target: bool = True) -> None:
@@ -112,9 +115,10 @@ def test_tensors_of_k_plus_one_columns_with_fill(world: World) -> None:
     """TRL's server and vLLM's tensors: the sampled token first and perhaps again, −inf and id 0 where there is nothing."""
     ids = torch.cat([world.target[:, None], world.top.indices, torch.zeros(T, 2, dtype=torch.int64)], 1)
     logp = torch.cat([world.target_logp[:, None], world.top.values, torch.full((T, 2), -INF, dtype=torch.float64)], 1)
-    shuffle = torch.randperm(K + 3, generator=torch.Generator("cpu").manual_seed(2), device="cpu")
+    shuffle = torch.randperm(K + 3, generator=torch.Generator("cpu").manual_seed(2))
     got = rk.TopK.from_logprobs((ids[:, shuffle].int(), logp[:, shuffle].float()), world.target, k=K)
     check(got, world)
+    check(rk.TopK.from_logprobs((ids.numpy(), logp.numpy()), world.target.numpy(), k=K), world)
     batch = rk.TopK.from_logprobs((ids.view(2, 3, -1), logp.view(2, 3, -1)), world.target.view(2, 3), k=K)
     check(rk.TopK(*[x.flatten(0, 1) if x is not None else None for x in batch]), world)
 

@@ -72,8 +72,8 @@ def parse(served: Any) -> Served:
     Raises:
         ValueError: for anything else.
     """
-    if isinstance(served, tuple) and len(served) == 2 and all(isinstance(x, Tensor) for x in served):
-        ids, logp = served
+    if isinstance(served, tuple) and len(served) == 2 and all(hasattr(x, "shape") for x in served):
+        ids, logp = map(torch.as_tensor, served)
         if ids.shape != logp.shape or ids.dim() < 2:
             raise ValueError(f"{NAME}: ids have shape {tuple(ids.shape)}, logprobs {tuple(logp.shape)}; wanted (…, T, K) both")
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
