@@ -129,12 +129,13 @@ class Plan:
             raise ValueError(f"plan: optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
 
     def block_bytes(self, tokens: int) -> int:
-        """What one block of a Llama-like model saves for its backward; an estimate, attention is taken as flash."""
+        """What one block of a Llama-like model holds in its backward; an estimate, attention is taken as flash."""
         m, b = self.model, self.dtype.itemsize
         wide = 0 if b == 4 else 4  # norms save a float32 copy
         norms = 2 * m.hidden * (wide + 2 * b)
         attention = b * m.head_dim * (3 * m.heads + 4 * m.kv_heads)
-        return tokens * (norms + attention + 4 * b * m.mlp + b * m.hidden)
+        mlp = 7 * b * m.mlp  # gate, its SiLU, up and their product, and three gradients
+        return tokens * (norms + attention + mlp + b * m.hidden)
 
     def static(self) -> dict[str, int]:
         """Bytes of weights, gradients and optimizer states."""
@@ -205,8 +206,8 @@ def report(plan: Plan, name: str, tokens: int, memory: int) -> str:
         lines.append(f"{path:<20}{loss / gib:10.2f} GiB{step / gib:10.2f} GiB{fits:>8}{most:>14,}")
     return "\n".join(lines) + (
         "\n\nCounted: weights, gradients, optimizer, block inputs, and what each loss makes, gradients of hidden and head included."
-        "\nEstimated: what a block saves, with flash attention. Not counted: CUDA's context, libraries' workspace, fragmentation:"
-        "\nleave a tenth of the memory free. linear_topk is a teacher's pass: no gradients, no optimizer."
+        "\nEstimated: what a block holds in its backward, with flash attention. Not counted: CUDA's context, libraries' workspace,"
+        "\nfragmentation: leave a tenth of the memory free. linear_topk is a teacher's pass: no gradients, no optimizer."
     )
 
 
