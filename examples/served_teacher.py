@@ -2,7 +2,7 @@
 
     python examples/served_teacher.py                                         # a local stand-in for vLLM, seconds on a CPU
     vllm serve Qwen/Qwen3-8B --max-logprobs 32
-    python examples/served_teacher.py --url http://host:8000 --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-0.6B --k 32
+    python examples/served_teacher.py --url http://host:8000 --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-0.6B --k 32 --lr 1e-6
 
 The stand-in's teacher is a small random model whose likely tokens a student of half its width has to find. Printed is the forward
 KL to the teacher's top-K and tail on held-out sequences; the exit code is 1 if training does not lower it.
@@ -110,7 +110,9 @@ def main() -> int:
             sequences = sample(student, torch.randint(vocab_size, (batch, prompt)), new)
             target = sequences[:, prompt:]
             teacher = ask(url, args.teacher, sequences, prompt, args.k, vocab_size)
-            reward = teacher.target_logp.mean(1)  # any reward will do; here, what the teacher thinks of the answer
+            reward = (
+                teacher.target_logp.nan_to_num(-30).clamp_min(-30).mean(1)
+            )  # any reward will do; here, what the teacher thinks of the answer
             advantages = (reward - reward.mean()) / (reward.std() + 1e-4)
             head, hidden = rk.LMHead.from_model(student), hidden_of(student, sequences, prompt)
             with torch.no_grad():
