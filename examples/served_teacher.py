@@ -110,9 +110,7 @@ def main() -> int:
             sequences = sample(student, torch.randint(vocab_size, (batch, prompt)), new)
             target = sequences[:, prompt:]
             teacher = ask(url, args.teacher, sequences, prompt, args.k, vocab_size)
-            reward = (
-                teacher.target_logp.nan_to_num(-30).clamp_min(-30).mean(1)
-            )  # any reward will do; here, what the teacher thinks of the answer
+            reward = teacher.target_logp.nan_to_num(-30).clamp_min(-30).mean(1)  # or any other
             advantages = (reward - reward.mean()) / (reward.std() + 1e-4)
             head, hidden = rk.LMHead.from_model(student), hidden_of(student, sequences, prompt)
             with torch.no_grad():
