@@ -102,7 +102,7 @@ def loss_bytes(path: str, n: int, d: int, v: int, *, dtype: torch.dtype, device:
     if path == "linear_topk_kl":
         return gradients + n * k * _SLOT[path]
     native = device == "cuda" or (dtype == torch.bfloat16 and has_bf16_mm())
-    rows, cols = tile_sizes(device, n, v, keep_logits=path == "fused_linear_loss")
+    rows, cols = tile_sizes(device, n, v, keep_logits=int(path == "fused_linear_loss"))
     widened = 0 if native or size == 4 else 4 * d * (n + cols)
     total = widened + n * _ROW + 4 * rows * (v if path == "fused_linear_loss" else cols)
     if path == "linear_topk":

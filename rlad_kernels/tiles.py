@@ -27,13 +27,11 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     return x
 
 
-def tile_sizes(
-    device: str, n: int, vocab: int, *, itemsize: int = 4, keep_logits: bool = False, multiple: int = 1
-) -> tuple[int, int]:
-    """Rows and columns of a tile; with ``keep_logits`` a chunk's rows, whose logits are all held."""
+def tile_sizes(device: str, n: int, vocab: int, *, itemsize: int = 4, keep_logits: int = 0, multiple: int = 1) -> tuple[int, int]:
+    """Rows and columns of a tile; with ``keep_logits`` a chunk's rows, whose logits are all held, in so many buffers."""
     rows, cols = _TILE[device]
     if keep_logits:
-        chunk = max(_CHUNK_BYTES[device] // (itemsize * vocab), _CHUNK_ROWS_MIN)
+        chunk = max(_CHUNK_BYTES[device] // (itemsize * vocab), _CHUNK_ROWS_MIN) // keep_logits
         rows, cols = chunk, max(cols, rows * cols // chunk)
     rows = -(-(settings.tile_rows or rows) // multiple) * multiple
     return min(rows, max(n, 1)), min(settings.tile_cols or cols, vocab)
@@ -42,7 +40,8 @@ def tile_sizes(
 class Tiles:
     """Hidden rows, head and tile sizes of one call; every product it makes has an accumulation-dtype result.
 
-    ``keep_logits`` sizes chunks for callers that hold all logits of their rows, a ``multiple`` of rows at a time.
+    ``keep_logits`` sizes chunks for callers that hold all logits of their rows, in so many buffers of one budget together, a
+    ``multiple`` of rows at a time.
 
     On CUDA low-precision operands go to cuBLAS as they are, with float32 results; on a CPU with bfloat16 instructions,
     bfloat16 ones to ``bf16_mm_``. Otherwise a tile of the weight is widened first: bfloat16 products are exact in float32.
@@ -58,7 +57,7 @@ class Tiles:
         softcap: float,
         vocab_size: int,
         *,
-        keep_logits: bool = False,
+        keep_logits: int = 0,
         multiple: int = 1,
     ) -> None:
         self.acc = acc_dtype(hidden.dtype)
