@@ -1,4 +1,7 @@
-"""``python -m rlad_kernels``: the doctor. Says what is here, what is missing and the command that fixes it."""
+"""``python -m rlad_kernels``: the doctor. Says what is here, what is missing and the command that fixes it.
+
+``python -m rlad_kernels plan --help``: how many tokens fit into how much memory.
+"""
 
 from __future__ import annotations
 
@@ -73,4 +76,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["plan"]:
+        from rlad_kernels import plan
+
+        sys.exit(plan.main(sys.argv[2:]))
     sys.exit(main())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class TokenScores(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """The K most likely tokens of each position, without gradient."""
+    """The K most likely tokens of each position, without gradient: of :func:`linear_topk`, or :meth:`from_logprobs` of a server."""
 
     ids: Tensor  # (…, K) int32, −1 empty
     logp: Tensor  # (…, K) descending
@@ -35,6 +35,49 @@ class TopK(NamedTuple):
     tail_logp: Tensor | None = None  # (…) log-mass outside the K
     target_logp: Tensor | None = None  # (…)
     entropy: Tensor | None = None  # (…)
+
+    @classmethod
+    def from_logprobs(
+        cls, served: Any, target: Any = None, *, token_logprobs: Sequence[Any] | None = None, k: int | None = None,
+        vocab_size: int | None = None, offset: int = 0, out_of_range: str = "raise", tolerance: float = 1e-3,
+        device: torch.device | str | None = None,
+    ) -> TopK:  # fmt: skip
+        """A served teacher's top-K, as vLLM, SGLang or an OpenAI-style server returned it, checked and sorted.
+
+        Args:
+            served: an element a position; entry t says what the teacher expected **at** token t, so it belongs to the hidden
+                state of t − 1. vLLM: ``choice["prompt_logprobs"]`` or ``choice["logprobs"]["top_logprobs"]`` (asked for with
+                ``return_tokens_as_token_ids``), JSON or its own objects. Chat: ``choice["logprobs"]["content"]``. SGLang:
+                ``meta_info["input_top_logprobs"]`` or ``["output_top_logprobs"]``. Or a list of such sequences, ragged or
+                not, padded to ``(B, T, K)``. Or tensors ``(ids, logprobs)``, both ``(…, T, K)``. None is a position that was
+                not scored; −1, −inf, None and vLLM's −9999 are empty slots; the sampled token may come twice, or as one more.
+            target: the tokens' ids (the student's) in ``served``'s shape, for ``target_logp``; −100 has none. Of a ragged
+                batch a list of sequences, or ``(B, T)`` padded with −100.
+            token_logprobs: log-probs of the targets, where the server gives them apart: numbers or SGLang's triples.
+            k: keep the K largest of each position; None keeps all that came, the sampled token among them.
+            vocab_size: the student's; ids must be below it.
+            offset: student id = served id − offset.
+            out_of_range: ``raise``, or ``tail``: served tokens that the student does not have leave the support, and their
+                mass is in the tail.
+            tolerance: how far a log-prob may be above 0, a mass above 1, and two log-probs of the same token apart.
+            device: of the result; None is the served tensors', or the CPU.
+
+        Returns:
+            TopK: ids int32, −1 empty; logp float32, descending, the lower id first among equals, −inf empty; tail_logp =
+            log(1 − Σ) of the mass outside, at least 2^-23 unless the support is the whole vocabulary; target_logp if ``target``
+            is given, −inf where the server gave it no probability, NaN where it did not say (which losses count as
+            ``invalid_teacher``). What a server returns is at its own temperature, as a rule 1.
+
+        Raises:
+            ValueError: NaN or positive log-probs, a mass above 1, ids that differ in two log-probs, are out of range or are
+                text, lengths that do not match the target.
+        """
+        from rlad_kernels.integrations.served import from_logprobs
+
+        return from_logprobs(
+            served, target, token_logprobs=token_logprobs, k=k, vocab_size=vocab_size, offset=offset, out_of_range=out_of_range,
+            tolerance=tolerance, device=device,
+        )  # fmt: skip
 
 
 class Call(NamedTuple):

@@ -27,6 +27,16 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     return x
 
 
+def tile_sizes(device: str, n: int, vocab: int, *, itemsize: int = 4, keep_logits: int = 0, multiple: int = 1) -> tuple[int, int]:
+    """Rows and columns of a tile; with ``keep_logits`` a chunk's rows, whose logits are all held, in so many buffers."""
+    rows, cols = _TILE[device]
+    if keep_logits:
+        chunk = max(_CHUNK_BYTES[device] // (itemsize * vocab), _CHUNK_ROWS_MIN) // keep_logits
+        rows, cols = chunk, max(cols, rows * cols // chunk)
+    rows = -(-(settings.tile_rows or rows) // multiple) * multiple
+    return min(rows, max(n, 1)), min(settings.tile_cols or cols, vocab)
+
+
 class Tiles:
     """Hidden rows, head and tile sizes of one call; every product it makes has an accumulation-dtype result.
 
@@ -61,16 +71,9 @@ class Tiles:
         # dlogits are an operand too: in the operands' dtype where that is what the products read.
         self.grad_dtype = hidden.dtype if self.native or INTERPRET else self.acc
         self.n, self.vocab = hidden.shape[0], vocab_size
-        self.rows, self.cols = self._sizes(hidden.device.type, keep_logits, multiple)
+        sizes = {"itemsize": self.acc.itemsize, "keep_logits": keep_logits, "multiple": multiple}
+        self.rows, self.cols = tile_sizes(hidden.device.type, self.n, vocab_size, **sizes)
         self._buffers: dict[torch.dtype, Tensor] = {}
-
-    def _sizes(self, device: str, keep_logits: int, multiple: int) -> tuple[int, int]:
-        rows, cols = _TILE[device]
-        if keep_logits:
-            chunk = max(_CHUNK_BYTES[device] // (self.acc.itemsize * self.vocab), _CHUNK_ROWS_MIN) // keep_logits
-            rows, cols = chunk, max(cols, rows * cols // chunk)
-        rows = -(-(settings.tile_rows or rows) // multiple) * multiple
-        return min(rows, max(self.n, 1)), min(settings.tile_cols or cols, self.vocab)
 
     def row_ranges(self) -> Iterator[tuple[int, int]]:
         return ((r, min(r + self.rows, self.n)) for r in range(0, self.n, self.rows))

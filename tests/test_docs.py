@@ -180,3 +180,10 @@ def test_make_targets_and_files_named_in_the_docs_exist(page: Path) -> None:
     assert set(re.findall(r"`make ([\w-]+)`", text)) <= targets
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / link).exists(), link
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
+def test_python_on_the_docs_pages_runs(page: Path) -> None:
+    for code in blocks(page):
+        exec(code, {})

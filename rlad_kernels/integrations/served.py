@@ -1,0 +1,157 @@
+"""Served top-K log-probs → one checked, sorted ``TopK``: fills and duplicates gone, tail mass and target's log-prob known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rlad_kernels.integrations.served_formats import NAME, Served, entry_of, parse
+from rlad_kernels.scores import TopK
+
+CLAMPED = -9999.0  # what vLLM's HTTP server writes for −inf, which JSON does not have
+SMALLEST_TAIL = -23 * math.log(2)  # the least mass told from 1 − Σ in float32
+OUT_OF_RANGE = ("raise", "tail")
+_IGNORE, _NO_ID = -100, 2**31
+
+
+def from_logprobs(
+    served: Any, target: Any = None, *, token_logprobs: Sequence[Any] | None = None, k: int | None = None,
+    vocab_size: int | None = None, offset: int = 0, out_of_range: str = "raise", tolerance: float = 1e-3,
+    device: torch.device | str | None = None,
+) -> TopK:  # fmt: skip
+    """Implements :meth:`rlad_kernels.TopK.from_logprobs`."""
+    if out_of_range not in OUT_OF_RANGE:
+        raise ValueError(f"{NAME}: out_of_range must be one of {OUT_OF_RANGE}, got {out_of_range!r}")
+    if k is not None and k < 1:
+        raise ValueError(f"{NAME}: k must be positive or None, got {k}")
+    if token_logprobs is not None and target is None:
+        raise ValueError(f"{NAME}: token_logprobs needs target, got None")
+    came = parse(served)
+    device = came.ids.device if device is None else device
+    if target is not None:
+        target, came = _fit(target, came)
+    raw = came._replace(ids=came.ids - offset)
+    ids, logp = _checked(raw, vocab_size, offset, out_of_range, tolerance)
+    target_logp = None
+    if target is not None:
+        target_logp = _target_logp(target, ids, logp, raw)
+        if token_logprobs is not None:
+            target_logp = _merge(target_logp, _sampled(token_logprobs, target, came.lengths, offset, tolerance), tolerance)
+        target_logp = target_logp.to(device, torch.float32)
+    logp, order = logp.sort(dim=-1, descending=True, stable=True)  # ids ascend: the lower one wins
+    width = ids.shape[-1] if k is None else k
+    more = [0, max(width - ids.shape[-1], 0)]
+    ids, logp = pad(ids.gather(-1, order), more, value=-1)[..., :width], pad(logp, more, value=-math.inf)[..., :width]
+    tail = _tail(ids, logp, vocab_size).to(device, torch.float32)
+    return TopK(ids.to(device, torch.int32), logp.to(device, torch.float32), None, tail, target_logp)
+
+
+def _at(bad: Tensor) -> tuple[int, ...]:
+    return tuple(bad.nonzero()[0].tolist())
+
+
+def _fit(target: Any, came: Served) -> tuple[Tensor, Served]:
+    """The target as a tensor, −100 beyond a sequence's end, and what came in its shape."""
+    shape = came.ids.shape[:-1]
+    if came.lengths is None:
+        target = torch.as_tensor(target, device=came.ids.device)
+        if target.shape != shape:
+            raise ValueError(f"{NAME}: target has shape {tuple(target.shape)}, served positions {tuple(shape)}")
+        return target.long(), came
+    if not isinstance(target, Tensor):
+        rows = [torch.as_tensor(x, dtype=torch.int64, device="cpu") for x in target]
+        if (wanted := [len(x) for x in rows]) != came.lengths:
+            raise ValueError(f"{NAME}: served sequences have lengths {came.lengths}, target {wanted}")
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_IGNORE), came
+    target = target.long().cpu()
+    if target.dim() != 2 or len(target) != shape[0] or target.shape[1] < shape[1]:
+        raise ValueError(f"{NAME}: target has shape {tuple(target.shape)}, served sequences have lengths {came.lengths}")
+    for b, length in enumerate(came.lengths):
+        if bool((target[b, length:] != _IGNORE).any()):
+            raise ValueError(
+                f"{NAME}: served sequence {b} has {length} positions, target {target.shape[1]} (−100 may end it there)"
+            )
+    more = [0, 0, 0, target.shape[1] - shape[1]]
+    return target, Served(pad(came.ids, more, value=-1), pad(came.logp, more, value=-math.inf), came.lengths)
+
+
+def _checked(came: Served, vocab_size: int | None, offset: int, out_of_range: str, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Ids in ascending order with their log-probs; fills, duplicates and what goes to the tail are −1 and −inf, last."""
+    ids, logp, _ = came
+    if bool((bad := logp.isnan() | (logp > tolerance)).any()):
+        raise ValueError(f"{NAME}: log-prob {logp[bad][0].item():g} at {_at(bad)}, wanted at most 0: no probabilities, no logits")
+    logp = torch.where(logp <= CLAMPED, -torch.inf, logp.clamp_max(0))
+    empty = (ids + offset == -1) | (logp == -torch.inf)
+    bound = vocab_size or _NO_ID
+    outside = ~empty & ((ids < 0) | (ids >= bound))
+    if out_of_range == "raise" and bool(outside.any()):
+        raise ValueError(
+            f"{NAME}: id {ids[outside][0].item() + offset} at {_at(outside)} less offset {offset} is not in [0, vocab_size={bound})"
+            "; out_of_range='tail' leaves tokens that the student does not have to the tail mass"
+        )
+    ids, order = torch.where(empty | outside, _NO_ID, ids).sort(dim=-1, stable=True)
+    logp = torch.where(empty | outside, -torch.inf, logp).gather(-1, order)
+    before = logp.roll(1, -1)
+    again = (ids == ids.roll(1, -1)) & (ids != _NO_ID) & (torch.arange(ids.shape[-1], device=ids.device) > 0)
+    if bool((bad := again & ((logp - before).abs() > tolerance)).any()):
+        row, one, other = _at(bad)[:-1], before[bad][0].item(), logp[bad][0].item()
+        raise ValueError(
+            f"{NAME}: id {ids[bad][0].item() + offset} at {row} has log-probs {one:g} and {other:g}; padding must be −inf"
+        )
+    logp = torch.where(again, -torch.inf, logp)
+    mass = logp.exp().sum(-1)
+    if bool((bad := mass > 1 + tolerance).any()):
+        raise ValueError(f"{NAME}: probabilities at {_at(bad)} sum to {mass[bad][0].item():.6g}, more than 1 + {tolerance:g}")
+    return torch.where(again | (ids == _NO_ID), -1, ids), logp
+
+
+def _tail(ids: Tensor, logp: Tensor, vocab_size: int | None) -> Tensor:
+    """log(1 − Σ), at least 2^-23 unless the support is the whole vocabulary."""
+    mass = logp.logsumexp(-1) if logp.shape[-1] else logp.sum(-1) - torch.inf
+    full = mass > math.log1p(-(2.0**-23))
+    tail = torch.where(full, SMALLEST_TAIL, torch.log(-torch.expm1(torch.where(full, -1.0, mass))))
+    return torch.where((ids >= 0).sum(-1) == vocab_size, -torch.inf, tail) if vocab_size else tail
+
+
+def _target_logp(target: Tensor, ids: Tensor, logp: Tensor, raw: Served) -> Tensor:
+    """The target's log-prob: −inf where the server gives it no probability, NaN where it does not say."""
+    column = torch.where(target < 0, -2, target).unsqueeze(-1)
+    found, known = torch.where(ids == column, logp, 0).sum(-1), (ids == column).any(-1)
+    ruled_out = ((raw.ids == column) & (raw.logp <= CLAMPED)).any(-1)
+    return torch.where(known, found, torch.where(ruled_out, -torch.inf, torch.nan))
+
+
+def _sampled(token_logprobs: Sequence[Any], target: Tensor, lengths: list[int] | None, offset: int, tolerance: float) -> Tensor:
+    """``token_logprobs`` in the target's shape, NaN where there is none; an entry with an id must be the target's."""
+    out = torch.full(target.shape, torch.nan, dtype=torch.float64, device="cpu")
+    rows, wanted = out.view(-1, target.shape[-1]), target.cpu().view(-1, target.shape[-1]).tolist()
+    sequences = [token_logprobs] if lengths is None and len(rows) == 1 else token_logprobs
+    if (got := [len(s) for s in sequences]) != (lengths or [rows.shape[1]] * len(rows)):
+        raise ValueError(f"{NAME}: token_logprobs has lengths {got}, wanted {lengths or [rows.shape[1]] * len(rows)}")
+    for b, sequence in enumerate(sequences):
+        for t, x in enumerate(sequence):
+            if wanted[b][t] == _IGNORE or x is None or (isinstance(x, Sequence) and x[:1] in ([None], (None,))):
+                continue
+            entry = (wanted[b][t] + offset, float(x)) if isinstance(x, int | float) else entry_of(x)
+            if entry is None:
+                raise ValueError(f"{NAME}: token_logprobs must hold numbers, None or [log-prob, id, …], got {x!r} at {(b, t)}")
+            if entry[0] - offset != wanted[b][t]:
+                raise ValueError(
+                    f"{NAME}: token_logprobs scores id {entry[0]} at {(b, t)}, target is {wanted[b][t]} + offset {offset}"
+                )
+            if not entry[1] <= tolerance:
+                raise ValueError(f"{NAME}: token_logprobs has {entry[1]:g} at {(b, t)}, wanted at most 0")
+            rows[b, t] = -math.inf if entry[1] <= CLAMPED else min(entry[1], 0.0)
+    return out.to(target.device)
+
+
+def _merge(found: Tensor, given: Tensor, tolerance: float) -> Tensor:
+    if bool((bad := (given - found).abs() > tolerance).any()):  # a NaN is not greater
+        one, other = given[bad][0].item(), found[bad][0].item()
+        raise ValueError(f"{NAME}: the target at {_at(bad)} has {one:g} in token_logprobs and {other:g} among the top ones")
+    return torch.where(given.isnan(), found, given)

@@ -1,0 +1,129 @@
+"""verl 0.9: importing this module in its processes puts our losses and our head under its own extension points.
+
+``VERL_USE_EXTERNAL_MODULES=rlad_kernels.integrations.verl`` makes verl do so. ``rlad_grpo`` is a policy loss, ``rlad_trrd`` a
+distillation loss (α and clamp from RLAD_TRRD_ALPHA and RLAD_TRRD_CLAMP), and ``use_fused_kernels`` with the torch backend computes
+log-probs and entropy by :func:`rlad_kernels.linear_logp`. docs/verl.md has a worked configuration.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlad_kernels.head import LMHead
+from rlad_kernels.losses.ratio import check_ratio_options, ratio_loss_tokens
+from rlad_kernels.scores import linear_logp
+
+SERIES = "0.9."
+
+
+class FusedLinearForPPO(nn.Module):
+    """verl's module of this name, on :func:`linear_logp`: float32 logits, no chunk of them longer than a tile.
+
+    ``forward(hidden (…, D), weight (V, D), ids (…), temperature) → (log-probs, entropy)``, both float32 and differentiable.
+    """
+
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
+        super().__init__()
+
+    def forward(
+        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float | Tensor = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        head = LMHead(vocab_weights, temperature=temperature)
+        scores = linear_logp(hidden_states, head, input_ids.long(), entropy=True)
+        assert scores.entropy is not None
+        return scores.logp, scores.entropy
+
+
+def _tokens(log_prob: Tensor, mask: Tensor, given: dict[str, Tensor], **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped-ratio token losses ``(B, T)``, 0 where masked, whatever sits there; and their metrics as means."""
+    keep = mask.bool()
+    flat = {k: torch.where(keep, x, 0).flatten().float() for k, x in {"logp": log_prob, **given}.items()}
+    loss, rows = ratio_loss_tokens(**flat, **options)
+    kept = keep.flatten()
+    means = {k: torch.where(kept, x, 0).sum() / kept.sum().clamp_min(1) for k, x in rows.items() if k != "ratio_max"}
+    return torch.where(keep, loss.view_as(log_prob), 0), means
+
+
+def _clip(config: Any) -> tuple[float, float]:
+    low, high = (getattr(config, name, None) for name in ("clip_ratio_low", "clip_ratio_high"))
+    return config.clip_ratio if low is None else low, config.clip_ratio if high is None else high
+
+
+def rlad_grpo(
+    old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor, loss_agg_mode: str = "token-mean",
+    config: Any = None, rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
+    """verl's ``vanilla`` with dual clip on our kernels; without its clamp of s − o to ±20."""
+    from verl.trainer.ppo.core_algos import agg_loss
+
+    low, high = _clip(config)
+    dual = config.get("clip_ratio_c", 3.0)
+    check_ratio_options("rlad_grpo", 1.0, (low, high), None, dual, None, 0.0, "k3")
+    given = {"old_logp": old_log_prob, "advantages": advantages}
+    loss, means = _tokens(log_prob, response_mask, given, clip_low=low, clip_high=high, dual_clip=dual)
+    if rollout_is_weights is not None:
+        loss = torch.where(response_mask.bool(), loss * rollout_is_weights, 0)
+    metrics = {"pg_clipfrac": means["clip_frac_low"] + means["clip_frac_high"], "ppo_kl": -means["kl_old"]}
+    total = agg_loss(loss_mat=loss, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info)
+    return total, {f"actor/{k}": x.item() for k, x in metrics.items()}
+
+
+def rlad_trrd(config: Any, distillation_config: Any, model_output: dict[str, Tensor], data: Any) -> tuple[Tensor, dict[str, Any]]:
+    """TRRD token losses (arXiv 2602.22495) with verl's teacher as the anchor: the whole policy objective, not a term beside it."""
+    from verl.trainer.distillation.losses import no_padding_2_padding
+
+    options = distillation_config.distillation_loss
+    for name, wanted in (("use_task_rewards", False), ("use_policy_gradient", False), ("loss_max_clamp", None)):
+        if getattr(options, name) != wanted:
+            raise ValueError(
+                f"rlad_trrd: distillation.distillation_loss.{name} is {getattr(options, name)!r}; the loss has the rewards in it: "
+                f"set {name}={'null' if wanted is None else 'false'}"
+            )
+    alpha, clamp = float(os.environ.get("RLAD_TRRD_ALPHA", "0.5")), os.environ.get("RLAD_TRRD_CLAMP")
+    teacher_clamp = float(clamp) if clamp else None
+    low, high = _clip(config)
+    check_ratio_options("rlad_trrd", alpha, (low, high), teacher_clamp, None, None, 0.0, "k3")
+
+    def padded(x: Tensor) -> Tensor:
+        return x.to_padded_tensor(0) if x.is_nested else x
+
+    mask = padded(data["response_mask"]).bool()
+    given = {
+        "old_logp": padded(data["old_log_probs"]),
+        "advantages": padded(data["advantages"]),
+        "teacher_logp": no_padding_2_padding(data["teacher_logprobs"], data).squeeze(-1),
+    }
+    log_prob = no_padding_2_padding(model_output["log_probs"], data)
+    more = {"alpha": alpha, "clip_low": low, "clip_high": high, "teacher_clamp": teacher_clamp}
+    loss, means = _tokens(log_prob, mask, given, **more)
+    return loss, {f"distillation/{k}": x.item() for k, x in means.items()}
+
+
+def install() -> None:
+    """Register the losses and replace the fused head.
+
+    Raises:
+        ImportError: without verl, or with one whose extension points were not looked at.
+    """
+    try:
+        import verl
+        from verl.trainer.distillation import losses
+        from verl.trainer.ppo.core_algos import register_policy_loss
+        from verl.utils.experimental import torch_functional
+    except ModuleNotFoundError as missing:
+        raise ImportError(f"rlad_kernels.integrations.verl: {missing}; pip install 'verl==0.9.1'") from missing
+    if not verl.__version__.startswith(SERIES):
+        raise ImportError(f"rlad_kernels.integrations.verl: verl {verl.__version__}, wanted {SERIES}x: pip install 'verl==0.9.1'")
+    register_policy_loss("rlad_grpo")(rlad_grpo)
+    if "rlad_trrd" not in losses.DISTILLATION_LOSS_REGISTRY:
+        losses.register_distillation_loss(losses.DistillationLossSettings(names=["rlad_trrd"], use_estimator=True))(rlad_trrd)
+    torch_functional.FusedLinearForPPO = FusedLinearForPPO  # its call sites import the name when they run
+
+
+install()

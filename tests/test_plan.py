@@ -1,0 +1,113 @@
+"""The planner's bytes against measured peaks, its models against transformers, its answers against themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlad_kernels import plan
+from rlad_kernels.plan import MODELS, PATHS, Plan, loss_bytes, model_of, parse_bytes
+
+ROOT = Path(__file__).parent.parent
+CASES = [  # sizes at which what is counted is hundreds of megabytes
+    ("naive", 2048, 64, 32_768, "float32", 8),
+    ("fused_linear_loss", 1024, 64, 262_144, "float32", 8),
+    ("linear_logp", 64, 640, 131_072, "float32", 8),
+    ("linear_logp", 64, 640, 262_144, "bfloat16", 8),
+    ("linear_topk", 100_000, 32, 1024, "float32", 72),
+    ("linear_topk_kl", 70_000, 32, 4096, "float32", 100),
+]
+
+
+@pytest.mark.cpu
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's high-water mark")
+def test_measured_peaks_are_within_a_tenth_of_the_counted_bytes() -> None:
+    """glibc is told to give freed memory back at once, so that the process holds what the tensors hold."""
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.peaks", json.dumps(CASES)]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = []
+    for (path, n, d, v, dtype, k), measured in zip(CASES, json.loads(done.stdout), strict=True):
+        counted = loss_bytes(path, n, d, v, dtype=getattr(torch, dtype), device="cpu", k=k)
+        rows.append((path, dtype, round(measured / 1e6), round(counted / 1e6)))
+        assert counted > 300e6, rows[-1]
+    assert all(abs(measured - counted) <= 0.1 * counted for *_, measured, counted in rows), rows
+
+
+def test_models_are_those_of_the_bench() -> None:
+    from bench.plan import MODELS as BENCH
+
+    assert {name: (m.hidden, m.vocab) for name, m in MODELS.items()} == BENCH
+
+
+@pytest.mark.parametrize(
+    "name, config", [("Qwen3-0.6B", "Qwen3Config"), ("Llama-3-8B", "LlamaConfig"), ("Gemma-3-270M", "Gemma3TextConfig")]
+)
+def test_parameters_are_those_that_transformers_makes(name: str, config: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    m = MODELS[name]
+    made = getattr(transformers, config)(
+        hidden_size=m.hidden, vocab_size=m.vocab, num_hidden_layers=m.blocks, num_attention_heads=m.heads,
+        num_key_value_heads=m.kv_heads, head_dim=m.head_dim, intermediate_size=m.mlp, tie_word_embeddings=m.tied,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(made)
+    assert m.parameters == pytest.approx(sum(p.numel() for p in model.parameters()), rel=1e-3)
+    made.save_pretrained(tmp_path)
+    assert model_of(str(tmp_path)) == model_of(str(tmp_path / "config.json")) == m
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("checkpointing", (True, False))
+def test_the_largest_number_of_tokens_fits_and_one_more_does_not(path: str, checkpointing: bool) -> None:
+    made, memory = Plan(MODELS["Qwen3-1.7B"], checkpointing=checkpointing), 40 * 2**30
+    most = made.most_tokens(path, memory)
+    assert made.step(path, most) <= memory < made.step(path, most + 1)
+    assert made.most_tokens(path, 2**20) == 0
+
+
+def test_longer_contexts_fit_without_the_logits() -> None:
+    made = Plan(MODELS["Qwen3-1.7B"])
+    naive, ours = (made.most_tokens(path, 80 * 2**30) for path in ("naive", "linear_logp"))
+    assert ours > 4 * naive
+    assert loss_bytes("naive", 4096, 1024, 151_936, dtype=torch.float32) == 3 * 4 * 4096 * 151_936
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["--model", "Qwen3-8B", "--tokens", "32768", "--memory", "80GiB"]) == 0
+    out = capsys.readouterr().out
+    assert all(path in out for path in PATHS) and "8.19 B parameters" in out and "32,768 tokens" in out
+    assert [line.split()[5] for line in out.splitlines() if line.startswith(PATHS)][:2] == ["no", "fits"]
+    with pytest.raises(SystemExit):
+        plan.main(["--model", "Qwen9", "--tokens", "1", "--memory", "80GiB"])
+    assert "model must be one of SmolLM2-135M" in capsys.readouterr().err
+
+
+def test_the_doctor_still_answers_and_passes_plan_on() -> None:
+    run = [sys.executable, "-m", "rlad_kernels", "plan", "--model", "Qwen3-0.6B", "--tokens", "1024", "--memory", "8GB"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert "most tokens" in subprocess.run(run, env=env, capture_output=True, text=True, check=True).stdout
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    assert (parse_bytes("80GiB"), parse_bytes("24 GB"), parse_bytes("1.5kb"), parse_bytes("7")) == (80 << 30, 24 * 10**9, 1500, 7)
+    for text in ("80 bananas", "GiB", "-1GB"):
+        with pytest.raises(ValueError, match="memory must be a number and a unit such as 80GiB"):
+            parse_bytes(text)
+    moe = tmp_path / "config.json"
+    moe.write_text(json.dumps({"hidden_size": 8, "num_experts": 4}))
+    with pytest.raises(ValueError, match="mixture of experts"):
+        model_of(str(moe))
+    moe.write_text(json.dumps({"hidden_size": 8}))
+    with pytest.raises(ValueError, match="has no 'num_attention_heads'"):
+        model_of(str(moe))
+    with pytest.raises(ValueError, match="optimizer must be one of"):
+        Plan(MODELS["Qwen3-8B"], optimizer="lion")
+    with pytest.raises(ValueError, match="path must be one of"):
+        loss_bytes("magic", 1, 1, 1, dtype=torch.float32)

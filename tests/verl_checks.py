@@ -1,0 +1,154 @@
+"""What test_verl.py runs: ``VERL_USE_EXTERNAL_MODULES=rlad_kernels.integrations.verl python -m tests.verl_checks``."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests import verl_world
+
+verl_world.enter()
+
+from verl.models.transformers import dense_common  # noqa: E402
+from verl.trainer.distillation import losses  # noqa: E402
+from verl.trainer.ppo import core_algos  # noqa: E402
+from verl.utils.experimental import torch_functional  # noqa: E402
+
+from rlad_kernels.integrations import verl as ours  # noqa: E402
+
+MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+B, T = 4, 7
+
+
+class Config(SimpleNamespace):
+    """The fields of verl's ActorConfig that a policy loss reads."""
+
+    def get(self, name: str, default: Any) -> Any:
+        return getattr(self, name, default)
+
+
+class Theirs(ours.FusedLinearForPPO):
+    """What verl's module does with the torch backend."""
+
+    def forward(self, hidden_states: Any, vocab_weights: Any, input_ids: Any, temperature: float = 1.0) -> Any:
+        return torch_functional.FusedLinearForPPOFunction.apply(hidden_states, vocab_weights, input_ids, temperature, 512)
+
+
+def config(**more: Any) -> Config:
+    fields = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_c": 3.0, "loss_agg_mode": "token-mean"}
+    return Config(**{**fields, "global_batch_info": {"dp_size": 2, "batch_num_tokens": 31, "global_batch_size": 8}, **more})
+
+
+def batch() -> dict[str, torch.Tensor]:
+    old = -torch.rand(B, T) * 3
+    mask = torch.arange(T) < torch.tensor([7, 4, 1, 6])[:, None]
+    return {"old": old, "logp": old + torch.randn(B, T) * 0.7, "adv": torch.randn(B, T), "mask": mask}
+
+
+def value_and_gradient(call: Any, logp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    logp = logp.clone().requires_grad_()
+    loss, metrics = call(logp)
+    return loss.detach(), torch.autograd.grad(loss, logp)[0], metrics
+
+
+def check_verl_has_imported_us() -> None:
+    assert core_algos.get_policy_loss_fn("rlad_grpo") is ours.rlad_grpo
+    assert losses.get_distillation_loss_fn("rlad_trrd") is ours.rlad_trrd
+    assert losses.get_distillation_loss_settings("rlad_trrd").use_estimator
+    assert torch_functional.FusedLinearForPPO is ours.FusedLinearForPPO
+    ours.install()  # twice is once
+
+
+def check_grpo_is_vanilla() -> None:
+    for mode in MODES:
+        for weights in (None, torch.rand(B, T)):
+            x = batch()
+            found = []
+            for name in ("vanilla", "rlad_grpo"):
+                loss = core_algos.get_policy_loss_fn(name)
+                rest = (x["adv"], x["mask"], mode, config(), weights)
+                found.append(value_and_gradient(lambda logp, f=loss, o=x["old"], r=rest: f(o, logp, *r), x["logp"]))
+            (want, want_grad, want_metrics), (got, grad, metrics) = found
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(grad, want_grad, rtol=1e-5, atol=1e-7)
+            assert all(abs(metrics[k] - want_metrics[k]) < 1e-5 for k in metrics), (metrics, want_metrics)
+
+
+def check_masked_garbage_has_no_effect() -> None:
+    x = batch()
+    results = []
+    for fill in (0.0, float("nan")):
+        broken = {k: torch.where(x["mask"], v, fill) for k, v in x.items() if k != "mask"}
+        call = lambda logp, b=broken: ours.rlad_grpo(b["old"], logp, b["adv"], x["mask"], "token-mean", config())  # noqa: E731
+        results.append(value_and_gradient(call, broken["logp"]))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+def check_trrd_through_verls_distillation_loss() -> None:
+    """Its gradient is that of the paper's formula, written in float64."""
+    x = batch()
+    teacher = x["old"] + torch.randn(B, T)
+    losses.no_padding_2_padding = lambda tensor, data: tensor  # nested tensors need tensordict
+    data = {"response_mask": x["mask"], "old_log_probs": x["old"], "advantages": x["adv"], "teacher_logprobs": teacher[..., None]}
+    data |= {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None}
+    options = {"loss_mode": "rlad_trrd", "use_task_rewards": False, "use_policy_gradient": False, "loss_max_clamp": None}
+    for alpha in (0.5, 0.25):
+        os.environ["RLAD_TRRD_ALPHA"] = str(alpha)
+        actor = config(loss_scale_factor=None, global_batch_info={})
+        wrapped = SimpleNamespace(distillation_loss=SimpleNamespace(**options))
+        got, grad, metrics = value_and_gradient(
+            lambda logp, a=actor, w=wrapped: losses.distillation_loss(a, w, {"log_probs": logp}, data), x["logp"]
+        )
+
+        def paper(logp: torch.Tensor, alpha: float = alpha) -> tuple[torch.Tensor, dict[str, Any]]:
+            s, o, t, a = (v.double() for v in (logp, x["old"], teacher, x["adv"]))
+            r = (alpha * (s - o) + (1 - alpha) * (s - t)).exp()
+            token = -torch.minimum(r * a, r.clamp(0.8, 1.28) * a)
+            return token[x["mask"]].mean().float(), {}
+
+        want, want_grad, _ = value_and_gradient(paper, x["logp"])
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(grad, want_grad, rtol=1e-5, atol=1e-7)
+        assert metrics["distillation/invalid_teacher"] == 0 and "distillation/kl_teacher" in metrics
+    for name, value in (("use_task_rewards", True), ("use_policy_gradient", True), ("loss_max_clamp", 10.0)):
+        wrong = SimpleNamespace(distillation_loss=SimpleNamespace(**options | {name: value}))
+        with pytest.raises(ValueError, match=f"distillation.distillation_loss.{name} is {value}"):
+            ours.rlad_trrd(actor, wrong, {"log_probs": x["logp"]}, data)
+
+
+def check_head_in_verls_model_forward() -> None:
+    """verl's patched forward of a Qwen3 gives the same log-probs, entropy and gradients with our head as with its own."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=300, num_key_value_heads=1, tie_word_embeddings=False, **size))
+    ids, weight = torch.randint(300, (2, 9)), torch.randn(2, 9)
+    results = []
+    for head in (Theirs, ours.FusedLinearForPPO):
+        torch_functional.FusedLinearForPPO = head
+        model.zero_grad()
+        out = dense_common.forward_with_torch_backend(model, input_ids=ids, temperature=0.7, return_dict=True)
+        ((out.log_probs + 0.1 * out.entropy) * weight).sum().backward()
+        results.append((out.log_probs.detach(), out.entropy.detach(), {k: p.grad.clone() for k, p in model.named_parameters()}))
+    for want, got in zip(results[0][:2], results[1][:2], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    for name, want in results[0][2].items():
+        assert (results[1][2][name] - want).norm() <= 1e-5 * want.norm(), name
+
+
+def check_signatures_are_verls() -> None:
+    vanilla = inspect.signature(core_algos.get_policy_loss_fn("vanilla")).parameters
+    assert list(inspect.signature(ours.rlad_grpo).parameters) == list(vanilla)
+
+
+if __name__ == "__main__":
+    checks = [f for name, f in sorted(globals().items()) if name.startswith("check_")]
+    for check in checks:
+        torch.manual_seed(0)
+        check()
+    print(len(checks), "passed")
