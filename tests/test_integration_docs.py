@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.test_docs import ROOT, blocks
+from tests.test_docs import ON_TINY_MODELS, ROOT, blocks
 from tests.trl_runs import COMMON, dataset, needs_trl, reward
 
 pytestmark = [pytest.mark.cpu, needs_trl]
 
 
-@pytest.mark.parametrize("page", ["trl", "transformers", "liger"])
+@pytest.mark.parametrize("page", ON_TINY_MODELS)
 def test_the_pages_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     ids = torch.randint(0, 256, (2, 9))
