@@ -394,6 +394,8 @@ def test_every_kernel_runs_is_counted_and_refuses_float64():
     topk_kl(one, ids, one, None, None, "reverse", "both")
     score_partials(four, four, None, one[0], 1.0, 0.0, ids, True, True, False)
     kernels.column_stats_(torch.empty(2, 1, 1), one, None, one[0], 1.0, 0.0, one[0], 1)
+    side = one, None, one[0], 1.0, 0.0, torch.zeros(2, 1)
+    kernels.divergence_(one[0].clone(), None, *side, *side, torch.ones(4, 1), "sym", 0.0, 0.0, 0.0, False)
     assert dict(LAUNCHES) == dict.fromkeys(REGISTRY, 1)
     gather_dot(one[:0], one, ids[:0])  # no rows: no launch
     assert LAUNCHES["gather_dot_kernel"] == 1

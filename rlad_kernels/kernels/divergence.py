@@ -264,10 +264,10 @@ def divergence_(
     `norm (2, R)` = (max z, lse − max); `rows (4, R)`: weight of the value, weight of the gradient, and the coefficients of
     forward and reverse KL in the family "sym". `a, b, c` are the family's numbers.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"divergence_: family must be one of {FAMILIES}, got {family!r}")
     require_dtype("divergence_", value=value, out=out, logits=logits, bias=bias, inv_temp=inv_temp, norm=norm)
     require_dtype("divergence_", teacher=teacher, teacher_bias=teacher_bias, teacher_norm=teacher_norm, rows=rows)
+    if family not in FAMILIES:
+        raise ValueError(f"divergence_: family must be one of {FAMILIES}, got {family!r}")
     n_rows, cols = logits.shape
     launch(
         divergence_kernel, (n_rows,), pick("divergence_kernel", cols),
