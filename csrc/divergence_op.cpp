@@ -2,12 +2,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <optional>
-#include <vector>
 
-#include "checks.h"
 #include "isa.h"
+#include "tiles.h"
 
 namespace rlad {
 
@@ -22,20 +20,6 @@ Family family_of(const Checker& check, const std::string& name) {
   if (name == "log_square") return Family::log_square;
   if (name == "total_variation") return Family::total_variation;
   check.fail("family", "sym, mix, todi, alpha_beta, taid, log_square or total_variation", name);
-}
-
-template <class T>
-Tile<T> whole_rows(const Checker& check, const char* name, const Tensor& logits, int64_t rows, int64_t cols,
-                   const std::optional<Tensor>& bias, const Tensor& inv_temp, double logit_scale, double softcap) {
-  return {check.mat<const T>(name, logits, kAcc<T>, rows, cols),
-          cols,
-          0,
-          bias ? check.vec<T>("bias", *bias, kAcc<T>, cols) : nullptr,
-          check.vec<T>("inv_temp", inv_temp, kAcc<T>, rows),
-          logit_scale,
-          softcap,
-          {nullptr, 0},
-          0};
 }
 
 template <class T>
@@ -58,8 +42,7 @@ void run(const Checker& check, const Tensor& value, const std::optional<Tensor>&
                          accumulate};
   if (out) args.out = check.mat<T>("out", *out, kAcc<T>, n, cols);
   const auto pass = row_passes<T>().divergence;
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1));
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { pass(args, begin, end); });
+  torch::stable::parallel_for(0, n, rows_per_thread(cols), [&](int64_t begin, int64_t end) { pass(args, begin, end); });
 }
 
 void divergence_(const Tensor& value, const std::optional<Tensor>& out, const Tensor& logits, const std::optional<Tensor>& bias,
@@ -69,15 +52,10 @@ void divergence_(const Tensor& value, const std::optional<Tensor>& out, const Te
                  double b, double c, bool accumulate) {
   const Checker check("divergence_");
   check.shape("logits", logits, {kAny, kAny});
-  const auto go = [&](auto acc) {
+  by_dtype(check, logits, [&](auto acc) {
     run<decltype(acc)>(check, value, out, logits, bias, inv_temp, logit_scale, softcap, norm, teacher, teacher_bias, teacher_inv_temp,
                        teacher_scale, teacher_softcap, teacher_norm, rows, family, a, b, c, accumulate);
-  };
-  switch (logits.scalar_type()) {
-    case ScalarType::Float: return go(float{});
-    case ScalarType::Double: return go(double{});
-    default: check.fail("logits", "float32 or float64", logits);
-  }
+  });
 }
 
 }  // namespace

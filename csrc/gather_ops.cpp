@@ -2,17 +2,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
-
-#include "checks.h"
 #include "isa.h"
+#include "tiles.h"
 
 namespace rlad {
 
 namespace {
-
-// Rows a thread takes at least, `work` elements each.
-int64_t rows_per_thread(int64_t work) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(work, 1)); }
 
 // f(float{}) or f(double{}): the dtype sums are accumulated in.
 template <class F>

@@ -2,43 +2,24 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <optional>
 
-#include "checks.h"
 #include "isa.h"
+#include "tiles.h"
 
 namespace rlad {
 
 namespace {
 
-// Rows a thread takes at least: below some 16k elements, waking it costs more than it saves.
-int64_t rows_per_thread(int64_t cols) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1)); }
-
 template <class T>
 Tile<T> tile_of(const Checker& check, const Tensor& logits, int64_t col0, const std::optional<Tensor>& bias,
                 const Tensor& inv_temp, double logit_scale, double softcap, const Tensor& slots) {
   check.shape("logits", logits, {kAny, kAny});
-  const int64_t rows = logits.size(0), cols = logits.size(1);
-  return {check.mat<const T>("logits", logits, kAcc<T>, rows, cols),
-          cols,
-          col0,
-          bias ? check.vec<T>("bias", *bias, kAcc<T>, cols) : nullptr,
-          check.vec<T>("inv_temp", inv_temp, kAcc<T>, rows),
-          logit_scale,
-          softcap,
-          check.mat<const int32_t>("slots", slots, ScalarType::Int, rows, kAny),
-          slots.size(1)};
-}
-
-// f(float{}) or f(double{}), by the logits' dtype.
-template <class F>
-void by_dtype(const Checker& check, const Tensor& logits, F f) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    default: check.fail("logits", "float32 or float64", logits);
-  }
+  auto tile = whole_rows<T>(check, "logits", logits, logits.size(0), logits.size(1), bias, inv_temp, logit_scale, softcap);
+  tile.col0 = col0;
+  tile.slots = check.mat<const int32_t>("slots", slots, ScalarType::Int, logits.size(0), kAny);
+  tile.num_slots = slots.size(1);
+  return tile;
 }
 
 void fold_(const Tensor& logits, int64_t col0, const std::optional<Tensor>& bias, const Tensor& inv_temp, double logit_scale,
@@ -114,15 +95,7 @@ void column_stats_(const Tensor& out, const Tensor& logits, const std::optional<
     const int64_t rows = logits.size(0), cols = logits.size(1);
     if (block < 1) check.fail("block", "at least 1", std::to_string(block));
     const int64_t blocks = (rows + block - 1) / block;
-    const Tile<T> tile{check.mat<const T>("logits", logits, kAcc<T>, rows, cols),
-                       cols,
-                       0,
-                       bias ? check.vec<T>("bias", *bias, kAcc<T>, cols) : nullptr,
-                       check.vec<T>("inv_temp", inv_temp, kAcc<T>, rows),
-                       logit_scale,
-                       softcap,
-                       {nullptr, 0},
-                       0};
+    const auto tile = whole_rows<T>(check, "logits", logits, rows, cols, bias, inv_temp, logit_scale, softcap);
     const int64_t parts = softcap > 0 ? 3 : 2;
     check.tensor("out", out, kAcc<T>, {parts, blocks, cols});
     T* data = static_cast<T*>(out.mutable_data_ptr());

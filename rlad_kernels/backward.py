@@ -195,8 +195,8 @@ class Gradients:
             self.weight.copy_(self._whole)
         hidden = None if self.hidden is None else self.hidden.to(self.dtype)
         bias = None if self.bias is None else self.bias.to(self.dtype)
-        empty = self.tiles.weight.new_empty  # an op's outputs may not alias: each absent one is a tensor of its own
-        return tuple(empty(0) if x is None else x for x in (hidden, self.weight, bias))  # type: ignore[return-value]
+        absent = self.tiles.weight.new_empty  # an op's outputs may not alias: each absent one is a tensor of its own
+        return tuple(absent(0) if x is None else x for x in (hidden, self.weight, bias))  # type: ignore[return-value]
 
 
 def backward_tile(tiles: Tiles, cot: Cotangents, x: Tensor, c0: int, inv_temp: Tensor) -> Tensor:

@@ -106,8 +106,8 @@ def _register() -> None:
     for name in (*ROW_OPS, *LOSS_OPS):
         torch.library.impl(f"rlad::{name}", triton_devices, _late("kernels", name))
     for name in SWEEP_OPS:
-        where = {"fused_linear_loss": ("fused", "fused_linear_loss_op")}.get(name, ("sweep", name))
-        where = ("divergence", name) if name.startswith("linear_divergence") else where
+        module = "divergence" if name.startswith("linear_divergence") else "sweep"
+        where = ("fused", "fused_linear_loss_op") if name == "fused_linear_loss" else (module, name)
         torch.library.impl(f"rlad::{name}", ("cpu", "cuda"), _late(*where))
     if INTERPRET:
         return
