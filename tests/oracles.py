@@ -6,11 +6,13 @@ inputs give what plain float32 PyTorch would have computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
+
+from tests.roundings import EPS, largest, spread
 
 DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.float64, id="float64", marks=pytest.mark.cpu)]
 
@@ -21,19 +23,38 @@ def hold(
 ) -> None:  # fmt: skip
     """Hold ``actual`` to ``formula(*inputs)`` in float64, by the largest error of any element.
 
-    float32: 2·(error of ``plain``, else of the same formula, in float32) + 2^-23 of the largest element, for each of the
-    ``calls`` of the library that led to it. float64 has no finer reference: 16 ulps, for the handful of roundings of either
-    side. ``scale`` replaces the largest element where a sum cancels.
+    What rounding can do to ``plain``, else to the same formula, in ``actual``'s dtype, and an ulp of the largest element, for
+    each of the ``calls`` of the library that led to it. ``scale`` replaces the largest element where a sum cancels. In float64
+    the oracle's own roundings are no finer.
     """
-    exact = formula(*(x.double() for x in inputs))
-    largest = exact.abs().max().item() if scale is None else scale
-    bound = 16 * torch.finfo(torch.float64).eps * largest
-    if actual.dtype == torch.float32:
-        usual = (plain or formula)(*(x.float() for x in inputs)).double()
-        bound = calls * (2 * (usual - exact).abs().max().item() + torch.finfo(torch.float32).eps * largest)
+    exact, bound = budget(formula, *inputs, plain=plain, scale=scale, eps=torch.finfo(actual.dtype).eps)
+    if actual.dtype == torch.float64:
+        bound *= 2
+    within(actual, exact, calls * bound)
+
+
+def budget(
+    formula: Callable[..., Tensor], *inputs: Tensor, plain: Callable[..., Tensor] | None = None, scale: float | None = None,
+    eps: float = EPS,
+) -> tuple[Tensor, float]:  # fmt: skip
+    """The formula in float64, and how far off a result may be whose operations round to ``eps``."""
+    (exact,), (error,) = spread(lambda: formula(*(x.double() for x in inputs)), eps)
+    if plain is not None:
+        error = spread(lambda: plain(*(x.double() for x in inputs)), eps)[1][0]
+    return exact, error + eps * (largest(exact) if scale is None else scale)
+
+
+def budgets(formula: Callable[[], Sequence[Tensor]]) -> list[tuple[Tensor, float]]:
+    """The same for every tensor that a float64 ``formula`` of many results gives, for float32 results."""
+    return [(exact, error + EPS * largest(exact)) for exact, error in zip(*spread(formula), strict=True)]
+
+
+def within(actual: Tensor, exact: Tensor, bound: float, what: str = "") -> None:
+    """No element further off than ``bound``; infinities are equal."""
     assert actual.shape == exact.shape
-    error = (actual.double() - exact).abs().max().item()
-    assert error <= bound, f"error {error:.3g} exceeds {bound:.3g}"
+    off = (actual.detach().double() - exact).masked_fill(actual == exact, 0)  # ∞ − ∞
+    error = off.abs().max().item() if off.numel() else 0.0
+    assert error <= bound, f"{what}: error {error:.3g} exceeds {bound:.3g}"
 
 
 def gradient(value: Callable[..., Tensor]) -> Callable[..., Tensor]:

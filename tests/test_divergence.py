@@ -14,7 +14,8 @@ from rlad_kernels.losses.divergence_kinds import DIVERGENCES, adaptive_coefficie
 from rlad_kernels.tiles import Tiles
 from tests.conftest import INTERPRET
 from tests.methods.divergence import VALUES, kl
-from tests.sweeps import Problem, assert_within, leaf, problem, relative
+from tests.oracles import budgets, hold, within
+from tests.sweeps import Problem, leaf, problem, relative
 
 NAMES = {"jsd": "gkd_jsd", "alpha_beta": "abkd", "alpha": "alpha_divergence", "power": "power_divergence"}
 OPTIONS = {"taid": {"tau": 0.4}}
@@ -45,23 +46,23 @@ def test_value_and_gradient(name: str, head: str) -> None:
     g = torch.randn(TOKENS)
     g[0, 0] = 0
 
-    def expected(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        q, lp = p.twin(dtype), t.twin(dtype).logits().log_softmax(-1)
+    def formula() -> list[Tensor]:
+        q, lp = p.twin(), t.twin().logits().log_softmax(-1)
         out = torch.where(p.mask, value(name, q.logits().log_softmax(-1), lp), 0)
-        return out.detach(), grads((out * g).sum(), q)
+        return [out, out * g, *grads((out * g).sum(), q)]
 
-    (exact, exact_grads), (plain, plain_grads) = expected(torch.float64), expected(torch.float32)
+    bounded, weighted, *slopes = budgets(formula)
     args = (p.hidden, p.head, t.hidden, t.head)
     for tile in ((3, 20),) if INTERPRET else ((None, None), (3, 20)):
         with rk.set_tile(*tile):
             found = rk.linear_divergence(*args, divergence=name, mask=p.mask, **OPTIONS.get(name, {}))
-            assert_within(found, exact, plain, "value")
-            for a, e, f in zip(grads((found * g).sum(), p), exact_grads, plain_grads, strict=True):
-                assert_within(a, e, f, "gradient")
+            within(found, *bounded, "value")
+            for a, slope in zip(grads((found * g).sum(), p), slopes, strict=True):
+                within(a, *slope, "gradient")
     out = rk.linear_divergence_loss(*args, divergence=name, mask=p.mask, weights=g, denominator=1.0, **OPTIONS.get(name, {}))
-    assert_within(out.token_loss, exact * g, plain * g, "token loss")
-    for a, e, f in zip(grads(out.loss, p), exact_grads, plain_grads, strict=True):
-        assert_within(a, e, f, "gradient of the loss")
+    within(out.token_loss, *weighted, "token loss")
+    for a, slope in zip(grads(out.loss, p), slopes, strict=True):
+        within(a, *slope, "gradient of the loss")
 
 
 @pytest.mark.cpu
@@ -169,11 +170,10 @@ def test_far_away_logits(name: str, level: float) -> None:
     student = rk.LMHead(p.weight, shift.clone().requires_grad_())
     found = rk.linear_divergence(p.hidden, student, t.hidden, rk.LMHead(t.weight, shift), divergence=name)
 
-    def expected(dtype: torch.dtype) -> Tensor:
-        sides = ((p.hidden, p.weight), (t.hidden, t.weight))
-        return value(name, *((h.detach().to(dtype) @ w.detach().to(dtype).T + level).log_softmax(-1) for h, w in sides))
+    def formula(*sides: Tensor) -> Tensor:
+        return value(name, *((h @ w.T + level).log_softmax(-1) for h, w in (sides[:2], sides[2:])))
 
-    assert_within(found, expected(torch.float64), expected(torch.float32), name)
+    hold(found, formula, *(x.detach() for x in (p.hidden, p.weight, t.hidden, t.weight)))
     assert all(g.isfinite().all() for g in torch.autograd.grad(found.sum(), (p.hidden, p.weight, student.bias)))
 
 

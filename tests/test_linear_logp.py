@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import rlad_kernels as rk
 from rlad_kernels import reference
-from tests.sweeps import Problem, assert_within, leaf, problem, relative, weighted_sum
+from tests.oracles import budgets, within
+from tests.sweeps import Problem, leaf, problem, relative, weighted_sum
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 EXTRAS = ("mean_logits", "is_top1", "log_sum_sq_probs")
@@ -37,25 +38,32 @@ def backward(p: Problem, scores: tuple[torch.Tensor, ...], cotangents: list[torc
     return list(torch.autograd.grad(weighted_sum(scores, cotangents), p.leaves))
 
 
+def expected(p: Problem, cotangents: list[torch.Tensor]) -> list[tuple[torch.Tensor, float]]:
+    """The scores, what else a forward gives and the gradients, each with its budget."""
+
+    def formula() -> list[torch.Tensor]:
+        want = p.twin()
+        truth = want.expected()
+        return [*truth[:6], truth.log_sum_sq_probs, *backward(want, truth[:5], cotangents)]
+
+    return budgets(formula)
+
+
+FIELDS = ("logp", "lse", "entropy", "topk_logp", "tail_logp", "mean_logits", "log_sum_sq_probs")
+GRADS = ("d_hidden", "d_weight", "d_bias")
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_float32_is_as_good_as_plain_pytorch(name: str) -> None:
     p = problem(n=48, v=257, **HEADS[name])
     p.ids[0, 1], p.ids[1, 2], p.ids[2, 0] = p.ids[0, 0], -1, p.target[2]  # a duplicate, an empty slot, the target
     scores, extras = run(p)
-    want, plain = p.twin(), p.twin(torch.float32)
-    truth, usual = want.expected(), plain.expected()
-    for field, actual in zip(("logp", "lse", "entropy", "topk_logp", "tail_logp"), scores, strict=True):
-        assert_within(actual, getattr(truth, field), getattr(usual, field), field)
-    for field in ("mean_logits", "log_sum_sq_probs"):
-        assert_within(extras[field], getattr(truth, field), getattr(usual, field), field)
-    assert torch.equal(extras["is_top1"], truth.is_top1)
-    assert not any(x.requires_grad for x in extras.values())
     cotangents = [torch.randn_like(x) for x in scores]
-    grads = backward(p, scores, cotangents)
-    exact = backward(want, truth[:5], cotangents)
-    naive = backward(plain, usual[:5], cotangents)
-    for field, g, e, n in zip(("d_hidden", "d_weight", "d_bias"), grads, exact, naive, strict=False):
-        assert_within(g, e, n, field)
+    found = [*scores, *(extras[field] for field in FIELDS[5:]), *backward(p, scores, cotangents)]
+    for field, actual, bounded in zip((*FIELDS, *GRADS[: len(p.leaves)]), found, expected(p, cotangents), strict=True):
+        within(actual, *bounded, field)
+    assert torch.equal(extras["is_top1"], p.twin().expected().is_top1)
+    assert not any(x.requires_grad for x in extras.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -223,10 +231,9 @@ def test_frozen_inputs_skip_their_product(frozen: str, monkeypatch: pytest.Monke
 def test_per_token_temperature_and_leading_dimensions() -> None:
     p = problem(shape=(2, 3, 4), temperature=torch.rand(2, 3, 4) + 0.5)
     scores, _ = run(p)
-    truth, usual = p.twin().expected(), p.twin(torch.float32).expected()
-    for i, field in enumerate(("logp", "lse", "entropy", "topk_logp", "tail_logp")):
-        assert scores[i].shape == getattr(truth, field).shape
-        assert_within(scores[i], getattr(truth, field), getattr(usual, field), field)
+    bounds = expected(p, [torch.ones_like(x) for x in scores])
+    for field, actual, bounded in zip(FIELDS, scores, bounds, strict=False):
+        within(actual, *bounded, field)
 
 
 def test_strided_weight_is_not_copied_and_padding_gets_no_gradient() -> None:
@@ -250,14 +257,12 @@ def test_extreme_logits(size: float) -> None:
     bias = leaf(torch.full((233,), size) + torch.linspace(-3, 3, 233))
     p = Problem(leaf(torch.randn(40, 4)), weight, bias, torch.randint(0, 233, (40,)), torch.randint(0, 233, (40, 3)))
     scores, _ = run(p)
-    want, plain = p.twin(), p.twin(torch.float32)
-    truth, usual = want.expected(), plain.expected()
-    for i, field in enumerate(("logp", "lse", "entropy", "topk_logp", "tail_logp")):
-        assert_within(scores[i], getattr(truth, field), getattr(usual, field), field)
     cotangents = [torch.randn_like(x) for x in scores]
-    exact, naive = backward(want, truth[:5], cotangents), backward(plain, usual[:5], cotangents)
-    for field, g, e, n in zip(("d_hidden", "d_weight", "d_bias"), backward(p, scores, cotangents), exact, naive, strict=True):
-        assert_within(g, e, n, field)
+    bounds = expected(p, cotangents)
+    for field, actual, bounded in zip(FIELDS, scores, bounds, strict=False):
+        within(actual, *bounded, field)
+    for field, actual, bounded in zip(GRADS, backward(p, scores, cotangents), bounds[len(FIELDS) :], strict=True):
+        within(actual, *bounded, field)
 
 
 def test_minus_infinity_columns_are_outside_the_vocabulary() -> None:
