@@ -1,16 +1,19 @@
 """The compile gate: nothing of the Triton backend escapes it, it catches what it is for, and everything passes it."""
 
 import ast
-import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.conftest import DEVICE, INTERPRET
+
 triton = pytest.importorskip("triton")
 tl = triton.language
-if os.environ.get("TRITON_INTERPRET") == "1":
+if INTERPRET:
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler", allow_module_level=True)
+if DEVICE != "cpu":
+    pytest.skip("compiles on the CPU, for minutes: `make gate` is that run", allow_module_level=True)
 
 from rlad_kernels import kernels  # noqa: E402
 from rlad_kernels.kernels import compile_gate  # noqa: E402

@@ -94,7 +94,7 @@ def test_reward_masks():
     (lambda x: rk.final_eos_mask(x, [1], seq_ids=torch.tensor([1, 0, 0])), "final_eos_mask: seq_ids must be non-decreasing"),
 ])  # fmt: skip
 def test_bad_input_is_named(call, named: str):
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=named), rk.set_checks(True):
         call(torch.tensor([0, 1, 0]))
 
 

@@ -149,7 +149,7 @@ BAD_SEQ_IDS = {
 @pytest.mark.parametrize("reduction", REDUCTIONS[1:])
 def test_bad_seq_ids(reduction: str, case: str) -> None:
     ids, wanted = BAD_SEQ_IDS[case]
-    with pytest.raises(ValueError, match=rf"^grpo_loss: .*seq_ids.*{wanted}|^grpo_loss: .*{wanted}"):
+    with pytest.raises(ValueError, match=rf"^grpo_loss: .*seq_ids.*{wanted}|^grpo_loss: .*{wanted}"), rk.set_checks(True):
         values(torch.zeros(4), reduction=reduction, seq_ids=None if ids is None else torch.tensor(ids))
 
 

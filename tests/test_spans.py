@@ -137,5 +137,5 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_message(case: str) -> None:
     call, message = WRONG[case]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message), rk.set_checks(True):
         call()

@@ -98,7 +98,7 @@ def test_a_small_tail_keeps_its_digits(world):
 def test_student_log_probs_in_place_of_the_teachers_are_refused(world):
     _, head, teacher, _, _ = world
     student = rk.linear_topk(torch.randn(N, V), head, V)
-    with pytest.raises(ValueError, match=r"^union: log-probs of id \d+ differ"):
+    with pytest.raises(ValueError, match=r"^union: log-probs of id \d+ differ"), rk.set_checks(True):
         rk.union(teacher, student)
     with pytest.raises(ValueError, match=r"other\.ids has shape"):
         rk.union(teacher, rk.TopK(teacher.ids[:3], teacher.logp[:3]))
