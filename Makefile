@@ -2,10 +2,12 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 RUN := HF_HUB_OFFLINE=1 $(BIN)/python
+# one thread a worker, unless the environment says otherwise: two workers fill two cores
+SUITE := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest tests -q -n 2 --dist worksteal
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
 OUT ?= out
 
-.PHONY: demo demo-smoke test test-cpp test-triton gate lint format bench bench-full bench-smoke docs gpu gpu-build gpu-test gpu-bench clean
+.PHONY: demo demo-smoke test test-cpp test-portable test-triton gate lint format bench bench-full bench-smoke docs gpu gpu-build gpu-test gpu-bench clean
 
 .venv/.deps: requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -31,11 +33,14 @@ demo-smoke: .venv/.built
 
 test: test-cpp test-triton gate  ## the suite on the C++ backend and on the interpreted Triton kernels, then the compile gate
 
-test-cpp: .venv/.built  # one thread a worker: two workers fill two cores
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -q -n 2 --dist worksteal --ignore tests/test_compile_gate.py
+test-cpp: .venv/.built
+	$(SUITE) --ignore tests/test_compile_gate.py
+
+test-portable: .venv/.built  ## the suite as on a CPU without vector instructions: PyTorch's and our own plain code
+	ATEN_CPU_CAPABILITY=default RLAD_CPU_ISA=generic $(SUITE) --ignore tests/test_compile_gate.py
 
 test-triton: .venv/.built
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest tests -q -n 2 --dist worksteal
+	TRITON_INTERPRET=1 $(SUITE)
 
 gate: .venv/.built  ## compile every Triton kernel ahead of time for sm_80, sm_90 and sm_100; no GPU needed
 	$(RUN) -m pytest tests/test_compile_gate.py -q
