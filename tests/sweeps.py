@@ -11,6 +11,8 @@ from torch import Tensor
 import rlad_kernels as rk
 from rlad_kernels import reference
 
+EPS32 = 2.0**-23
+
 
 @dataclass
 class Problem:
