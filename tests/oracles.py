@@ -20,17 +20,17 @@ DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.float64,
 def hold(
     actual: Tensor, formula: Callable[..., Tensor], *inputs: Tensor, plain: Callable[..., Tensor] | None = None,
     scale: float | None = None, calls: int = 1,
-) -> None:  # fmt: skip
-    """Hold ``actual`` to ``formula(*inputs)`` in float64, by the largest error of any element.
+) -> float:  # fmt: skip
+    """Hold ``actual`` to ``formula(*inputs)`` in float64, by the largest error of any element; gives the budget.
 
     What rounding can do to ``plain``, else to the same formula, in ``actual``'s dtype, and an ulp of the largest element, for
     each of the ``calls`` of the library that led to it. ``scale`` replaces the largest element where a sum cancels. In float64
     the oracle's own roundings are no finer.
     """
     exact, bound = budget(formula, *inputs, plain=plain, scale=scale, eps=torch.finfo(actual.dtype).eps)
-    if actual.dtype == torch.float64:
-        bound *= 2
-    within(actual, exact, calls * bound)
+    bound *= calls * (2 if actual.dtype == torch.float64 else 1)
+    within(actual, exact, bound)
+    return bound
 
 
 def budget(
