@@ -1,7 +1,8 @@
 """From the running statistics of a sweep to log-probs, entropy and masses.
 
-A sweep keeps, per row, the maximum m and sums over the *rest*: the columns outside the row's slots (target and support).
-Slots are added back here one by one, so that neither log p near 0 nor the tail mass suffers from cancellation.
+A sweep keeps, per row, the maximum m of and sums over the *rest*: the columns outside the row's slots (target and support).
+Slots are added back here one by one, so that neither log p near 0 nor the tail mass suffers from cancellation. As m is the
+rest's own maximum, a rest that the slots outweigh by e^100 does not underflow either.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 class Stats(NamedTuple):
     """Rows of the ``(5, N)`` statistics tensor that the fold kernels update, over columns seen so far."""
 
-    max: Tensor  # m = max z, slot columns included
+    max: Tensor  # m = max z outside the slots, −inf without a column there
     rest: Tensor  # Σ e^{z−m} outside the slots
     restz: Tensor  # Σ e^{z−m}(z−m) outside the slots
     restsq: Tensor  # Σ e^{2(z−m)} outside the slots
@@ -28,8 +29,10 @@ class Slots(NamedTuple):
     logp: Tensor  # (N, J) log-prob of every slot
     lse: Tensor  # (N,)
     entropy: Tensor  # (N,)
-    log_total: Tensor  # (N,) lse − m
-    exp: Tensor  # (N, J) e^{z−m} of the first occurrence of each id, else 0
+    max: Tensor  # (N,) max z over slots and rest
+    log_total: Tensor  # (N,) lse − max
+    log_rest: Tensor  # (N,) log of the rest's Σ e^{z−max}
+    sumsq: Tensor  # (N,) Σ e^{2(z−max)} over slots and rest
 
 
 def merge_tiles(tiles: Tensor) -> Tensor:
@@ -57,20 +60,26 @@ def add_slots(stats: Stats, z: Tensor, first: Tensor) -> Slots:
 
     log p of the largest slot is −log1p(others/e) where p > ½: relative accuracy as p → 1.
     """
-    shifted = z - stats.max.unsqueeze(1)
+    peak = torch.maximum(stats.max, z.amax(1)) if z.shape[1] else stats.max
+    gap = stats.max - peak
+    log_rest, gap = stats.rest.log() + gap, gap.clamp_min(-1e4)  # an empty rest must give 0·0, not 0·inf
+    down = gap.exp()
+    rest, restz = stats.rest * down, down * (stats.restz + gap * stats.rest)
+    shifted = z - peak.unsqueeze(1)
     e = torch.where(first, shifted.exp(), 0)
-    total = stats.rest + e.sum(1)
+    total = rest + e.sum(1)
     log_total = total.log()
     logp = shifted - log_total.unsqueeze(1)
     if e.shape[1]:
         top = e.argmax(1, keepdim=True)
-        others = stats.rest.unsqueeze(1) + e.scatter(1, top, 0).sum(1, keepdim=True)
-        peak = e.gather(1, top)
-        exact = -(others / peak).log1p()
-        logp = torch.where((z == z.gather(1, top)) & (peak > others), exact, logp)
+        others = rest.unsqueeze(1) + e.scatter(1, top, 0).sum(1, keepdim=True)
+        largest = e.gather(1, top)
+        exact = -(others / largest).log1p()
+        logp = torch.where((z == z.gather(1, top)) & (largest > others), exact, logp)
     weighted = torch.where(e > 0, e * shifted, 0).sum(1)
-    entropy = (log_total - (stats.restz + weighted) / total).clamp_min(0)
-    return Slots(logp, stats.max + log_total, entropy, log_total, e)
+    entropy = (log_total - (restz + weighted) / total).clamp_min(0)
+    sumsq = stats.restsq * down * down + e.square().sum(1)
+    return Slots(logp, peak + log_total, entropy, peak, log_total, log_rest, sumsq)
 
 
 def merge_slots(ids: Tensor, grad: Tensor, in_support: Tensor) -> tuple[Tensor, Tensor, Tensor]:

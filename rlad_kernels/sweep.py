@@ -30,20 +30,20 @@ def outputs(stats: Stats, z: Tensor, slots: Tensor, vocab_size: int, entropy: bo
     done = add_slots(stats, z, first)
     nothing = done.lse.new_empty(0)
     target_inside = (slots[:, 1:] == slots[:, :1]).any(1)
-    tail_sum = stats.rest + torch.where(target_inside, 0, done.exp[:, 0])
+    target_outside = torch.where(target_inside, -torch.inf, z[:, 0] - done.max)
     bad = (slots >= vocab_size).any(1)  # only on CUDA: on CPU such an id has raised
     results = [
         done.logp[:, 0],
         done.lse,
         done.entropy if entropy else nothing,
         torch.where(slots[:, 1:] < 0, -torch.inf, done.logp[:, 1:]) if slots.shape[1] > 1 else nothing,
-        tail_sum.log() - done.log_total if tail else nothing,
+        torch.logaddexp(done.log_rest, target_outside) - done.log_total if tail else nothing,
         stats.sumz / vocab_size if extras else nothing,
-        (stats.restsq + done.exp.square().sum(1)).log() - 2 * done.log_total if extras else nothing,
-        (done.lse - stats.max) - done.log_total,
+        done.sumsq.log() - 2 * done.log_total if extras else nothing,
+        (done.lse - done.max) - done.log_total,
     ]
     results = [torch.where(bad if x.dim() == 1 else bad[:, None], torch.nan, x) if x.numel() else x for x in results]
-    results.insert(6, z[:, 0] >= stats.max if extras else torch.empty(0, dtype=torch.bool, device=z.device))
+    results.insert(6, z[:, 0] >= done.max if extras else torch.empty(0, dtype=torch.bool, device=z.device))
     return tuple(results)
 
 
@@ -227,10 +227,10 @@ def linear_topk(
     target_logp = done.lse.new_empty(0)
     if target is not None:
         inside = ids == slots
-        outside = z[:, 0] - stats[0] - done.log_total
+        outside = z[:, 0] - done.max - done.log_total
         target_logp = torch.where(inside.any(1), torch.where(inside, done.logp, 0).sum(1), outside)
         target_logp = torch.where(slots[:, 0] >= vocab_size, torch.nan, target_logp)
-    results = (ids, done.logp, done.lse, stats[1].log() - done.log_total, target_logp, done.entropy)
+    results = (ids, done.logp, done.lse, done.log_rest - done.log_total, target_logp, done.entropy)
     wanted = (True, True, True, True, target is not None, entropy)
     return tuple(kept.put(x) if w else x.new_empty(0) for x, w in zip(results, wanted, strict=True))
 

@@ -121,12 +121,12 @@ def test_topk_of_the_whole_vocabulary_and_empty_places(isa):
 
 @any_dtype
 def test_tiny_tail_keeps_its_relative_accuracy(isa, dtype):
-    """A mass of 1e-7 outside the top-K, some of it pushed out of the heap on the way: never total minus top-K."""
+    """A mass of e^-300 outside the top-K, some of it pushed out of the heap on the way: never total minus top-K."""
     head = Head(2, (1000, 1000), dtype, spread=0.5)
-    head.raw[:, 1500:1510] += 24
+    head.raw[:, 1500:1510] += 300
     stats, _, _, ids = head.topk(torch.empty(2, 0, dtype=I32), 10)
     assert torch.equal(ids.sort(1).values, torch.arange(1500, 1510, dtype=I32).repeat(2, 1))
-    assert stats[1].max() < 1e-6
+    assert (1 <= stats[1]).all()
     check_stats(head, stats, head.outside(ids), extras=False)
 
 

@@ -14,8 +14,16 @@ void fold_rows(const FoldArgs<T>& a, int64_t begin, int64_t end) {
       const int64_t n = tile.cols - j0 < kStretch ? tile.cols - j0 : kStretch;
       const auto t = temper_stretch<CAP, BIAS, EXTRAS>(tile.logits.row(i) + j0, BIAS ? tile.bias + j0 : nullptr, n, c, z);
       for_slots(tile, i, tile.col0 + j0, n, [&](int64_t j, int64_t place) { a.slot_logits.row(i)[j] = z[place]; });
-      if (a.exclude) for_slots(tile, i, tile.col0 + j0, n, [&](int64_t, int64_t place) { z[place] = -kInf<T>; });
-      stats.raise_max(t.max, ENTROPY, EXTRAS);
+      T top = t.max;
+      if (a.exclude) {
+        bool held = false;
+        for_slots(tile, i, tile.col0 + j0, n, [&](int64_t, int64_t place) {
+          held |= z[place] == top;
+          z[place] = -kInf<T>;
+        });
+        if (held) top = max_of(z, round_up(n, kBlock<T>));
+      }
+      stats.raise_max(top, ENTROPY, EXTRAS);
       stats.add(exp_sums<ENTROPY, EXTRAS>(z, round_up(n, kBlock<T>), stats.shift()), ENTROPY, EXTRAS);
       if (EXTRAS) stats.sumz = T(stats.sumz + t.sum);
     }

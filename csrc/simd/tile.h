@@ -43,6 +43,20 @@ RLAD_INLINE Tempered<T> temper_stretch(const T* x, const T* bias, int64_t n, con
   return {max_lanes<T>(top), SUM ? sum_lanes<T>(sum) : 0};
 }
 
+// Over a whole number of blocks.
+template <class T>
+RLAD_INLINE T max_of(const T* z, int64_t n) {
+  Vec<T> top[kUnroll<T>];
+  for (int u = 0; u < kUnroll<T>; ++u) top[u] = splat<T>(-kInf<T>);
+  for (int64_t j = 0; j < n; j += kBlock<T>) {
+    for (int u = 0; u < kUnroll<T>; ++u) {
+      const Vec<T> v = load(z + j + u * kLanes<T>);
+      top[u] = v > top[u] ? v : top[u];
+    }
+  }
+  return max_lanes<T>(top);
+}
+
 struct Sums {
   double e = 0, ez = 0, ee = 0;  // Σ e^d, Σ e^d·d, Σ e^2d, d = z − m
 };
@@ -68,7 +82,7 @@ RLAD_INLINE Sums exp_sums(const T* z, int64_t n, T m) {
   return out;
 }
 
-// A row's running statistics.
+// A row's running statistics; m is the maximum of the columns that the sums are over.
 template <class T>
 struct RowStats {
   T &m, &rest, &restz, &restsq, &sumz;

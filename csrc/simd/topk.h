@@ -74,8 +74,12 @@ void fold_topk_rows(const TopkArgs<T>& a, int64_t begin, int64_t end) {
       const auto t = temper_stretch<CAP, BIAS, false>(tile.logits.row(i) + j0, BIAS ? tile.bias + j0 : nullptr, n, c, z);
       for_slots(tile, i, lo, n, [&](int64_t j, int64_t place) { a.slot_logits.row(i)[j] = z[place]; });
       int64_t length = round_up(n, kBlock<T>);
-      if (!heap.full() || t.max > heap.z[0]) length = update_heap(heap, z, n, lo);
-      stats.raise_max(t.max, ENTROPY, false);
+      T top = t.max;
+      if (!heap.full() || t.max > heap.z[0]) {
+        length = update_heap(heap, z, n, lo);
+        top = max_of(z, length);
+      }
+      stats.raise_max(top, ENTROPY, false);
       stats.add(exp_sums<ENTROPY, false>(z, length, stats.shift()), ENTROPY, false);
     }
   }

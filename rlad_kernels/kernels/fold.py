@@ -61,7 +61,7 @@ def fold_kernel(
     SLOTS: tl.constexpr, EXCLUDE: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, EXTRAS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """m ← max(m, z); rest ← e^{m₀−m}·rest + Σ e^{z−m} off the slots (restz, restsq, Σz alike); slot z's read out."""
+    """m ← max(m, z) and rest ← e^{m₀−m}·rest + Σ e^{z−m} off the slots (restz, restsq alike); Σz; slot z's read out."""
     i_r = tl.program_id(0).to(tl.int64)
     p_x = logits + i_r * stride_x
     p_slot = slots + i_r * J
@@ -80,15 +80,14 @@ def fold_kernel(
             b_sumz += tl.where(o_c < C, b_z, 0.0)
         sumz = tl.sum(b_sumz, 0)
 
-    b_slot_max = tl.full([BLOCK_J], -float("inf"), tl.float32)
     if SLOTS:
         for j0 in range(0, J, BLOCK_J):
             b_c, m_c = slot_columns(p_slot, j0 + o_j, J, col0, C)
-            b_raw = load_columns(p_x, b_c, m_c, True)
-            b_z = tempered(load_raw(p_x, bias, b_c, m_c, True), logit_scale, softcap, it, SOFTCAP)[0]
-            b_slot_max = tl.where(m_c, tl.maximum(b_slot_max, b_z), b_slot_max)
-            # while the row is marked, slot_logits keeps the raw values: J is unbounded, registers are not
-            tl.store(p_out + j0 + o_j, b_raw if MARKED else b_z, mask=m_c)
+            if MARKED:  # while the row is marked, slot_logits keeps the raw values: J is unbounded, registers are not
+                b_x = load_columns(p_x, b_c, m_c, True)
+            else:
+                b_x = tempered(load_raw(p_x, bias, b_c, m_c, True), logit_scale, softcap, it, SOFTCAP)[0]
+            tl.store(p_out + j0 + o_j, b_x, mask=m_c)
         if MARKED:
             tl.debug_barrier()  # every raw value is read before the first mark: duplicates read the same column
             b_mark = tl.full([BLOCK_J], MARK, tl.int32).to(tl.float32, bitcast=True)
@@ -127,8 +126,6 @@ def fold_kernel(
     rest_old = tl.load(p_s + stride_s)
     # a lane that saw nothing but −inf still holds LOWEST and must not pass for a maximum
     m_new = tl.maximum(m_old, tl.max(tl.where(b_rest > 0, b_m, -float("inf")), 0))
-    if SLOTS:
-        m_new = tl.maximum(m_new, tl.max(b_slot_max, 0))
     ref = tl.where(m_new == -float("inf"), 0.0, m_new)
     gap_old = bounded(m_old - ref)
     e_old = tl.exp(gap_old)

@@ -53,8 +53,6 @@ def _absorb(
         b_top = tl.max(tl.where(m_r[:, None], b_z, -float("inf")), 0)
         tl.store(column_max + i_b.to(tl.int64) * V + o_c, b_top, mask=m_c)
 
-    b_new = tl.maximum(b_m, tl.max(b_z, 1))
-    b_ref = tl.where(b_new == -float("inf"), 0.0, b_new)
     p_slots = slots + o_r.to(tl.int64) * J
     p_out = slot_logits + o_r.to(tl.int64) * J
     end = tl.minimum(c0 + b_x.shape[1], V)
@@ -65,6 +63,8 @@ def _absorb(
         b_z = tl.where(hit, -float("inf"), b_z)
         b_col = _next_column(p_slots, m_r, J, b_col, end, BLOCK_J)
 
+    b_new = tl.maximum(b_m, tl.max(b_z, 1))
+    b_ref = tl.where(b_new == -float("inf"), 0.0, b_new)
     b_gap_old = bounded(b_m - b_ref)
     b_old = tl.exp(b_gap_old)
     b_gap = bounded(b_z - b_ref[:, None])
@@ -109,7 +109,7 @@ def score_kernel(
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, EXTRAS: tl.constexpr, TMA: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """z of each tile of rows × vocabulary from the accumulator; per row its m = max z, and Σ e^{z−m} and the like off the slots."""
+    """z of each tile of rows × vocabulary from the accumulator; per row m = max z, Σ e^{z−m} and the like off the slots."""
     for tile in range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0)):
         # GROUP row blocks go through the vocabulary together: what they read of it comes from L2 for all but the first
         first = tile // (GROUP * tiles_v) * GROUP

@@ -31,7 +31,7 @@ def fold_topk_kernel(
     top_logits, top_ids, K,
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """top ← the K largest of top ∪ z, ties to the lower id; rest ← e^{m₀−m}·rest + Σ e^{z−m} over what is now outside."""
+    """top ← the K largest of top ∪ z, ties to the lower id; m, rest ← e^{m₀−m}·rest + Σ e^{z−m} over what is now outside."""
     i_r = tl.program_id(0).to(tl.int64)
     p_x = logits + i_r * stride_x
     it = tl.load(inv_temp + i_r)
@@ -65,7 +65,6 @@ def fold_topk_kernel(
         b_z = tl.where(m_c, tempered(b_x, logit_scale, softcap, it, SOFTCAP)[0], -float("inf"))
         b_key = tl.where(m_c, ordered(b_z), NO_KEY)
         m_in = o_b < 0  # none
-        m_new = tl.maximum(m, tl.max(b_z, 0))
         if (held < K) | (tl.max(b_key, 0) > least):
             b_id = tl.load(p_ids + o_b, mask=(o_b < BLOCK_K) & (o_b < K), other=-1)
             b_top = tl.load(p_top + o_b, mask=b_id >= 0, other=0.0)
@@ -84,10 +83,12 @@ def fold_topk_kernel(
             tl.store(p_ids + b_place, tl.where(m_c, col0 + o_c, b_id), mask=m_in)
             tl.debug_barrier()  # the next block reads what other threads stored
 
+        b_z = tl.where(m_in, -float("inf"), b_z)
+        m_new = tl.maximum(m, tl.max(b_z, 0))
         ref = tl.where(m_new == -float("inf"), 0.0, m_new)
         gap = bounded(m - ref)
         b_gap = bounded(b_z - ref)
-        b_e = tl.where(m_in, 0.0, tl.exp(b_gap))
+        b_e = tl.exp(b_gap)
         if ENTROPY:
             restz = tl.exp(gap) * (restz + gap * rest) + tl.sum(b_e * b_gap, 0)
         rest = tl.exp(gap) * rest + tl.sum(b_e, 0)
