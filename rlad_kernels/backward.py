@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlad_kernels.moments import merge_slots
+from rlad_kernels.ops import held_dtype
 from rlad_kernels.tiles import Tiles, empty
 
 
@@ -104,8 +105,8 @@ class Cotangents:
 class Gradients:
     """The gradients asked for, accumulated in the accumulation dtype and cast once.
 
-    ``whole`` keeps all of d_weight in the accumulation dtype, for loops with tokens outermost; otherwise one vocabulary
-    tile's slab at a time is enough. ``scattered`` starts it from zero, for :meth:`add_columns` instead of :meth:`add`, which
+    ``whole`` keeps all of d_weight in the accumulation dtype, for loops with tokens outermost, and leaves float16 gradients in
+    it, for a loss scale that is not known yet; otherwise one vocabulary tile's slab at a time is enough. ``scattered`` starts it from zero, for :meth:`add_columns` instead of :meth:`add`, which
     leaves in ``rest (N,)`` the part of each row's dlogits that no column has taken.
     """
 
@@ -114,13 +115,14 @@ class Gradients:
         scattered: bool = False,
     ) -> None:  # fmt: skip
         new = tiles.inv_temp.new_empty
-        self.tiles, self.dtype, self._scattered = tiles, weight.dtype, scattered
+        self.tiles, self._scattered = tiles, scattered
+        self.dtype = held_dtype(weight.dtype) if whole else weight.dtype
         self.hidden = new(tiles.n, weight.shape[1]).zero_() if need_hidden else None
         self.bias = new(weight.shape[0]).zero_() if need_bias else None
         self.rest = new(tiles.n if scattered else 0).zero_()
         self.weight, self._whole, self._slab = None, None, None
         if need_weight:
-            exact = weight.dtype == tiles.acc
+            exact = self.dtype == tiles.acc
             self._whole = empty(tiles.inv_temp, *weight.shape) if whole or scattered or exact else None
             self.weight = self._whole if exact else empty(weight, *weight.shape)
             for x in (self.weight, self._whole):
@@ -190,7 +192,7 @@ class Gradients:
             self.hidden.index_copy_(0, rows, part)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """d_hidden, d_weight, d_bias in the head's dtype; empty where not asked for."""
+        """d_hidden, d_weight, d_bias in the head's dtype, or the one they wait in; empty where not asked for."""
         if self._scattered and self.weight is not None and self._whole is not None and self._whole is not self.weight:
             self.weight.copy_(self._whole)
         hidden = None if self.hidden is None else self.hidden.to(self.dtype)

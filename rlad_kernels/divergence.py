@@ -225,7 +225,8 @@ def linear_divergence_bwd(
         return d_hidden, weight.new_empty(0), weight.new_empty(0)
     calls = _calls(hidden, weight, bias, (inv_temp, logit_scale, softcap, vocab_size), teachers, teacher_heads)
     kind, need = DIVERGENCES[divergence].kind(*params), (need_hidden, need_weight, need_bias)
-    return run("linear_divergence", *calls, weights, kind, live, g, need)[3:]
+    out = run("linear_divergence", *calls, weights, kind, live, g, need)
+    return out.d_hidden.to(hidden.dtype), out.d_weight.to(weight.dtype), out.d_bias.to(weight.dtype)
 
 
 def linear_divergence_loss(

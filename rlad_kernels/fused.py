@@ -133,6 +133,8 @@ def _backward(
 class FusedLoss(torch.autograd.Function):
     """Gradients are finished in the forward; backward scales them in place and gives them away, so it runs once.
 
+    float16 ones wait in float32: the scale may be a loss scale, without which they underflow.
+
     ``sweep(hidden, weight, bias, need)`` computes the loss with the gradients that are needed.
     """
 
@@ -140,7 +142,7 @@ class FusedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str, sweep: Callable[..., Fused]
     ) -> tuple[Any, ...]:
-        need = tuple(ctx.needs_input_grad[:3])
+        ctx.dtype, need = hidden.dtype, tuple(ctx.needs_input_grad[:3])
         out = sweep(hidden, weight, bias, need)
         ctx.name, ctx.gradients = name, [g if n else None for g, n in zip(out[3:], need, strict=True)]
         ctx.mark_non_differentiable(out.token_loss, *out.metrics.values())
@@ -154,7 +156,7 @@ class FusedLoss(torch.autograd.Function):
             raise RuntimeError(f"{ctx.name}: backward has run already; its gradients were given away, call the loss again")
         if g_loss.is_cuda or g_loss != 1:  # the usual 1 saves a pass over d_weight; reading it on CUDA would synchronise
             gradients = [None if g is None else g.mul_(g_loss) for g in gradients]
-        return *gradients, None, None
+        return *(None if g is None else g.to(ctx.dtype) for g in gradients), None, None
 
 
 def fused_linear_loss_op(

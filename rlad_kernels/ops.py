@@ -76,6 +76,11 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def held_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a fused loss's finished gradients wait for the loss's own: float16 loses them before a loss scale."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def _late(module: str, name: str) -> Callable[..., Any]:
     """A function that imports ``rlad_kernels.<module>`` on its first call, so that contracts cost no kernel import."""
 
@@ -176,15 +181,16 @@ def _(
     )
 
 
-def _gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, need: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    d_bias = torch.empty_like(bias) if bias is not None and need[2] else weight.new_empty(0)
-    d_hidden = hidden.new_empty(hidden.shape if need[0] else (0,))
-    return d_hidden, weight.new_empty(weight.shape if need[1] else (0,)), d_bias
+def _gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, need: Sequence[bool], dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    given = zip((hidden, weight, bias), need, strict=True)
+    return [weight.new_empty(0) if x is None or not n else x.new_empty(x.shape, dtype=dtype) for x, n in given]
 
 
 @torch.library.register_fake("rlad::linear_logp_bwd")
 def _(hidden, weight, bias, *args):
-    return _gradients(hidden, weight, bias, args[-3:])
+    return *_gradients(hidden, weight, bias, args[-3:]),
 
 
 @torch.library.register_fake("rlad::linear_topk")
@@ -207,7 +213,7 @@ def _(hidden, weight, bias, ids, mask, vocab_size, caller):
 
 @torch.library.register_fake("rlad::linear_gather_bwd")
 def _(grad, hidden, weight, bias, ids, mask, vocab_size, *need):
-    return _gradients(hidden, weight, bias, need)
+    return *_gradients(hidden, weight, bias, need),
 
 
 @torch.library.register_fake("rlad::clipped_ratio")
@@ -225,7 +231,7 @@ def _(topk_logp, *args):
 def _(hidden, weight, bias, target, topk_ids, mask, inv_temp, *args):
     from rlad_kernels.losses.metrics import METRICS
 
-    gradients = _gradients(hidden, weight, bias, args[-3:])
+    gradients = _gradients(hidden, weight, bias, args[-3:], held_dtype(weight.dtype))
     return _empty(hidden, ()), _empty(hidden, target.shape), _empty(hidden, (len(METRICS),)), *gradients
 
 
@@ -236,12 +242,13 @@ def _(hidden, weight, bias, mask, inv_temp, scale, softcap, vocab_size, *args):
 
 @torch.library.register_fake("rlad::linear_divergence_bwd")
 def _(hidden, weight, bias, *args):
-    return _gradients(hidden, weight, bias, args[-3:])
+    return *_gradients(hidden, weight, bias, args[-3:]),
 
 
 @torch.library.register_fake("rlad::linear_divergence_loss")
 def _(hidden, weight, bias, *args):
-    return _empty(hidden, ()), _empty(hidden, hidden.shape[:1]), *_gradients(hidden, weight, bias, args[-4:-1])
+    gradients = _gradients(hidden, weight, bias, args[-4:-1], held_dtype(weight.dtype))
+    return _empty(hidden, ()), _empty(hidden, hidden.shape[:1]), *gradients
 
 
 def _no_double_backward(name: str) -> None:
@@ -320,13 +327,13 @@ torch.library.register_autograd("rlad::topk_kl", _topk_kl_backward, setup_contex
 
 
 def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.need, ctx.tensors = tuple(inputs[-3:]), len(inputs[15])
+    ctx.dtype, ctx.need, ctx.tensors = inputs[0].dtype, tuple(inputs[-3:]), len(inputs[15])
     ctx.lists = [None if x else [] for x in inputs[14:18]]  # autograd takes an empty list for one of tensors, and wants it back
     ctx.save_for_backward(*output[3:])
 
 
 def _fused_backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> Any:
-    grads = [(g_loss * d).to(d.dtype) if need else None for need, d in zip(ctx.need, ctx.saved_tensors, strict=True)]
+    grads = [(g_loss * d).to(ctx.dtype) if need else None for need, d in zip(ctx.need, ctx.saved_tensors, strict=True)]
     names, _, numbers, words = ctx.lists
     return *grads, *[None] * 11, names, [None] * ctx.tensors, numbers, words, *[None] * 3
 
@@ -354,12 +361,13 @@ def _divergence_backward(ctx: Any, g: Tensor, _: Tensor) -> Any:
 
 
 def _divergence_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.need, ctx.teachers, ctx.params = tuple(inputs[-4:-1]), len(inputs[8]), inputs[12]
+    ctx.dtype, ctx.need = inputs[0].dtype, tuple(inputs[-4:-1])
+    ctx.teachers, ctx.params = len(inputs[8]), inputs[12]
     ctx.save_for_backward(*output[2:])
 
 
 def _divergence_loss_backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> Any:
-    grads = [(g_loss * d).to(d.dtype) if need else None for need, d in zip(ctx.need, ctx.saved_tensors, strict=True)]
+    grads = [(g_loss * d).to(ctx.dtype) if need else None for need, d in zip(ctx.need, ctx.saved_tensors, strict=True)]
     return *grads, *_no_gradient(ctx), *[None] * 5
 
 
