@@ -62,9 +62,8 @@ template <class T>
 struct DlogitsArgs {
   Tile<T> tile;
   AnyMat out;  // (R, C), may be the logits
-  Mat<const T> slot_grad;
-  Mat<const bool> slot_tail;  // data null without a tail
-  Mat<const T> rows;          // (6, R): lse, w, b, H, t, tail_lse
+  Mat<const T> slot_dz;  // (R, J): the whole dL/dz of each slot
+  Mat<const T> rows;     // (6, R): lse, w, b, H, t, tail_lse
   bool entropy, tail;
 };
 

@@ -65,22 +65,19 @@ void fold_topk_(const Tensor& logits, int64_t col0, const std::optional<Tensor>&
 }
 
 void dlogits_(const Tensor& out, const Tensor& logits, int64_t col0, const std::optional<Tensor>& bias, const Tensor& inv_temp,
-              double logit_scale, double softcap, const Tensor& slots, const Tensor& slot_grad,
-              const std::optional<Tensor>& slot_tail, const Tensor& rows, bool entropy, bool tail) {
+              double logit_scale, double softcap, const Tensor& slots, const Tensor& slot_dz, const Tensor& rows, bool entropy,
+              bool tail) {
   const Checker check("dlogits_");
   by_dtype(check, logits, [&](auto acc) {
     using T = decltype(acc);
     const auto tile = tile_of<T>(check, logits, col0, bias, inv_temp, logit_scale, softcap, slots);
     const int64_t n = logits.size(0);
-    if (tail && tile.num_slots && !slot_tail) check.fail("slot_tail", "a bool (R, J) tensor when tail is set", "None");
-    DlogitsArgs<T> args{tile,
-                        check.any_mat("out", out, n, tile.cols, true),
-                        check.mat<const T>("slot_grad", slot_grad, kAcc<T>, n, tile.num_slots),
-                        {nullptr, 0},
-                        check.mat<const T>("rows", rows, kAcc<T>, 6, n),
-                        entropy,
-                        tail};
-    if (tail && slot_tail) args.slot_tail = check.mat<const bool>("slot_tail", *slot_tail, ScalarType::Bool, n, tile.num_slots);
+    const DlogitsArgs<T> args{tile,
+                              check.any_mat("out", out, n, tile.cols, true),
+                              check.mat<const T>("slot_dz", slot_dz, kAcc<T>, n, tile.num_slots),
+                              check.mat<const T>("rows", rows, kAcc<T>, 6, n),
+                              entropy,
+                              tail};
     const auto pass = row_passes<T>().dlogits;
     torch::stable::parallel_for(0, n, rows_per_thread(tile.cols), [&](int64_t begin, int64_t end) { pass(args, begin, end); });
   });

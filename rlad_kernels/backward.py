@@ -1,6 +1,9 @@
 """Backward of a sweep: cotangents of a row's outputs → dlogits of a tile → d_hidden, d_weight, d_bias.
 
 dlogits = a·(onehot_y − p) + Σ_k c_k(onehot_k − p) + l·p − b·p(log p + H) + t·(1[outside]·p/τ − p), τ the tail mass.
+
+Those of the slots come whole from the forward's log-probs: where p is next to 1 they are small differences, in which the
+rounding of a logit, recomputed or not, would drown the rest.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from rlad_kernels.moments import merge_slots
 from rlad_kernels.ops import held_dtype
 from rlad_kernels.tiles import Tiles, empty
 
+NEAR = -0.5  # a log-prob from which 1 − p is formed as −expm1(log p)
+
 
 @dataclass
 class Cotangents:
@@ -21,9 +26,9 @@ class Cotangents:
 
     target: Tensor  # (n, 1) int32
     slots: Tensor  # (n, J) int32, unique, −1 empty: the target among them
-    slot_grad: Tensor  # (n, J)
-    slot_tail: Tensor | None  # (n, J) bool: a slot outside the support takes part in the tail
-    rows: Tensor  # (6, n): lse, w, b, H, t, tail_lse
+    slot_dz: Tensor  # (n, J) dL/dz there
+    rows: Tensor  # (6, n): lse, w, b, H, t, tail_lse, of which dL/dz of the other columns is made
+    total: Tensor  # (n,) Σ_v dL/dz_v: everything cancels but the gradient of lse
     entropy: bool
     tail: bool
     unscale: Tensor | None = None
@@ -31,54 +36,47 @@ class Cotangents:
 
     @classmethod
     def of(
-        cls, slots: Tensor, lse: Tensor, lse_error: Tensor, a: Tensor, l: Tensor, b: Tensor | None, c: Tensor | None,
-        t: Tensor | None, entropy: Tensor | None, tail_logp: Tensor | None,
+        cls, slots: Tensor, logp: Tensor, topk_logp: Tensor | None, lse: Tensor, lse_error: Tensor, a: Tensor, l: Tensor,
+        b: Tensor | None, c: Tensor | None, t: Tensor | None, entropy: Tensor | None, tail_logp: Tensor | None,
     ) -> Cotangents:  # fmt: skip
-        """From the cotangents a (logp), l (lse), b (entropy), c (topk_logp), t (tail_logp) and the row's lse, H, log τ.
+        """From a row's outputs and their cotangents a (logp), l (lse), b (entropy), c (topk_logp), t (tail_logp).
 
         ``lse_error`` = float32 lse − lse: the kernels' p = e^{z−lse} is off by that factor in the whole row (1e-5 at logits of
         150), so it goes into the coefficients.
         """
-        zero = torch.zeros_like(lse)
-        target, grad = slots[:, :1], a.unsqueeze(1)
+        zero, target = torch.zeros_like(lse), slots[:, :1]
+        with_entropy, with_tail = b is not None, t is not None
+        b, entropy = (zero, zero) if b is None or entropy is None else (b, entropy)
+        grad, logp, inside = a.unsqueeze(1), logp.unsqueeze(1), None
         if c is None and t is None:
-            slots = slots[:, :1]
+            slots = target
         else:
-            c = torch.zeros_like(slots[:, 1:], dtype=lse.dtype) if c is None else c
-            grad = torch.cat([grad, torch.where(slots[:, 1:] >= 0, c, 0)], 1)
-        w = l - grad.sum(1)
-        tail_lse = zero
-        if t is not None:
-            assert tail_logp is not None
+            assert topk_logp is not None
+            c = torch.zeros_like(topk_logp) if c is None else torch.where(slots[:, 1:] >= 0, c, 0)
+            slots, grad, logp, inside = merge_slots(slots, torch.cat([grad, c], 1), torch.cat([logp, topk_logp], 1))
+        if t is None or tail_logp is None:
+            empty, t, tail_logp = zero.bool(), zero, zero
+        else:
             empty = tail_logp == -torch.inf  # no mass outside the support: no gradient, and e^{z−∞} keeps it finite
-            t = torch.where(empty, 0, t)
-            w = w - t
-            tail_lse = lse + tail_logp
-            t = t * (1 + torch.where(empty, 0, (tail_lse - lse) - tail_logp + lse_error))
-            tail_lse = torch.where(empty, torch.inf, tail_lse)
-        b_row, h_row = (zero, zero) if b is None or entropy is None else (b * (1 + lse_error), entropy + lse_error)
-        rows = torch.stack([lse, w * (1 + lse_error), b_row, h_row, zero if t is None else t, tail_lse])
-        in_support = torch.ones(slots.shape[1], dtype=torch.bool, device=slots.device)
-        in_support[0] = False
-        if slots.shape[1] > 1:
-            slots, grad, member = merge_slots(slots, grad, in_support)
-        else:
-            member = in_support.expand_as(slots)
-        return cls(target, slots, grad.contiguous(), ~member if t is not None else None, rows, b is not None, t is not None)
+            t, tail_logp = torch.where(empty, 0, t), torch.where(empty, 0, tail_logp)
+        w = l - grad.sum(1)
+        slot_dz = _slot_dz(grad, logp, inside, l, w - t, b, entropy, t, tail_logp)
+        # what is left lies outside the support: p·(w − t + t/τ), from one exponential where 1/τ − 1 would be a small difference
+        whole = tail_logp > NEAR
+        w = w + t * torch.where(whole, torch.expm1(-tail_logp), -1)
+        tail_lse = lse + tail_logp
+        t = torch.where(whole, 0, t * (1 + (tail_lse - lse) - tail_logp + lse_error))
+        tail_lse = torch.where(empty, torch.inf, tail_lse)
+        rows = torch.stack([lse, w * (1 + lse_error), b * (1 + lse_error), entropy + lse_error, t, tail_lse])
+        return cls(target, slots, slot_dz, rows, l, with_entropy, with_tail)
 
     def take(self, rows: Tensor | slice) -> Cotangents:
         """The cotangents of some rows."""
-        tail = None if self.slot_tail is None else self.slot_tail[rows]
         lost = None if self.lost is None else self.lost[rows]
         return replace(
-            self, target=self.target[rows], slots=self.slots[rows], slot_grad=self.slot_grad[rows], slot_tail=tail,
-            rows=self.rows[:, rows], lost=lost,
+            self, target=self.target[rows], slots=self.slots[rows], slot_dz=self.slot_dz[rows], rows=self.rows[:, rows],
+            total=self.total[rows], lost=lost,
         )  # fmt: skip
-
-    @property
-    def total(self) -> Tensor:
-        """Σ_v dL/dz_v of each row: everything cancels but the gradient of lse."""
-        return self.rows[1] + self.slot_grad.sum(1) + self.rows[4]
 
     def fit(self, tiles: Tiles, rows: slice | Tensor) -> None:
         """Prepare for dlogits in a 16-bit dtype; ``rows`` of ``tiles`` are these.
@@ -88,18 +86,34 @@ class Cotangents:
         ``unscale`` takes it out of the gradients.
         """
         if tiles.grad_dtype == torch.bfloat16:
-            self.lost = torch.zeros_like(self.slot_grad[:, :1])
+            self.lost = torch.zeros_like(self.slot_dz[:, :1])
         if tiles.grad_dtype != torch.float16:
             return
         _, w, b, h, t, _ = self.rows
-        bound = (
-            (w.abs() + self.slot_grad.abs().sum(1) + t.abs() + b.abs() * (1 + h)) * tiles.inv_temp[rows] * abs(tiles.logit_scale)
-        )
+        size = self.slot_dz.abs().amax(1) + w.abs() + t.abs() + b.abs() * (1 + h)
+        bound = size * tiles.inv_temp[rows] * abs(tiles.logit_scale)
         largest = bound.max() if bound.numel() else bound.new_ones(())
         scale = torch.exp2(torch.floor(torch.log2(4096 / torch.where(largest > 0, largest, 1))))
-        self.slot_grad *= scale
+        self.slot_dz *= scale
         self.rows[[1, 2, 4]] *= scale
+        self.total = self.total * scale
         self.unscale = 1 / scale
+
+
+def _slot_dz(
+    grad: Tensor, logp: Tensor, inside: Tensor | None, l: Tensor, w: Tensor, b: Tensor, entropy: Tensor, t: Tensor,
+    tail_logp: Tensor,
+) -> Tensor:  # fmt: skip
+    """dL/dz = g + w·p − b·p(log p + H) + t·p/τ of the slots ``(n, J)``, p/τ only outside the support, w = l − Σ g − t.
+
+    Where p is next to 1: g + w + t = l − Σ of the *other* g, and w·(p − 1) and t·(p/τ − 1) on top of it.
+    """
+    w, b, t, entropy, tail_logp = (x.unsqueeze(1) for x in (w, b, t, entropy, tail_logp))
+    finite, top = logp > -torch.inf, logp > NEAR
+    others = l.unsqueeze(1) - torch.where(top, 0, grad).sum(1, keepdim=True)
+    share = torch.where(finite if inside is None else finite & ~inside, logp - tail_logp, -torch.inf)
+    near, far = others + w * logp.expm1() + t * share.expm1(), grad + w * logp.exp() + t * share.exp()
+    return torch.where(top, near, far) - torch.where(finite, b * logp.exp() * (logp + entropy), 0)
 
 
 class Gradients:
@@ -221,6 +235,5 @@ def _dlogits(
     tiles: Tiles, cot: Cotangents, out: Tensor, x: Tensor, c0: int, bias: Tensor | None, inv_temp: Tensor, slots: Tensor
 ) -> None:
     torch.ops.rlad.dlogits_(
-        out, x, c0, bias, inv_temp, tiles.logit_scale, tiles.softcap, slots, cot.slot_grad, cot.slot_tail, cot.rows, cot.entropy,
-        cot.tail,
+        out, x, c0, bias, inv_temp, tiles.logit_scale, tiles.softcap, slots, cot.slot_dz, cot.rows, cot.entropy, cot.tail
     )  # fmt: skip

@@ -103,11 +103,11 @@ def _backward(
     if total.requires_grad:
         found = torch.autograd.grad(total, leaves, allow_unused=True)
     with torch.no_grad():
-        _, lse, entropy, _, tail_logp = leaves
+        logp, lse, entropy, topk_logp, tail_logp = (x.detach() for x in leaves)
         a, l, b, c, t = (None if g is None else g.detach() for g in found)
         a, l = (torch.zeros_like(lse) if g is None else g for g in (a, l))
-        cot = Cotangents.of(slots[r0:r1], lse.detach(), lse_error, a, l, b, c, t, entropy.detach(), tail_logp.detach())
-        dead = (cot.rows[1] == 0) & (cot.rows[2] == 0) & (cot.rows[4] == 0) & (cot.slot_grad == 0).all(1)
+        cot = Cotangents.of(slots[r0:r1], logp, topk_logp, lse, lse_error, a, l, b, c, t, entropy, tail_logp)
+        dead = (cot.rows[[1, 2, 4]] == 0).all(0) & (cot.slot_dz == 0).all(1)
         rows: slice | Tensor = slice(r0, r1)
         if not x.is_cuda and bool(dead.any()):  # dropping needs the host to know how many, a synchronisation on CUDA
             live = (~dead).nonzero().squeeze(1)

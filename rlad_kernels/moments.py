@@ -74,33 +74,34 @@ def add_slots(stats: Stats, z: Tensor, first: Tensor) -> Slots:
         top = e.argmax(1, keepdim=True)
         others = rest.unsqueeze(1) + e.scatter(1, top, 0).sum(1, keepdim=True)
         largest = e.gather(1, top)
-        exact = -(others / largest).log1p()
-        logp = torch.where((z == z.gather(1, top)) & (largest > others), exact, logp)
+        exact, sure = -(others / largest).log1p(), largest > others
+        logp = torch.where((z == z.gather(1, top)) & sure, exact, logp)
+        log_total = torch.where(sure.squeeze(1), -exact.squeeze(1), log_total)  # its slot is the row's maximum: e^{z−max} = 1
     weighted = torch.where(e > 0, e * shifted, 0).sum(1)
     entropy = (log_total - (restz + weighted) / total).clamp_min(0)
     sumsq = stats.restsq * down * down + e.square().sum(1)
     return Slots(logp, peak + log_total, entropy, peak, log_total, log_rest, sumsq)
 
 
-def merge_slots(ids: Tensor, grad: Tensor, in_support: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def merge_slots(ids: Tensor, grad: Tensor, logp: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Give each id of a row one slot: its gradients summed, −1 elsewhere; without atomics, in a fixed order.
 
     Args:
-        ids: ``(N, J)`` int32, −1 empty.
-        grad: ``(N, J)``.
-        in_support: ``(J,)`` bool; an id is in the support if one of its slots is.
+        ids: ``(N, J)`` int32, −1 empty: the target, then the support.
+        grad, logp: ``(N, J)``.
 
     Returns:
-        ids, gradient sums and membership, each ``(N, J)``, the slots in ascending order of ids.
+        ids in ascending order, their gradient sums and log-probs (0 and −∞ where empty), and which are in the support.
     """
     ids, order = ids.sort(dim=1, stable=True)
-    grad, member = grad.gather(1, order), in_support[order]
+    grad, inside = grad.gather(1, order), order > 0
     step = 1
     while step < ids.shape[1]:  # segmented prefix sum: log2(J) rounds
         same = ids[:, step:] == ids[:, :-step]
         grad = torch.cat([grad[:, :step], grad[:, step:] + torch.where(same, grad[:, :-step], 0)], 1)
-        member = torch.cat([member[:, :step], member[:, step:] | (same & member[:, :-step])], 1)
+        inside = torch.cat([inside[:, :step], inside[:, step:] | (same & inside[:, :-step])], 1)
         step *= 2
-    last = torch.ones_like(member)
-    last[:, :-1] = ids[:, 1:] != ids[:, :-1]
-    return torch.where(last, ids, -1).contiguous(), torch.where(last & (ids >= 0), grad, 0), member
+    last = ids >= 0
+    last[:, :-1] &= ids[:, 1:] != ids[:, :-1]
+    ids, grad = torch.where(last, ids, -1).contiguous(), torch.where(last, grad, 0)
+    return ids, grad, torch.where(last, logp.gather(1, order), -torch.inf), inside

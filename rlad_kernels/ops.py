@@ -28,7 +28,7 @@ ROW_OPS = {
     "fold_": f"({_TILE}, bool exclude, Tensor(a!) stats, Tensor(b!) slot_logits, bool entropy, bool extras) -> ()",
     "fold_topk_": f"({_TILE}, Tensor(a!) stats, Tensor(b!) slot_logits, Tensor(c!) top_logits, Tensor(d!) top_ids, "
     "bool entropy) -> ()",
-    "dlogits_": f"(Tensor(a!) out, {_TILE}, Tensor slot_grad, Tensor? slot_tail, Tensor rows, bool entropy, bool tail) -> ()",
+    "dlogits_": f"(Tensor(a!) out, {_TILE}, Tensor slot_dz, Tensor rows, bool entropy, bool tail) -> ()",
     "column_stats_": "(Tensor(a!) out, Tensor logits, Tensor? bias, Tensor inv_temp, float logit_scale, float softcap, Tensor lse, "
     "int block) -> ()",
     "divergence_": "(Tensor(a!) value, Tensor(b!)? out, Tensor logits, Tensor? bias, Tensor inv_temp, float logit_scale, "
@@ -51,8 +51,8 @@ SWEEP_OPS = {
     "linear_logp": f"({_HEAD}, Tensor target, Tensor? topk_ids, Tensor? mask, {_CALL}, bool entropy, bool tail, bool extras, "
     "float filter_eps, bool ahead, str caller) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "linear_logp_bwd": f"({_HEAD}, Tensor target, Tensor? topk_ids, Tensor? mask, {_CALL}, Tensor lse, Tensor lse_error, "
-    "Tensor entropy, Tensor tail_logp, Tensor slope, Tensor keep_columns, Tensor mean, "
+    "linear_logp_bwd": f"({_HEAD}, Tensor target, Tensor? topk_ids, Tensor? mask, {_CALL}, Tensor logp, Tensor topk_logp, "
+    "Tensor lse, Tensor lse_error, Tensor entropy, Tensor tail_logp, Tensor slope, Tensor keep_columns, Tensor mean, "
     "Tensor g_logp, Tensor g_lse, Tensor? g_entropy, Tensor? g_topk, Tensor? g_tail, "
     "bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     "linear_topk": f"({_HEAD}, Tensor? target, Tensor? mask, {_CALL}, int k, bool entropy) "
@@ -273,7 +273,7 @@ def _given(grads: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor | None]
 
 def _logp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, topk_ids, mask, inv_temp, *ctx.head, ctx.entropy, ctx.tail, _, _, _, _ = inputs
-    made = (output[1], output[8], output[2], output[4], output[9], *output[11:])
+    made = (output[0], output[3], output[1], output[8], output[2], output[4], output[9], *output[11:])
     ctx.save_for_backward(hidden, weight, bias, target, topk_ids, mask, inv_temp, *made)
 
 

@@ -31,13 +31,16 @@ def outputs(stats: Stats, z: Tensor, slots: Tensor, vocab_size: int, entropy: bo
     nothing = done.lse.new_empty(0)
     target_inside = (slots[:, 1:] == slots[:, :1]).any(1)
     target_outside = torch.where(target_inside, -torch.inf, z[:, 0] - done.max)
+    within = first & torch.cat([target_inside.unsqueeze(1), torch.ones_like(first[:, 1:])], 1)
+    support = torch.where(within, done.logp.exp(), 0).sum(1)
+    tail_logp = torch.logaddexp(done.log_rest, target_outside) - done.log_total
     bad = (slots >= vocab_size).any(1)  # only on CUDA: on CPU such an id has raised
     results = [
         done.logp[:, 0],
         done.lse,
         done.entropy if entropy else nothing,
         torch.where(slots[:, 1:] < 0, -torch.inf, done.logp[:, 1:]) if slots.shape[1] > 1 else nothing,
-        torch.logaddexp(done.log_rest, target_outside) - done.log_total if tail else nothing,
+        torch.where(support < 0.5, (-support).log1p(), tail_logp) if tail else nothing,
         stats.sumz / vocab_size if extras else nothing,
         done.sumsq.log() - 2 * done.log_total if extras else nothing,
         (done.lse - done.max) - done.log_total,
@@ -119,7 +122,7 @@ def _whole_rows(
             made.keep[b], made.dropped[at], _ = sparse.choose(tiles, means, x, r0, done[1], slots[at], filter_eps)
             continue
         one = torch.ones_like(done[1])
-        cot = Cotangents.of(slots[at], done[1], done[-1], one, 0 * one, None, None, None, None, None)
+        cot = Cotangents.of(slots[at], done[0], None, done[1], done[-1], one, 0 * one, None, None, None, None, None)
         cot.fit(tiles, at)
         for c0, c1, w in tiles.columns():
             tiles.add_product(made.slope[at], backward_tile(tiles, cot, x[:, c0:c1], c0, tiles.inv_temp[at]), w, cot.unscale)
@@ -132,8 +135,8 @@ def _whole_rows(
 
 def linear_logp_bwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, topk_ids: Tensor | None, mask: Tensor | None,
-    inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int, lse: Tensor, lse_error: Tensor,
-    entropy: Tensor, tail_logp: Tensor, slope: Tensor, keep_columns: Tensor, mean: Tensor,
+    inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int, logp: Tensor, topk_logp: Tensor, lse: Tensor,
+    lse_error: Tensor, entropy: Tensor, tail_logp: Tensor, slope: Tensor, keep_columns: Tensor, mean: Tensor,
     g_logp: Tensor, g_lse: Tensor, g_entropy: Tensor | None, g_topk: Tensor | None, g_tail: Tensor | None,
     need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -157,8 +160,10 @@ def linear_logp_bwd(
     inv_temp = kept.take(inv_temp.expand(target.shape[0]))
     tiles = Tiles(kept.take(hidden), weight, bias, inv_temp, logit_scale, softcap, vocab_size)
     b, c, t = (None if g is None else kept.take(g) for g in (g_entropy, g_topk, g_tail))
-    h, tau = (None if g is None else kept.take(x) for g, x in ((g_entropy, entropy), (g_tail, tail_logp)))
-    cot = Cotangents.of(slots, kept.take(lse), kept.take(lse_error), kept.take(g_logp), kept.take(g_lse), b, c, t, h, tau)
+    made = (topk_ids, topk_logp), (g_entropy, entropy), (g_tail, tail_logp)
+    support, h, tau = (None if given is None else kept.take(x) for given, x in made)
+    rows = (kept.take(x) for x in (lse, lse_error, g_logp, g_lse))
+    cot = Cotangents.of(slots, kept.take(logp), support, *rows, b, c, t, h, tau)
     cot.fit(tiles, slice(None))
     out = Gradients(tiles, weight, need_hidden, need_weight, need_bias, scattered=filtered)
     if filtered:

@@ -112,13 +112,13 @@ class Head:
             rlad.fold_topk_(*tile, slots, stats, out, top, ids, True)
         return stats, out, top, ids
 
-    def dlogits(self, slots, slot_grad, slot_tail, rows, *, entropy, tail, out_dtype=None):
+    def dlogits(self, slots, slot_dz, rows, *, entropy, tail, out_dtype=None):
         """The gradient of all tiles: in place, or into ``out_dtype``."""
         parts = []
         for tile in self.tiles():
             x = tile[0]
             out = x if out_dtype is None else torch.full((self.rows, x.shape[1] + 3), torch.nan, dtype=out_dtype)[:, 1:-2]
-            rlad.dlogits_(out, *tile, slots, slot_grad, slot_tail, rows, entropy, tail)
+            rlad.dlogits_(out, *tile, slots, slot_dz, rows, entropy, tail)
             parts.append(out)
         return torch.cat(parts, 1)
 
@@ -167,25 +167,23 @@ def some_slots(head, count):
 
 
 def cotangents(head, count):
-    """slots, slot_grad, slot_tail and rows with every term present. Slot 0 is a target outside the support."""
+    """slots, slot_dz and rows with every term present."""
     g = torch.Generator().manual_seed(3)
     slots = torch.stack([torch.randperm(head.raw.shape[1], generator=g)[:count] for _ in range(head.rows)]).to(I32)
     if count > 2:
         slots[::2, 1] = -1
-    slot_grad = torch.where(slots >= 0, torch.randn(slots.shape, generator=g), 0).to(head.dtype)
-    slot_tail = torch.zeros(slots.shape, dtype=torch.bool)
-    slot_tail[:, 0] = True
+    slot_dz = torch.where(slots >= 0, torch.randn(slots.shape, generator=g), 0).to(head.dtype)
     w, b, t = torch.randn(3, head.rows, generator=g, dtype=torch.float64)
     p = head.z.softmax(1)
     rows = torch.stack([head.z.logsumexp(1), w, b, torch.special.entr(p).sum(1), t, tail_lse(head, slots)])
-    return slots, slot_grad, slot_tail, rows.to(head.dtype)
+    return slots, slot_dz, rows.to(head.dtype)
 
 
 def tail_lse(head, slots):
-    return torch.where(head.outside(slots[:, 1:]), head.z, -INF).logsumexp(1)
+    return torch.where(head.outside(slots), head.z, -INF).logsumexp(1)
 
 
-def dlogits_oracle(head, slots, slot_grad, slot_tail, rows, *, entropy, tail):
+def dlogits_oracle(head, slots, slot_dz, rows, *, entropy, tail):
     """The gradient in float64, and the budget of a pass's error."""
     z, err = head.z, head.z_error()[:, None]
     lse, w, b, h, t, tail_lse = rows.double()[:, :, None]
@@ -196,13 +194,14 @@ def dlogits_oracle(head, slots, slot_grad, slot_tail, rows, *, entropy, tail):
     if entropy:
         g, budget = g - p * b * (lp + h), budget + rel * p * b.abs() * (lp.abs() + h.abs() + 1)
     if tail:
-        in_tail = (z > -INF) & head.outside(torch.where(slot_tail, -1, slots))
+        in_tail = (z > -INF) & head.outside(slots)
         lq = torch.where(in_tail, z - tail_lse, 0)
         q = torch.where(in_tail, lq.exp() * t, 0)
         g, budget = g + q, budget + (err + head.u * (8 + lq.abs())) * q.abs()
-    grads = torch.where(slots >= 0, slot_grad, 0).double()
-    g.scatter_add_(1, slots.long().clamp(min=0), grads)
-    budget.scatter_add_(1, slots.long().clamp(min=0), 4 * head.u * grads.abs())
+    outside, at = head.outside(slots), slots.long().clamp(min=0)
+    values = torch.where(slots >= 0, slot_dz, 0).double()
+    g = torch.where(outside, g, 0).scatter_add_(1, at, values)
+    budget = torch.where(outside, budget, 0).scatter_add_(1, at, 4 * head.u * values.abs())
     # the slope's own relative error; far into the soft cap, that of its argument counts
     bend = torch.where(head.raw > -INF, head.u * (8 + 6 * head.a.abs() / head.softcap) if head.softcap else 3 * head.u, 0)
     # and a probability below the smallest normal number is 0

@@ -18,6 +18,7 @@ if DEVICE != "cpu":
 from rlad_kernels import kernels  # noqa: E402
 from rlad_kernels.kernels import compile_gate  # noqa: E402
 from rlad_kernels.kernels._launch import Launch  # noqa: E402
+from rlad_kernels.kernels._math import product  # noqa: E402
 from rlad_kernels.kernels.clipped_ratio import ESTIMATORS  # noqa: E402
 from rlad_kernels.kernels.configs import TABLES, Config  # noqa: E402
 from rlad_kernels.kernels.divergence import FAMILIES  # noqa: E402
@@ -55,7 +56,7 @@ def test_cases_reach_every_config_row_dtype_flag_and_optional_argument(name):
     seen = [dict(zip(parameters, launch.args, strict=False)) | launch.flags for launch in launches]
     for flag in launches[0].flags:
         assert {values[flag] for values in seen} == CHOICES.get(flag, {False, True}), flag
-    for optional in {"bias", "teacher_bias", "ref_logp", "tail_logp", "slot_tail", "column_max"} & set(parameters):
+    for optional in {"bias", "teacher_bias", "ref_logp", "tail_logp", "column_max"} & set(parameters):
         assert {values[optional] is None for values in seen} == {False, True}, optional
     for tensor in {"out", "weight", "hidden", "d_weight"} & set(parameters) - ({"out"} if name in FLOAT32_OUT else set()):
         assert {getattr(values[tensor], "base", values[tensor]).dtype for values in seen} == HALVES, tensor
@@ -88,10 +89,29 @@ def _copy(x, out, BLOCK: tl.constexpr):
     tl.store(out + o, tl.load(x + o))
 
 
+@triton.jit
+def _gap(x, out, BLOCK: tl.constexpr, ROUNDED: tl.constexpr):
+    """out = x·x − x, which a fused multiply-add rounds once."""
+    o = tl.arange(0, BLOCK)
+    b_x = tl.load(x + o)
+    tl.store(out + o, (product(b_x, b_x) if ROUNDED else b_x * b_x) - b_x)
+
+
+def test_logits_are_rounded_before_they_are_used():
+    x = torch.empty(1 << 16, device="meta")
+    assert "no mul" in faults(_gap, x, BLOCK=1024, ROUNDED=False, wide=(compile_gate.ROUNDED,))
+    assert "no mul" not in faults(_gap, x, BLOCK=1024, ROUNDED=True, wide=(compile_gate.ROUNDED,))
+    assert "no fma" not in faults(_gap, x, BLOCK=1024, ROUNDED=False, wide=(r"fma\.rn\.f32",))
+    assert "no fma" in faults(_gap, x, BLOCK=1024, ROUNDED=True, wide=(r"fma\.rn\.f32",))
+    makers = {name for name, spec in REGISTRY.items() if spec.tempers}
+    assert makers == {name for name, spec in REGISTRY.items() if "tempered" in spec.fn.fn.__globals__}
+
+
 def test_products_of_16_bit_types_must_use_the_tensor_cores():
     spec = REGISTRY["score_kernel"]
     patterns = {case.label: compile_gate.required(spec, case, case.launch(90), 90) for case in CASES["score_kernel"]}
-    assert {label.split()[0]: len(found) for label, found in patterns.items()} == {
+    rounded = compile_gate.ROUNDED
+    assert {label.split()[0]: len(set(found) - {rounded}) for label, found in patterns.items()} == {
         "torch.float32": 0, "torch.bfloat16": 1, "torch.float16": 1,
     }  # fmt: skip
     x = torch.empty(1 << 16, device="meta")

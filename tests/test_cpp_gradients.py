@@ -29,10 +29,10 @@ pytestmark = pytest.mark.cpu
 def test_dlogits_match_float64(isa, kind, dtype, entropy, tail):
     head = Head(4, WIDTHS, dtype, **HEADS[kind])
     head.spoil()
-    slots, slot_grad, slot_tail, rows = cotangents(head, 9)
+    slots, slot_dz, rows = cotangents(head, 9)
     slots[1, 2], slots[2, 2] = 500, 3000  # the columns with all the mass: their tail term would be huge
     rows[5] = tail_lse(head, slots)
-    case, terms = (slots, slot_grad, slot_tail if tail else None, rows), {"entropy": entropy, "tail": tail}
+    case, terms = (slots, slot_dz, rows), {"entropy": entropy, "tail": tail}
     got = head.dlogits(*case, **terms)
     within(got, *dlogits_oracle(head, *case, **terms))
     for out_dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
@@ -41,14 +41,33 @@ def test_dlogits_match_float64(isa, kind, dtype, entropy, tail):
 
 
 @any_dtype
+@any_head
+def test_every_pass_sees_the_logits_of_the_fold(isa, kind, dtype):
+    """lse = the z that the fold read out: p is 1 to the last bit, unless the product is contracted into its use."""
+    head = Head(1, (201,), dtype, **HEADS[kind])
+    head.raw = head.raw.T.contiguous()  # a column each row
+    head.rows, head.widths, head.inv_temp = 201, (1,), (torch.rand(201) + 0.5).to(dtype)
+    head.bias = None if head.bias is None else head.bias[:1]
+    slots, one = torch.zeros(201, 1, dtype=I32), torch.ones(201, 1, dtype=dtype)
+    z = head.fold(slots)[1]
+    rows = torch.cat([z, one, *[0 * one] * 4], 1).T.contiguous()
+    got = head.dlogits(slots[:, :0], one[:, :0], rows, entropy=False, tail=False)
+    assert torch.equal(got, head.dlogits(slots, one, rows, entropy=False, tail=False))
+    tile = next(head.tiles())
+    stats = z.new_empty(3 if head.softcap else 2, 201, 1)
+    rlad.column_stats_(stats, tile[0], *tile[2:], rows[0], 1)
+    assert (stats[0] == 1).all()
+
+
+@any_dtype
 @pytest.mark.parametrize("softcap", (0.0, 5.0))
 def test_zero_cotangents_give_exact_zeros(isa, dtype, softcap):
     head = Head(3, (100,), dtype, softcap=softcap)
-    slots, slot_grad, slot_tail, rows = cotangents(head, 4)
+    slots, slot_dz, rows = cotangents(head, 4)
     rows[[1, 2, 4]], rows[0, 1] = 0, torch.nan
-    assert not head.dlogits(slots, slot_grad * 0, slot_tail, rows, entropy=True, tail=True).any()
-    got = head.dlogits(slots, slot_grad, slot_tail, rows, entropy=True, tail=True)
-    assert torch.equal(got != 0, ~head.outside(torch.where(slot_grad != 0, slots, -1)))
+    assert not head.dlogits(slots, slot_dz * 0, rows, entropy=True, tail=True).any()
+    got = head.dlogits(slots, slot_dz, rows, entropy=True, tail=True)
+    assert torch.equal(got != 0, ~head.outside(torch.where(slot_dz != 0, slots, -1)))
 
 
 @any_dtype
@@ -57,12 +76,13 @@ def test_empty_tail_and_empty_rows_stay_finite(isa, dtype, empty):
     """tail_lse is −inf (or +inf, the driver's choice) when every column is a slot; lse is −inf when every logit is."""
     head = Head(3, (6,), dtype)
     head.raw[2] = -INF
-    rows = cotangents(head, 1)[3]
+    rows = cotangents(head, 1)[2]
     rows[3, 2], rows[5] = 0, empty
-    slots, slot_grad = torch.arange(6, dtype=I32).repeat(3, 1), torch.ones(3, 6, dtype=dtype)
-    got = head.dlogits(slots, slot_grad, torch.zeros(3, 6, dtype=torch.bool), rows, entropy=True, tail=True)
-    assert torch.equal(got[2], slot_grad[2])
-    want, budget = dlogits_oracle(head, slots, slot_grad, None, rows, entropy=True, tail=False)
+    slots, slot_dz = torch.arange(3, dtype=I32).repeat(3, 1), torch.ones(3, 3, dtype=dtype)
+    got = head.dlogits(slots, slot_dz, rows, entropy=True, tail=True)
+    assert torch.equal(got[:, :3], slot_dz)
+    assert not got[2, 3:].any()
+    want, budget = dlogits_oracle(head, slots, slot_dz, rows, entropy=True, tail=False)
     within(got[:2], want[:2], budget[:2])
 
 

@@ -42,7 +42,7 @@ def cases() -> dict[str, tuple[object, ...]]:
         "linear_logp sparse": (*tensors, p.target, p.ids, mask, *call, True, True, True, 0.1, False, "linear_logp"),
         "linear_logp frozen": (*frozen, p.target, None, mask, *call, False, False, False, 0.0, True, "linear_logp"),
         "linear_logp_bwd": (
-            *plain, p.target, p.ids, mask, *call, saved[1], saved[8], saved[2], saved[4], *saved[9:10], *saved[11:],
+            *plain, p.target, p.ids, mask, *call, *(saved[i] for i in (0, 3, 1, 8, 2, 4, 9)), *saved[11:],
             ones, zero, ones, torch.ones(6, 5), ones, True, True, True,
         ),
         "linear_topk": (*plain, p.target, mask, *call, 3, True),

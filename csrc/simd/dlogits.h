@@ -31,21 +31,25 @@ RLAD_INLINE Vec<T> grad_z(Vec<T> raw, Vec<T> t, const RowGrad<T>& r, const Tempe
 template <class T>
 struct Hits {
   std::vector<int64_t> place;
-  std::vector<T> raw, t, extra;  // padded to whole vectors; `extra` becomes the result
+  std::vector<T> raw, value;  // padded to whole vectors
   explicit Hits(int64_t slots) {
     const int64_t n = round_up(slots, kLanes<T>);
-    place.resize(n), raw.resize(n), t.resize(n), extra.resize(n);
+    place.resize(n), raw.resize(n), value.resize(n);
   }
 
-  template <bool BIAS>
-  int64_t find(const DlogitsArgs<T>& a, int64_t i, int64_t j0, int64_t n, T tail) {
+  template <bool CAP, bool BIAS>
+  int64_t find(const DlogitsArgs<T>& a, int64_t i, int64_t j0, int64_t n, const Temper<T>& c) {
     int64_t count = 0;
     for_slots(a.tile, i, a.tile.col0 + j0, n, [&](int64_t j, int64_t p) {
       place[count] = j0 + p;
       raw[count] = a.tile.logits.row(i)[j0 + p] + (BIAS ? a.tile.bias[j0 + p] : T(0));
-      t[count] = a.slot_tail.data && a.slot_tail.row(i)[j] ? tail : T(0);
-      extra[count++] = a.slot_grad.row(i)[j];
+      value[count++] = a.slot_dz.row(i)[j];
     });
+    Vec<T> slope;
+    for (int64_t k = 0; k < count; k += kLanes<T>) {
+      temper<CAP, T>(load(&raw[k]), c, slope);
+      store<T>(&value[k], load(&value[k]) * slope);
+    }
     return count;
   }
 };
@@ -67,11 +71,7 @@ void dlogits_rows(const DlogitsArgs<T>& a, int64_t begin, int64_t end) {
       const T* x = a.tile.logits.row(i) + j0;
       const T* bias = BIAS ? a.tile.bias + j0 : nullptr;
       T* g = direct ? reinterpret_cast<T*>(a.out.at(i, j0)) : scratch;
-      const int64_t count = hits.template find<BIAS>(a, i, j0, n, r.t);  // before g, which may be x, is written
-      for (int64_t k = 0; k < count; k += L) {
-        const Vec<T> gz = grad_z<CAP, ENTROPY, TAIL, T>(load(&hits.raw[k]), load(&hits.t[k]), r, c, slope);
-        store<T>(&hits.extra[k], ((r.zero() ? Vec<T>{} : gz) + load(&hits.extra[k])) * slope);
-      }
+      const int64_t count = hits.template find<CAP, BIAS>(a, i, j0, n, c);  // before g, which may be x, is written
       int64_t j = 0;
       if (r.zero()) {
         for (; j < n; ++j) g[j] = 0;
@@ -88,7 +88,7 @@ void dlogits_rows(const DlogitsArgs<T>& a, int64_t begin, int64_t end) {
         const Vec<T> gz = grad_z<CAP, ENTROPY, TAIL, T>(raw, t, r, c, slope);
         store_first<T>(g + j, gz * slope, n - j);
       }
-      for (int64_t k = 0; k < count; ++k) g[hits.place[k] - j0] = hits.extra[k];
+      for (int64_t k = 0; k < count; ++k) g[hits.place[k] - j0] = hits.value[k];
       if (!direct) narrow(a.out.elem, a.out.at(i, j0), scratch, n);
     }
   }

@@ -75,6 +75,20 @@ RLAD_INLINE Vec<T> tanh(Vec<T> y, Vec<T>& one_minus_square) {
   return (Vec<T>)(((U)(em1 / d) & ~sign_bit) | ((U)y & sign_bit));
 }
 
+// x as a number of its own: no use of it may contract the product that it comes from. GCC contracts across statements, and
+// dlogits and the divergences would then see other logits than the fold has stored.
+template <class T>
+RLAD_INLINE Vec<T> rounded(Vec<T> x) {
+#if defined(__x86_64__)
+  asm("" : "+x"(x));  // keeps x in its register, and the compiler in the dark about where it comes from
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
 // z of a row: raw·post, or tanh(raw·pre)·post under a soft cap; dz/draw = slope·(1 − tanh²).
 template <class T>
 struct Temper {
@@ -91,10 +105,10 @@ template <bool CAP, class T>
 RLAD_INLINE Vec<T> temper(Vec<T> raw, const Temper<T>& c, Vec<T>& slope) {
   if constexpr (!CAP) {
     slope = splat<T>(c.slope);
-    return raw * c.post;
+    return rounded<T>(raw * c.post);
   } else {
     Vec<T> bend;
-    const Vec<T> z = tanh<T>(raw * c.pre, bend) * c.post;
+    const Vec<T> z = rounded<T>(tanh<T>(raw * c.pre, bend) * c.post);
     slope = bend * c.slope;
     return z;
   }

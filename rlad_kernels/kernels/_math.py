@@ -47,14 +47,23 @@ def tanh_and_slope(b_x):
 
 
 @triton.jit
+def product(b_x, b_y):
+    """x·y as a number of its own, that no use of it contracts: a fused x·y − m would see another logit than the one stored."""
+    if INTERPRET:
+        return b_x * b_y
+    else:
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [b_x, b_y], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def tempered(b_raw, logit_scale, softcap, inv_temp, SOFTCAP: tl.constexpr):
     """(z, dz/draw): z = softcap·tanh(raw·scale/softcap)·inv_temp, without the tanh when not SOFTCAP."""
     if SOFTCAP:
         b_tanh, b_slope = tanh_and_slope(b_raw * (logit_scale / softcap))
-        return b_tanh * softcap * inv_temp, b_slope * (logit_scale * inv_temp)
+        return product(b_tanh * softcap, inv_temp), b_slope * (logit_scale * inv_temp)
     else:
         # two products, as the definition has them: one combined factor would move z by an ulp of |z|
-        return b_raw * logit_scale * inv_temp, logit_scale * inv_temp
+        return product(b_raw * logit_scale, inv_temp), logit_scale * inv_temp
 
 
 @triton.jit

@@ -30,6 +30,8 @@ MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # the instruction of the tensor cores, in the 16-bit types; in float32 they would round the operands to tf32
 TENSOR_CORES = {80: r"mma\.sync\S*16\.f32\b", 90: r"wgmma\.mma_async\S*16\b", 100: r"tcgen05\.mma\S*kind::f16"}
 
+ROUNDED = r"mul\.rn\.f32"  # a product that no later addition may be contracted with; Triton's own carry no rounding mode
+
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*u1",
@@ -92,7 +94,8 @@ def required(spec: Kernel, case: Case, launch: Launch, arch: int) -> tuple[str, 
     """What the PTX of a case must contain."""
     tensors = [getattr(a, "base", a) for a in launch.args if isinstance(a, (torch.Tensor, TensorDescriptor))]
     half = any(x.dtype.itemsize == 2 for x in tensors)
-    return (spec.wide if case.wide else ()) + ((TENSOR_CORES[arch],) if spec.dots and half else ())
+    dots, tempers = (TENSOR_CORES[arch],) if spec.dots and half else (), (ROUNDED,) if spec.tempers else ()
+    return (spec.wide if case.wide else ()) + dots + tempers
 
 
 def inspect(launch: Launch, arch: int, max_registers: int, wide: tuple[str, ...] = ()) -> tuple[int, int, tuple[str, ...]]:

@@ -45,12 +45,11 @@ def _column_step(
 
 @triton.jit(do_not_specialize=["col0", "J"])
 def dlogits_kernel(
-    out, stride_o, logits, stride_x, C, col0, bias, inv_temp, logit_scale, softcap, slots, J, slot_grad, slot_tail, rows,
-    stride_r, slot_out,
+    out, stride_o, logits, stride_x, C, col0, bias, inv_temp, logit_scale, softcap, slots, J, slot_dz, slot_out, rows, stride_r,
     SLOTS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TAIL: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """out = dz/draw · (p·w − p·b·(lp + H) + t·e^{z − tail_lse}), and + slot_grad at the slots, each with or without its tail."""
+    """out = dz/draw · (p·w − p·b·(lp + H) + t·e^{z − tail_lse}), at the slots dz/draw · slot_dz."""
     i_r = tl.program_id(0).to(tl.int64)
     p_x = logits + i_r * stride_x
     p_o = out + i_r * stride_o
@@ -75,12 +74,8 @@ def dlogits_kernel(
         for j0 in range(0, J, BLOCK_J):
             o_s = i_r * J + j0 + o_j
             b_c, m_c = slot_columns(slots + i_r * J, j0 + o_j, J, col0, C)
-            b_z, b_slope = tempered(load_raw(p_x, bias, b_c, m_c, True), logit_scale, softcap, it, SOFTCAP)
-            b_g = _softmax_part(b_z, lse, w, b, h, ENTROPY)
-            if TAIL:
-                m_tail = tl.load(slot_tail + o_s, mask=m_c, other=0) != 0
-                b_g += tl.where(m_tail, _tail_part(b_z, t, tail_lse), 0.0)
-            b_g += tl.load(slot_grad + o_s, mask=m_c, other=0.0)
+            b_slope = tempered(load_raw(p_x, bias, b_c, m_c, True), logit_scale, softcap, it, SOFTCAP)[1]
+            b_g = tl.load(slot_dz + o_s, mask=m_c, other=0.0)
             tl.store(slot_out + o_s, b_g * b_slope, mask=m_c)
         tl.debug_barrier()
 
@@ -104,21 +99,18 @@ def dlogits_kernel(
 
 def dlogits_(
     out: torch.Tensor, logits: torch.Tensor, col0: int, bias: torch.Tensor | None, inv_temp: torch.Tensor,
-    logit_scale: float, softcap: float, slots: torch.Tensor, slot_grad: torch.Tensor, slot_tail: torch.Tensor | None,
-    rows: torch.Tensor, entropy: bool, tail: bool,
+    logit_scale: float, softcap: float, slots: torch.Tensor, slot_dz: torch.Tensor, rows: torch.Tensor,
+    entropy: bool, tail: bool,
 ) -> None:  # fmt: skip
     """Write the gradient with respect to the raw tile `logits (R, C)` into `out (R, C)`, which may be `logits` itself."""
     require_dtype("dlogits_", (torch.float32, torch.bfloat16, torch.float16), out=out)
-    require_dtype("dlogits_", logits=logits, bias=bias, inv_temp=inv_temp, slot_grad=slot_grad, rows=rows)
+    require_dtype("dlogits_", logits=logits, bias=bias, inv_temp=inv_temp, slot_dz=slot_dz, rows=rows)
     n_rows, cols = logits.shape
     j = slots.shape[1]
-    if tail and j and slot_tail is None:
-        raise ValueError("dlogits_: slot_tail is None, want (R, J) bool when tail is True")
-    slot_tail = slot_tail.contiguous() if tail and j else None
-    slot_out = slot_grad.new_empty((n_rows, j)) if j else None
+    slot_out = slot_dz.new_empty((n_rows, j)) if j else None
     launch(
         dlogits_kernel, (n_rows,), pick("dlogits_kernel", cols),
         out, out.stride(0), logits, logits.stride(0), cols, col0, bias, inv_temp.contiguous(), logit_scale, softcap,
-        slots.contiguous(), j, slot_grad.contiguous(), slot_tail, rows, rows.stride(0), slot_out,
+        slots.contiguous(), j, slot_dz.contiguous(), slot_out, rows, rows.stride(0),
         SLOTS=j > 0, SOFTCAP=softcap > 0, ENTROPY=entropy, TAIL=tail,
     )  # fmt: skip

@@ -94,8 +94,7 @@ def dlogits_cases() -> Iterator[Case]:
             out = _f32(R, tile.stride(0), dtype=dtype)[:, :cols]
             for f in _flag_sets("bias", "softcap", "slots", "entropy", "tail", single=single):
                 j = J if "slots" in f else 0
-                tail = _f32(R, j, dtype=torch.bool) if "tail" in f and j else None
-                rest = (_ids(R, j), _f32(R, j), tail, _f32(6, R), "entropy" in f, "tail" in f)
+                rest = (_ids(R, j), _f32(R, j), _f32(6, R), "entropy" in f, "tail" in f)
                 args = (out, tile, 0, *_sweep_args(f, cols), *rest)
                 yield Case(f"{dtype} C={cols} {'+'.join(sorted(f))}", lambda a=args: dlogits_(*a), cols > 1)
 
