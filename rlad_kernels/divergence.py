@@ -16,7 +16,7 @@ from torch import Tensor
 from rlad_kernels.backward import Gradients
 from rlad_kernels.fused import Fused
 from rlad_kernels.losses.divergence_kinds import DIVERGENCES, Kind
-from rlad_kernels.ops import autograd_inside
+from rlad_kernels.ops import autograd_inside, without_autocast
 from rlad_kernels.rows import Kept, checked_finite, kept_inv_temp
 from rlad_kernels.scores import Call
 from rlad_kernels.tiles import Tiles, empty
@@ -90,6 +90,7 @@ def view(buffer: Tensor, rows: int, cols: int) -> Tensor:
     return buffer[: rows * cols].view(rows, cols)
 
 
+@without_autocast
 def run(
     name: str, student: Call, teachers: Sequence[Call], weights: Tensor, kind: Kind | OnChunk, keep: Tensor | None,
     cotangent: Tensor, need: tuple[bool, bool, bool], *, slope: bool = False,

@@ -19,7 +19,7 @@ from rlad_kernels.head import LMHead
 from rlad_kernels.losses.metrics import METRICS, MetricSums
 from rlad_kernels.losses.reduction import LossOutput, keep_mask, token_weights
 from rlad_kernels.moments import Stats
-from rlad_kernels.ops import autograd_inside
+from rlad_kernels.ops import autograd_inside, without_autocast
 from rlad_kernels.registry import TOKEN_LOSSES
 from rlad_kernels.rows import IGNORE, Kept, checked_finite, kept_inv_temp
 from rlad_kernels.scores import Call, TokenScores, check_eps, check_k, flat_call, flat_rows, maybe_rows, target_shape
@@ -50,6 +50,7 @@ def _token_loss(token_loss: TokenLoss, scores: TokenScores, inputs: Mapping[str,
     return loss, metrics
 
 
+@without_autocast
 def run(
     name: str, call: Call, target: Tensor, topk_ids: Tensor | None, keep: Tensor, row_weight: Tensor, token_loss: TokenLoss,
     inputs: Mapping[str, Any], filter_eps: float, need: tuple[bool, bool, bool],

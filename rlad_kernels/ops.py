@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from importlib import import_module
 from typing import Any
 
@@ -81,9 +82,21 @@ def held_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with autocast off: what runs inside the ops has chosen its dtypes, and autocast would cast products again."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return function(*args, **kwargs)
+
+    return call
+
+
 def _late(module: str, name: str) -> Callable[..., Any]:
     """A function that imports ``rlad_kernels.<module>`` on its first call, so that contracts cost no kernel import."""
 
+    @without_autocast
     def call(*args: Any) -> Any:
         return getattr(import_module(f"rlad_kernels.{module}"), name)(*args)
 
