@@ -105,7 +105,8 @@ def _backward(
         found = torch.autograd.grad(total, leaves, allow_unused=True)
     with torch.no_grad():
         logp, lse, entropy, topk_logp, tail_logp = (x.detach() for x in leaves)
-        a, l, b, c, t = (None if g is None else g.detach() for g in found)
+        sends = (weight[r0:r1] != 0).unsqueeze(1)  # a masked row that is computed sends nothing, whatever the loss made of it
+        a, l, b, c, t = (None if g is None else torch.where(sends, g.view(r1 - r0, -1), 0).view_as(g) for g in found)
         a, l = (torch.zeros_like(lse) if g is None else g for g in (a, l))
         cot = Cotangents.of(slots[r0:r1], logp, topk_logp, lse, lse_error, a, l, b, c, t, entropy, tail_logp)
         dead = (cot.rows[[1, 2, 4]] == 0).all(0) & (cot.slot_dz == 0).all(1)

@@ -48,11 +48,11 @@ class Kept:
             if index.numel() < keep.numel():
                 self.index, self.total = index, keep.numel()
 
-    def take(self, x: Tensor) -> Tensor:
-        """The kept rows of ``x``; without dropping, ``x`` with the other rows zeroed."""
+    def take(self, x: Tensor, other: float = 0) -> Tensor:
+        """The kept rows of ``x``; without dropping, ``x`` with ``other`` in the other rows."""
         if self.index is not None:
             return x.index_select(0, self.index)
-        return x if self.dense is None else torch.where(self._column(x), x, 0)
+        return x if self.dense is None else torch.where(self._column(x), x, other)
 
     def put(self, x: Tensor) -> Tensor:
         """``x`` in its rows' places, exact zeros elsewhere."""
@@ -79,15 +79,13 @@ def checked_ids(name: str, argument: str, ids: Tensor, low: int, vocab_size: int
 
 
 def kept_inv_temp(name: str, kept: Kept, inv_temp: Tensor, rows: int) -> Tensor:
-    """1/temperature of the kept rows.
+    """1/temperature of the kept rows, and 1 in rows that are computed only to be zeroed: 0 times a bias of −∞ would be NaN.
 
     Raises:
         ValueError: for a temperature that is not positive and finite (on CUDA with ``set_checks(True)``).
     """
-    inv_temp = kept.take(inv_temp.expand(rows))
+    inv_temp = kept.take(inv_temp.expand(rows), 1)
     wrong = ~((inv_temp > 0) & (inv_temp < torch.inf))
-    if kept.dense is not None:
-        wrong &= kept.dense
     if _may_read(inv_temp) and bool(wrong.any()):
         raise ValueError(f"{name}: temperature must be positive and finite, got {1 / inv_temp[wrong][0].item()}")
     return inv_temp

@@ -157,7 +157,7 @@ def linear_logp_bwd(
     kept = Kept(keep if filtered else live if keep is None else live & keep)  # the choice of columns counts the forward's rows
 
     slots = row_slots("linear_logp", kept, target, topk_ids, vocab_size)
-    inv_temp = kept.take(inv_temp.expand(target.shape[0]))
+    inv_temp = kept.take(inv_temp.expand(target.shape[0]), 1)
     tiles = Tiles(kept.take(hidden), weight, bias, inv_temp, logit_scale, softcap, vocab_size)
     b, c, t = (None if g is None else kept.take(g) for g in (g_entropy, g_topk, g_tail))
     made = (topk_ids, topk_logp), (g_entropy, entropy), (g_tail, tail_logp)

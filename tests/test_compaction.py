@@ -1,0 +1,138 @@
+"""Masked rows computed and zeroed (``set_compaction(False)``, CUDA graphs) give what dropping them gives, whatever they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rlad_kernels as rk
+from tests.sweeps import Problem, leaf, problem, relative
+
+N, V, K = 12, 47, 3
+Call = Callable[[Problem, dict[str, Any]], dict[str, Tensor]]
+
+
+def scores(p: Problem, _: dict[str, Any], **options: Any) -> dict[str, Tensor]:
+    s = rk.linear_logp(
+        p.hidden, p.head, p.target, topk_ids=p.ids, entropy=True, tail=True, extras=("log_sum_sq_probs",), mask=p.mask, **options
+    )
+    return {**{k: v for k, v in s._asdict().items() if isinstance(v, Tensor)}, **s.extras}
+
+
+def logp(p: Problem, _: dict[str, Any]) -> dict[str, Tensor]:
+    frozen = rk.LMHead(p.weight.detach(), p.bias.detach(), **p.options)
+    return {"logp": rk.linear_logp(p.hidden, frozen, p.target, mask=p.mask).logp}
+
+
+def topk(p: Problem, _: dict[str, Any]) -> dict[str, Tensor]:
+    found = rk.linear_topk(p.hidden, p.head, K, target=p.target, entropy=True, mask=p.mask)
+    return {k: v for k, v in found._asdict().items() if v is not None}
+
+
+def support(s: Any, old: Tensor, advantages: Tensor) -> Tensor:
+    """A loss that reads every score and explodes where log p is −∞."""
+    ratio = (s.logp - old).exp()
+    return -ratio * advantages + (old - s.logp).exp() - 0.1 * s.entropy + s.topk_logp.exp().sum(-1) - 0.1 * s.tail_logp
+
+
+def fused(p: Problem, more: dict[str, Any], **options: Any) -> dict[str, Tensor]:
+    inputs = {k: more[k] for k in ("old", "advantages")}
+    out = rk.fused_linear_loss(p.hidden, p.head, p.target, support, inputs=inputs, topk_ids=p.ids, mask=p.mask, **options)
+    return {"loss": out.loss, "token_loss": out.token_loss, **{k: v for k, v in out.metrics.items() if k != "rows_skipped"}}
+
+
+def divergence(p: Problem, more: dict[str, Any], frozen: bool = False) -> dict[str, Tensor]:
+    head = rk.LMHead(p.weight.detach(), p.bias.detach(), **p.options) if frozen else p.head
+    return {"value": rk.linear_divergence(p.hidden, head, *more["teacher"], divergence=more["divergence"], mask=p.mask)}
+
+
+def divergence_loss(p: Problem, more: dict[str, Any]) -> dict[str, Tensor]:
+    options = {"divergence": more["divergence"], "weights": more["weights"]}
+    out = rk.linear_divergence_loss(p.hidden, p.head, *more["teacher"], mask=p.mask, **options)
+    return {"loss": out.loss, "token_loss": out.token_loss, **out.metrics}
+
+
+CALLS: dict[str, Call] = {
+    "linear_logp": scores,
+    "frozen": logp,
+    "filter_eps": lambda p, more: scores(p, more, filter_eps=1e-30),
+    "linear_topk": topk,
+    "linear_gather": lambda p, _: {"z": rk.linear_gather(p.hidden, p.head, p.ids, mask=p.mask)},
+    "fused": fused,
+    "fused filter_eps": lambda p, more: fused(p, more, filter_eps=1e-30),
+    "cross_entropy": lambda p, _: {"loss": rk.linear_cross_entropy_loss(p.hidden, p.head, p.target, mask=p.mask).loss},
+    "divergence": divergence,
+    "divergence_loss": divergence_loss,
+    "divergence frozen": lambda p, more: divergence(p, more, frozen=True),
+}
+
+
+# divergence, and whose columns 0 and 5 are outside the vocabulary by a bias of −∞
+SIDES = [
+    *((kind, "student teacher") for kind in ("forward_kl", "reverse_kl", "jsd", "alpha_beta", "todi", "akl")),
+    *((kind, side) for kind in ("jsd", "hellinger", "total_variation") for side in ("student", "teacher")),
+    ("reverse_kl", "student"),
+    ("forward_kl", "teacher"),
+]
+
+
+def case(garbage: float | None, divergence: str, side: str) -> tuple[Problem, dict[str, Any]]:
+    """``garbage`` stands in every masked row of every input."""
+    torch.manual_seed(3)
+    p = problem(n=N, v=V, k=K, temperature=torch.rand(N) + 0.5)
+    teacher = rk.LMHead(torch.randn(V, 16), torch.randn(V), temperature=torch.rand(N) + 0.5)
+    p.target, p.ids = p.target.clamp_min(6), p.ids.clamp_min(6)
+    with torch.no_grad():
+        for name, head in (("student", p), ("teacher", teacher)):
+            head.bias[[0, 5]] = -torch.inf if name in side else 0.0
+    p.mask = torch.rand(N) > 0.4
+    rows = {"states": torch.randn(N, 16), "old": torch.randn(N) - 3, "advantages": torch.randn(N), "weights": torch.rand(N)}
+    if garbage is not None:
+        off = ~p.mask
+        p.hidden = leaf(torch.where(off[:, None], garbage, p.hidden.detach()))
+        rows = {k: torch.where(off.view(-1, *[1] * (x.dim() - 1)), garbage, x) for k, x in rows.items()}
+        p.options["temperature"] = torch.where(off, garbage, p.options["temperature"])
+        object.__setattr__(teacher, "temperature", torch.where(off, garbage, teacher.temperature))
+        p.ids, p.target = torch.where(off[:, None], 10**6, p.ids), torch.where(off, 10**6, p.target)
+    return p, {**rows, "teacher": (rows["states"], teacher), "divergence": divergence}
+
+
+def run(call: Call, p: Problem, more: dict[str, Any]) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+    found = call(p, more)
+    part = {k: v for k, v in found.items() if v.requires_grad}
+    if not part:
+        return found, []
+    # upstream gradients at masked rows are the caller's to get right: their outputs are constants
+    pull = [torch.linspace(-1, 1, v.numel()).view(v.shape).add(0.01) if v.dim() else torch.ones(()) for v in part.values()]
+    return found, list(torch.autograd.grad(list(part.values()), p.leaves, pull, allow_unused=True))
+
+
+def compare(name: str, garbage: float | None, divergence: str = "jsd", side: str = "student teacher") -> None:
+    want, exact = run(CALLS[name], *case(None, divergence, side))
+    assert all(g is None or g.isfinite().all() for g in exact)
+    with rk.set_compaction(False):
+        found, grads = run(CALLS[name], *case(garbage, divergence, side))
+    for key, value in want.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+    for g, e in zip(grads, exact, strict=True):
+        assert g is None if e is None else relative(g, e) <= 2e-6
+
+
+any_garbage = pytest.mark.parametrize("garbage", [None, torch.nan, torch.inf, -torch.inf], ids=str)
+
+
+@any_garbage
+@pytest.mark.parametrize("name", CALLS)
+def test_compaction_off_gives_what_on_gives(name: str, garbage: float | None) -> None:
+    compare(name, garbage)
+
+
+@any_garbage
+@pytest.mark.parametrize(("kind", "side"), SIDES)
+def test_every_divergence(kind: str, side: str, garbage: float | None) -> None:
+    compare("divergence_loss", garbage, kind, side)
+    compare("divergence", garbage, kind, side)
