@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -113,6 +114,46 @@ def test_rows_without_gradient_are_skipped_and_counted() -> None:
     assert (grads[0][:5] == 0).all()
     for g, e in zip(grads, want, strict=True):
         assert relative(g, e) <= 1e-6
+
+
+# a row's only cotangent, and whether its slots have p = 0: then each part of what makes a row live stands alone somewhere
+ALONE: dict[str, tuple[bool, Callable[[rk.TokenScores], torch.Tensor]]] = {
+    "logp": (False, lambda s: s.logp),
+    "lse": (True, lambda s: s.lse),
+    "entropy": (True, lambda s: s.entropy),
+    "topk": (False, lambda s: s.topk_logp[:, 1]),
+    "tail": (False, lambda s: s.tail_logp),
+    "target's logit": (False, lambda s: s.logp + s.lse),
+    "another slot's logit": (False, lambda s: s.topk_logp[:, 1] + s.lse),
+    "tail's logits": (False, lambda s: s.tail_logp + s.lse),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["linear_logp", "fused"])
+@pytest.mark.parametrize("name", ALONE)
+def test_a_row_is_dead_only_without_any_cotangent(name: str, path: str) -> None:
+    """A token of advantage 0 with an entropy bonus keeps its gradient."""
+    unlikely, output = ALONE[name]
+    p = problem(n=12, v=61, k=3)
+    p.ids[:] = torch.tensor([0, 1, 2])
+    p.target[:] = 0
+    with torch.no_grad():
+        p.bias[:3] += -200 if unlikely else 14
+    weight = torch.linspace(0.5, 2, 12)
+    weight[::3] = 0
+    if path == "fused":
+        out = rk.fused_linear_loss(
+            p.hidden, p.head, p.target, lambda s, w: w * output(s), inputs={"w": weight}, topk_ids=p.ids, denominator=1.0
+        )
+        loss = out.loss
+        assert p.hidden.is_cuda or out.metrics["rows_skipped"] == pytest.approx(1 / 3)
+    else:
+        loss = (weight * output(rk.linear_logp(p.hidden, p.head, p.target, topk_ids=p.ids, entropy=True, tail=True))).sum()
+    grads = torch.autograd.grad(loss, p.leaves)
+    want = p.twin()
+    exact = torch.autograd.grad((weight.double() * output(want.expected())).sum(), want.leaves)
+    for g, e in zip(grads, exact, strict=True):
+        assert relative(g, e) <= 1e-5
 
 
 def test_without_grad_no_gradient_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
