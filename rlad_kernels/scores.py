@@ -107,8 +107,9 @@ def flat_call(name: str, hidden: Tensor, head: LMHead) -> Call:
     if hidden.device != weight.device:
         raise ValueError(f"{name}: hidden is on {hidden.device}, weight on {weight.device}; they must share a device")
     if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)  # of what is not float64, as in torch's own products
-        hidden, weight, bias = (x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight, bias))
+        low = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = (x if x.dtype == torch.float64 else x.to(low) for x in (hidden, weight))  # as in torch's own products
+        bias = None if bias is None else bias.to(weight.dtype)
     if hidden.dtype != weight.dtype:
         raise ValueError(f"{name}: hidden has dtype {hidden.dtype}, weight {weight.dtype}; they must match (or use autocast)")
     if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):

@@ -162,8 +162,9 @@ def linear_logp_bwd(
     b, c, t = (None if g is None else kept.take(g) for g in (g_entropy, g_topk, g_tail))
     made = (topk_ids, topk_logp), (g_entropy, entropy), (g_tail, tail_logp)
     support, h, tau = (None if given is None else kept.take(x) for given, x in made)
-    rows = (kept.take(x) for x in (lse, lse_error, g_logp, g_lse))
-    cot = Cotangents.of(slots, kept.take(logp), support, *rows, b, c, t, h, tau)
+    cot = Cotangents.of(
+        slots, kept.take(logp), support, kept.take(lse), kept.take(lse_error), kept.take(g_logp), kept.take(g_lse), b, c, t, h, tau
+    )
     cot.fit(tiles, slice(None))
     out = Gradients(tiles, weight, need_hidden, need_weight, need_bias, scattered=filtered)
     if filtered:
