@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from rlad_kernels.probe import head_map, output_layer, refused, unwrapped
+
 
 @dataclass(frozen=True, eq=False)
 class LMHead:
@@ -65,35 +67,32 @@ class LMHead:
 
     @classmethod
     def from_model(cls, model: Any, *, temperature: float | Tensor = 1.0, vocab_size: int | None = None) -> LMHead:
-        """The head of a transformers causal LM, with its bias, softcap and logit scale; padding is never guessed.
+        """The head of a causal LM: its weight and bias, and the scale, softcap and vocabulary that one forward of it shows.
+
+        The model is asked on four tokens, once while its configuration stays as it is. It comes out of that as it went in.
 
         Args:
-            model: a model with ``get_output_embeddings()`` and ``config`` (Qwen, Llama, SmolLM2, Gemma, Cohere, Granite, …).
+            model: a model of transformers, or a module with ``get_output_embeddings()``, ``get_input_embeddings()`` and
+                ``base_model`` whose call with ``input_ids`` gives ``.logits``. A PEFT model with no adapter on the head is fine.
             temperature: as in :class:`LMHead`.
-            vocab_size: pass the tokenizer's size if the embedding is padded.
+            vocab_size: pass the tokenizer's size if the embedding is padded; padding is never guessed.
 
         Raises:
-            ValueError: if the model has no plain linear output embedding.
+            ValueError: if the logits are not this class's function of the last hidden state, or the model cannot be asked.
         """
-        linear = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        weight = getattr(linear, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 2:
-            raise ValueError(
-                f"LMHead.from_model: model must have a linear get_output_embeddings(), {type(model).__name__} gave {linear!r}"
-            )
-        config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        kind = getattr(config, "model_type", "")
-        scale = float(getattr(config, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
-        if kind != "mpt":  # whose logit_scale transformers does not apply; Cohere's it does
-            scale *= float(getattr(config, "logit_scale", None) or 1.0)
-        scaling = float(getattr(config, "logits_scaling", None) or 1.0)
-        scale = scale * scaling if kind == "hyperclovax" else scale / scaling  # Granite divides
-        caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))  # Gemma 2, RecurrentGemma
+        model = unwrapped(model)
+        linear = output_layer(model)
+        weight, bias = linear.weight, getattr(linear, "bias", None)
+        cls(weight, bias)  # what cannot be a head is refused before the model is asked
+        found = head_map(model, linear)
+        if found.factor != 1 and bias is not None:
+            raise refused(
+                model, f"multiplies its last hidden state by {found.factor:g} before a head with a bias",
+                f"make the head by hand, LMHead(weight, bias / {found.factor:g}, logit_scale={found.factor * found.scale:g}, …)",
+            )  # fmt: skip
+        if vocab_size is not None and vocab_size > found.columns:
+            raise refused(model, f"has logits of {found.columns} ids, got vocab_size={vocab_size}", "pass at most these, or None")
         return cls(
-            weight,
-            getattr(linear, "bias", None),
-            temperature=temperature,
-            logit_scale=scale,
-            softcap=next((float(cap) for cap in caps if cap), None),
-            vocab_size=vocab_size,
-        )
+            weight, bias, temperature=temperature, logit_scale=found.factor * found.scale, softcap=found.softcap,
+            vocab_size=found.columns if vocab_size is None else vocab_size,
+        )  # fmt: skip

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import math
 import sys
 from types import TracebackType
 from typing import Any
@@ -130,7 +132,15 @@ def _replaced() -> list[tuple[str, Any, Any]]:
         ) -> None:
             """TRL's, for a model whose head it can read; every call of the model then goes through our op."""
             check_plain_head("add_fused_lm_head", model)
+            mine, forward = "forward" in vars(model), model.forward
             theirs(model, temperature=temperature, cast_lm_head_to_fp32=cast_lm_head_to_fp32, outputs=outputs)
+            try:
+                _check_reading(model)
+            except ValueError:
+                model.forward = forward
+                if not mine:
+                    del model.forward
+                raise
 
         _pairs.extend(
             [
@@ -141,6 +151,18 @@ def _replaced() -> list[tuple[str, Any, Any]]:
             ]
         )
     return _pairs
+
+
+def _check_reading(model: Any) -> None:
+    """Raise a ValueError unless TRL, which reads the configuration, took the head for what the model's forward does."""
+    read, head = inspect.getclosurevars(model.forward.__func__).nonlocals, LMHead.from_model(model)
+    found = {"logit_scale": head.logit_scale, "softcap": head.softcap, "ids": head.vocab_size}
+    theirs = {"logit_scale": read["logit_scale"], "softcap": read["final_logit_softcapping"], "ids": len(head.weight)}
+    if any(theirs[k] != x and not (x and theirs[k] and math.isclose(theirs[k], x, rel_tol=1e-6)) for k, x in found.items()):
+        raise ValueError(
+            f"add_fused_lm_head: TRL takes the head of {type(model).__name__} for {theirs}, from its configuration, but its forward "
+            f"does {found}; make the configuration say so, or train without TRL's fused head"
+        )
 
 
 def _swap(prefix: str, old: Any, new: Any) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from rlad_kernels.head import LMHead
+
 
 def check_version(name: str, package: str, version: str, supported: tuple[str, ...]) -> None:
     """Raise a RuntimeError unless ``version`` is one of the supported ones."""
@@ -35,12 +37,8 @@ def check_vocab(name: str, student: int, teacher: int, fix: str) -> None:
 
 
 def check_plain_head(name: str, model: Any) -> None:
-    """Raise a ValueError if the model's head is not one weight matrix: an adapter on it would never be trained."""
-    head = model.get_output_embeddings()
-    if hasattr(head, "base_layer"):
-        raise ValueError(
-            f"{name}: the LM head of {type(model).__name__} carries a PEFT adapter ({type(head).__name__}), which the fused head "
-            "does not read; remove it from target_modules, or train the whole head with modules_to_save"
-        )
-    if not isinstance(getattr(head, "weight", None), Tensor):
-        raise ValueError(f"{name}: {type(model).__name__}.get_output_embeddings() gave {head!r}, wanted a linear layer")
+    """Raise a ValueError unless the model's own logits are those of ``LMHead.from_model(model)``; the model is asked once."""
+    try:
+        LMHead.from_model(model)
+    except ValueError as error:
+        raise ValueError(f"{name}: {str(error).removeprefix('LMHead.from_model: ')}") from error
