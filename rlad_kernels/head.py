@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rlad_kernels.probe import head_map, output_layer, refused, unwrapped
+from rlad_kernels.headmap import refused
+from rlad_kernels.probe import head_map, output_layer, unwrapped
 
 
 @dataclass(frozen=True, eq=False)

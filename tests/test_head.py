@@ -28,6 +28,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # class prefix and what its h
     "Gemma3": ("Gemma3", {"final_logit_softcapping": 3.0}),
     "Cohere": ("Cohere", {"logit_scale": 0.25}),
     "Granite": ("Granite", {"logits_scaling": 4.0}),
+    "HyperCLOVAX": ("HyperCLOVAX", {"logits_scaling": 4.0}),  # where Granite divides, it multiplies
     "Phi_bias": ("Phi", {}),
     "FalconH1": ("FalconH1", {"lm_head_multiplier": 0.3, "mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16,
                               "mamba_d_state": 8, "mamba_chunk_size": 8}),
@@ -194,7 +195,10 @@ def test_weights_of_any_layout_and_no_copy_where_the_last_dimension_is_contiguou
 
 
 def test_from_model_names_what_it_needs() -> None:
-    for wrong in (SimpleNamespace(), SimpleNamespace(get_output_embeddings=lambda: None, config=SimpleNamespace())):
+    for wrong in (
+        SimpleNamespace(),
+        SimpleNamespace(get_output_embeddings=lambda: torch.nn.Linear(3, 5), config=SimpleNamespace()),
+    ):
         with pytest.raises(ValueError, match=r"^LMHead.from_model: model .*get_output_embeddings.*SimpleNamespace"):
             rk.LMHead.from_model(wrong)
 

@@ -160,7 +160,7 @@ def _check_reading(model: Any) -> None:
     theirs = {"logit_scale": read["logit_scale"], "softcap": read["final_logit_softcapping"], "ids": len(head.weight)}
     if any(theirs[k] != x and not (x and theirs[k] and math.isclose(theirs[k], x, rel_tol=1e-6)) for k, x in found.items()):
         raise ValueError(
-            f"add_fused_lm_head: TRL takes the head of {type(model).__name__} for {theirs}, from its configuration, but its forward "
+            f"add_fused_lm_head: TRL takes the head of {type(model).__name__} for {theirs}, from its configuration, its forward "
             f"does {found}; make the configuration say so, or train without TRL's fused head"
         )
 
