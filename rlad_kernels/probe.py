@@ -29,7 +29,8 @@ def head_map(model: Any, linear: Any) -> HeadMap:
         return HeadMap(*kept[1])
     state = _state(model, linear)
     if kept is None or kept[0] != state:
-        kept = vars(model)["_rlad_head_map"] = state, tuple(_ask(model, linear))  # a copy of the model has it too
+        found: HeadMap = _ask(model, linear)  # pyright: ignore[reportCallIssue]
+        kept = vars(model)["_rlad_head_map"] = state, tuple(found)  # a copy of the model has it too
     return HeadMap(*kept[1])
 
 
@@ -174,7 +175,9 @@ def _inputs(model: Any, device: torch.device) -> dict[str, Any]:
     free = next((i for i in range(3, len(embedding.weight)) if i not in taken), 0)
     ids = torch.full((1, len(SIZES)), free, device=device if embedding.weight.is_meta else embedding.weight.device)
     accepted = inspect.signature(model.forward).parameters
-    more = {"use_cache": False} if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()) else {}
+    more: dict[str, Any] = {}
+    if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        more["use_cache"] = False
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         more["decoder_input_ids"] = ids
     return {"input_ids": ids, **more}
