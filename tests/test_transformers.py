@@ -26,17 +26,27 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Cohere": ("Cohere", {"logit_scale": 0.25}),
     "Qwen3 MoE": ("Qwen3Moe", {**MOE, "router_aux_loss_coef": 0.3}),
     "Mixtral": ("Mixtral", {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.3}),
+    "Doge": ("Doge", {**MOE, "is_moe": True, "num_experts": 16, "router_aux_loss_coef": 0.3}),
+    "Llama 4": ("Llama4", {"num_local_experts": 4, "intermediate_size_mlp": 48, "output_router_logits": True}),
+    "Qwen3-VL MoE": ("Qwen3VLMoe", {**MOE, "router_aux_loss_coef": 0.3}),
 }
 
 
 def build(name: str) -> Any:
-    kind, changes = MODELS[name]
-    if kind == "Gemma3":
-        import transformers
+    import transformers
 
-        config = tiny.config("Gemma3Text" if hasattr(transformers, "Gemma3TextConfig") else kind, **changes)
-        torch.manual_seed(0)
-        return transformers.Gemma3ForCausalLM(config).float()
+    kind, changes = MODELS[name]
+    torch.manual_seed(0)
+    with torch.device("cpu"):
+        if kind in ("Gemma3", "Llama4"):
+            config = tiny.config(kind + "Text", **changes)
+            return getattr(transformers, f"{kind}ForCausalLM")(config).float()
+        if kind == "Qwen3VLMoe":
+            rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
+            vision = {"hidden_size": 16, "depth": 1, "num_heads": 1, "intermediate_size": 16, "out_hidden_size": 32}
+            text = tiny.config("Qwen3VLMoeText", **changes, rope_parameters=rope).to_dict()
+            config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
+            return transformers.Qwen3VLMoeForConditionalGeneration(config).float()
     return tiny.model(kind, **changes)
 
 
@@ -71,6 +81,77 @@ def test_the_gradients_are_the_models_own(name: str, items: torch.Tensor | None)
     if "aux_loss" in theirs:
         torch.testing.assert_close(ours.aux_loss, theirs.aux_loss)
     assert loss_and_gradients(model, **inputs)[0].logits is not None
+
+
+@pytest.mark.parametrize("name", ["Qwen3 MoE", "Mixtral", "Doge"])
+def test_arguments_by_position_count(name: str):
+    from rlad_kernels.integrations.transformers import use_rlad_loss
+
+    model, inputs = build(name), batch()
+    model.train()
+    order = (inputs["input_ids"], inputs["attention_mask"], None, None, None, inputs["labels"])
+    theirs, other = model(*order), model(inputs["input_ids"], labels=inputs["labels"])
+    with use_rlad_loss(model):
+        ours = model(*order)
+    assert ours.logits is None
+    torch.testing.assert_close(ours.aux_loss, theirs.aux_loss)
+    torch.testing.assert_close(ours.loss, theirs.loss)
+    assert abs(other.aux_loss - theirs.aux_loss) > 1e-4  # without the mask it is another
+
+
+def test_it_gives_what_the_model_gives_but_logits():
+    from rlad_kernels.integrations.transformers import use_rlad_loss
+
+    model, inputs = build("Qwen3 MoE"), batch()
+    model.set_attn_implementation("eager")
+    model.train()
+    asked = {"output_hidden_states": True, "output_attentions": True, "use_cache": True}
+    theirs = model(**inputs, **asked)
+    with use_rlad_loss(model):
+        ours = model(**inputs, **asked)
+        plain = model(**inputs)
+        pair = model(**inputs, return_dict=False)
+    assert type(ours) is type(theirs) and ours.keys() == theirs.keys() - {"logits"}
+    for name in ("hidden_states", "attentions", "router_logits"):
+        for mine, his in zip(ours[name], theirs[name], strict=True):
+            torch.testing.assert_close(mine, his)
+    assert ours.past_key_values.get_seq_length() == 11 and plain.past_key_values is None and plain.hidden_states is None
+    assert torch.equal(pair[0], plain.loss) and torch.equal(pair[1], plain.aux_loss) and len(pair) == len(plain)
+
+
+@pytest.mark.parametrize("items", [None, 0, torch.tensor(0), torch.tensor([0.0])])
+def test_without_a_label_the_loss_is_zero(items: torch.Tensor | int | None):
+    from rlad_kernels.integrations.transformers import use_rlad_loss
+
+    model, inputs = tiny.model(), batch()
+    inputs["labels"].fill_(-100)
+    theirs, wanted = loss_and_gradients(model, **inputs, num_items_in_batch=items)
+    with use_rlad_loss(model):
+        ours, found = loss_and_gradients(model, **inputs, num_items_in_batch=items)
+    assert ours.loss == 0 and theirs.loss.isnan()
+    assert (found == 0).all() and (wanted == 0).all()
+
+
+def test_a_loss_that_the_model_computes_by_itself_is_refused():
+    import transformers
+
+    from rlad_kernels.integrations.transformers import use_rlad_loss
+
+    audio = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 1, "encoder_ffn_dim": 16, "num_mel_bins": 8}
+    config = transformers.Qwen2AudioConfig(
+        audio_config={**audio, "max_source_positions": 8}, text_config=tiny.config("Qwen2").to_dict(), audio_token_index=263
+    )
+    model = transformers.Qwen2AudioForConditionalGeneration(config).float()
+    kind = type(model)
+    for check in (True, False):  # it leaves out labels where attention_mask is 0
+        with pytest.raises(ValueError, match="Qwen2AudioForConditionalGeneration computes its loss from logits by itself"):
+            use_rlad_loss(model, check=check)
+            model.train()(**batch())
+    assert kind is not type(model) and model.eval()(**batch()).loss > 0
+    model = tiny.model()
+    model.loss_function = lambda logits, labels, **_: logits.sum()
+    with pytest.raises(ValueError, match=r"Qwen3ForCausalLM.loss_function is .* wanted transformers' ForCausalLMLoss"):
+        use_rlad_loss(model)
 
 
 def test_lora_with_a_frozen_head():
@@ -124,20 +205,20 @@ def test_trainer_counts_the_items_of_all_accumulated_batches(tmp_path: Path):
     assert gap <= 1e-4 * change
 
 
-def test_wrong_wiring_names_the_fix(monkeypatch: pytest.MonkeyPatch):
+def test_wrong_wiring_names_the_fix():
     from rlad_kernels.integrations import transformers as ours
 
+    class Louder(type(tiny.model())):
+        def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.loss = None if labels is None else self.loss_function(2 * out.logits, labels, out.logits.shape[-1])
+            return out
+
     model = tiny.model()
-    plain = model.forward
-
-    def doubled(*args: Any, **kwargs: Any) -> Any:
-        out = plain(*args, **kwargs)
-        out.loss = None if out.loss is None else out.loss * 2
-        return out
-
-    monkeypatch.setattr(model, "forward", doubled)
+    model.__class__ = Louder
     with pytest.raises(ValueError, match="its forward does more than LMHead knows"):
         ours.use_rlad_loss(model)
+    model = tiny.model()
     head = LMHead.from_model(model)
     with pytest.raises(ValueError, match="pass one of them"):
         ours.causal_lm_loss(torch.randn(1, 3, 32), head)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from rlad_kernels.head import LMHead
-from rlad_kernels.integrations.backbone import base_model, run_backbone
+from rlad_kernels.integrations.backbone import add_loss, base_model, drop_loss, without_logits
 from rlad_kernels.integrations.wiring import check_head, check_plain_head
 from rlad_kernels.losses.cross_entropy import linear_cross_entropy_loss
 
@@ -30,7 +30,8 @@ def causal_lm_loss(
         head: :class:`LMHead`, for example ``LMHead.from_model(model)``.
         labels: ``(B, T)``, not shifted; ``ignore_index`` is left out.
         shift_labels: ``(B, T)``, already the next tokens; instead of labels.
-        num_items_in_batch: n, the kept tokens of all accumulated batches, as ``Trainer`` counts them; None: of this one.
+        num_items_in_batch: n, the kept tokens of all accumulated batches, as ``Trainer`` counts them; None: of this one. Where
+            there are none the loss is 0.
         filter_eps: as in :func:`rlad_kernels.linear_logp`.
 
     Raises:
@@ -42,21 +43,25 @@ def causal_lm_loss(
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     target = shift_labels.to(hidden.device)
     keep = target != ignore_index
-    n = num_items_in_batch.to(hidden.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
+    n = num_items_in_batch
+    if isinstance(n, Tensor) or n == 0:  # an accumulation window without one label: 0/0 in transformers, here a loss of 0
+        n = torch.as_tensor(n, device=hidden.device)
+        n = n.masked_fill((n == 0) & ~keep.any(), 1)
     target = torch.where(keep, target, 0)
     return linear_cross_entropy_loss(hidden, head, target, mask=keep, denominator=n, filter_eps=filter_eps).loss
 
 
 class _Use:
-    """What ``use_rlad_loss`` gives: ``.undo()``, or leaving the ``with`` block, restores the model's forward."""
+    """What ``use_rlad_loss`` gives: ``.undo()``, or leaving the ``with`` block, takes the patch off the model it was given."""
 
-    def __init__(self, model: Any, forward: Any) -> None:
-        self._model, self._forward = model, forward
+    def __init__(self, model: Any, loss: Callable[..., Any]) -> None:
+        self._model, self._loss = model, loss
 
     def undo(self) -> None:
-        """Restore the forward the model had. Undoing twice does nothing."""
-        if self._forward is not None:
-            self._model.forward, self._forward = self._forward, None
+        """Take this patch off; a model patched twice is as it was when both are off, in any order. Undoing twice does nothing."""
+        if self._model is not None:
+            drop_loss(self._model, self._loss)
+            self._model = None
 
     def __enter__(self) -> _Use:
         return self
@@ -68,69 +73,74 @@ class _Use:
 def use_rlad_loss(model: Any, *, filter_eps: float = 0.0, check: bool = True) -> _Use:
     """Let ``model(…, labels=…)`` in training compute its loss without logits; ``Trainer`` then needs nothing else.
 
-    While the model trains and has labels, the output has the loss (a mixture of experts' load-balancing loss included, as the model
-    weights it) and ``logits`` is None. Without labels and in evaluation the forward is the model's own.
+    While the model trains and has labels, its own forward runs with two changes: the head computes no logits, and ``loss_function``
+    is :func:`causal_lm_loss`. Everything else is as the model gives it (a mixture of experts' load-balancing loss within the loss,
+    hidden states if asked for), but ``logits`` is None, and there is no cache unless ``use_cache=True``. Without labels and in
+    evaluation nothing changes. A copy of the model is patched as well, and runs the copy's weights.
 
     Args:
         model: a transformers causal LM, or a PEFT model of one with no adapter on the head. Patch it before ``Trainer`` takes it.
         filter_eps: as in :func:`rlad_kernels.linear_logp`; 0.0 is the exact backward.
-        check: compare our loss with the model's own on eight tokens, so that a head that does more than :class:`LMHead` knows is
-            refused here and does not train on something else.
+        check: compare our loss with the model's own on sixteen tokens, some of them padding, so that a head that does more than
+            :class:`LMHead` knows is refused here and does not train on something else.
 
     Returns:
         A handle with ``.undo()``, also a context manager.
 
     Raises:
-        ValueError: if the head is not one plain linear layer, or the losses differ.
+        ValueError: if the head is not one plain linear layer, the model computes its loss by itself (Qwen2-Audio), or the losses
+            differ.
     """
     model = base_model(model)
     check_plain_head(NAME, model)
-    forward = model.forward
-
-    @functools.wraps(type(model).forward)  # generate() and Trainer read the signature
-    def without_logits(self: Any, *args: Any, **kwargs: Any) -> Any:
-        labels = kwargs.get("labels"), kwargs.get("shift_labels")
-        if not self.training or (labels[0] is None and labels[1] is None):
-            return forward(*args, **kwargs)
-        return _train_forward(self, filter_eps, *args, **kwargs)
-
     if check:
         _compare(model)
-    model.forward = types.MethodType(without_logits, model)
-    return _Use(model, forward)
+    loss = functools.partial(_train_forward, filter_eps=filter_eps)
+    add_loss(model, loss)
+    return _Use(model, loss)
 
 
-def _train_forward(
-    model: Any, filter_eps: float, *args: Any, labels: Tensor | None = None, shift_labels: Tensor | None = None,
-    num_items_in_batch: Tensor | int | None = None, logits_to_keep: Any = 0, return_dict: Any = None, **kwargs: Any,
-) -> MoeCausalLMOutputWithPast:  # fmt: skip
-    def loss_of(hidden: Tensor, model: Any) -> Tensor:
-        check_head(NAME, hidden, model.get_output_embeddings().weight)
+def _train_forward(model: Any, forward: Callable[..., Any], given: Mapping[str, Any], *, filter_eps: float = 0.0) -> Any:
+    """The model's forward with our loss in it."""
+    if model.loss_function is not ForCausalLMLoss:
+        raise ValueError(
+            f"{NAME}: {type(model).__name__}.loss_function is {model.loss_function!r}, wanted transformers' ForCausalLMLoss; keep "
+            "the model's own loss"
+        )
+    head = LMHead.from_model(model)
+
+    def loss(
+        hidden: Tensor, labels: Tensor | None = None, vocab_size: int | None = None, num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100, shift_labels: Tensor | None = None, **_: Any,
+    ) -> Tensor:  # fmt: skip
+        check_head(NAME, hidden, head.weight)
         return causal_lm_loss(
-            hidden, LMHead.from_model(model), labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch,
+            hidden, head, labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch, ignore_index=ignore_index,
             filter_eps=filter_eps,
         )  # fmt: skip
 
-    loss, aux = run_backbone(model, loss_of, *args, **kwargs)
-    if aux is not None:
-        loss = loss + model.router_aux_loss_coef * aux.to(loss.device)
-    return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux)
+    _, out = without_logits(NAME, model, forward, given, loss)
+    out = type(out)(**{k: v for k, v in out.items() if k != "logits"})
+    wanted = given.get("return_dict")
+    return out if (model.config.return_dict if wanted is None else wanted) else out.to_tuple()
 
 
 @torch.no_grad()
 def _compare(model: Any) -> None:
-    """Our loss against the model's own, on eight tokens."""
+    """Our loss against the model's own, on two rows of eight tokens, one of them padded but with all its labels."""
     head, training = model.get_output_embeddings().weight, model.training
-    ids = (torch.arange(8, device=head.device) * 7 % min(len(head), 1000)).unsqueeze(0)
+    ids = (torch.arange(16, device=head.device) * 7 % min(len(head), 1000)).view(2, 8)
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    given = {"input_ids": ids, "attention_mask": mask, "labels": ids, "use_cache": False}
     model.eval()
     try:
-        theirs = float(model(input_ids=ids, labels=ids).loss)
-        loss: Any = _train_forward(model, 0.0, input_ids=ids, labels=ids).loss
-        ours = float(loss)
+        theirs = float(model(**given).loss)
+        ours = float(_train_forward(model, model.forward, given).loss)
     finally:
         model.train(training)
     if abs(ours - theirs) > (1e-3 if head.dtype == torch.float32 else 3e-2) * max(1.0, abs(theirs)):
         raise ValueError(
-            f"{NAME}: on eight tokens {type(model).__name__}'s own loss is {theirs:.5f}, from hidden states and head {ours:.5f}; "
+            f"{NAME}: on sixteen tokens {type(model).__name__}'s own loss is {theirs:.5f}, from hidden states and head {ours:.5f}; "
             "its forward does more than LMHead knows, so keep the model's own loss (or call causal_lm_loss with the right LMHead)"
         )
