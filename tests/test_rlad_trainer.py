@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from rlad_kernels import LMHead, TopK, linear_topk
 from tests import tiny
-from tests.trl_runs import assert_same_training, lora, needs_trl, train
+from tests.trl_runs import COMMON, assert_same_training, config_and_trainer, dataset, lora, needs_trl, reward, train
 
 pytestmark = [pytest.mark.cpu, needs_trl]
 
@@ -72,6 +73,28 @@ def test_without_a_teacher_it_is_grpo(loss_type: str, tmp_path: Path):
     options = {"gradient_accumulation_steps": 2, "loss_type": loss_type, "max_steps": 3}
     rlad = train("RLAD", tmp_path, teacher=teacher_model(), alpha=1.0, **options)
     assert_same_training(rlad, train("GRPO", tmp_path, **options))
+
+
+def test_a_mixture_of_experts_keeps_its_loss(tmp_path: Path):
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    options = {"loss_type": "grpo", "router_aux_loss_coef": 0.3, "max_steps": 2}
+    rlad = train("RLAD", tmp_path, model=tiny.model("Qwen3Moe", **sizes), teacher=teacher_model(), alpha=1.0, **options)
+    grpo = train("GRPO", tmp_path, model=tiny.model("Qwen3Moe", **sizes), **options)
+    assert_same_training(rlad, grpo)
+    assert rlad["logs"][0]["aux_loss"] == pytest.approx(grpo["logs"][0]["aux_loss"], rel=1e-5)
+    assert rlad["logs"][0]["entropy"] == pytest.approx(grpo["logs"][0]["entropy"], rel=1e-5)
+
+
+def test_a_copy_of_the_policy_runs_the_copy(tmp_path: Path):
+    config, trainer = config_and_trainer("RLAD")
+    policy = trainer(
+        model=tiny.model(), reward_funcs=reward, teacher=teacher_model(), args=config(str(tmp_path), num_generations=4, **COMMON),
+        train_dataset=dataset("RLAD"), processing_class=tiny.tokenizer(),
+    ).model  # fmt: skip
+    copied, other, ids = copy.deepcopy(policy), tiny.model(seed=1), torch.arange(8).view(1, 8)
+    copied.load_state_dict(other.state_dict())
+    assert torch.equal(copied.eval()(ids).logits, other.eval()(ids).logits)
+    assert copied(input_ids=ids, head_call=lambda hidden, model: model).result is copied
 
 
 def test_lora_and_special_tokens(tmp_path: Path):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import trl
@@ -72,7 +73,10 @@ class RLADTrainer(GRPOTrainer):
             raise ValueError(f"RLADTrainer: args must be an RLADConfig, got {type(args).__name__}")
         _refuse(args)
         super().__init__(model, reward_funcs, args=args, **kwargs)
-        add_head_call("RLADTrainer", self.model)
+        for policy in (self.model, self.ref_model):
+            if policy is not None:
+                _without_fused_head(base_model(policy))
+                add_head_call("RLADTrainer", policy)
         self.teacher = teacher
         if isinstance(teacher, torch.nn.Module):
             if base_model(teacher) is base_model(self.model):
@@ -91,16 +95,20 @@ class RLADTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions(inputs)
-        if "pixel_values" in batch:
-            raise ValueError("RLADTrainer: got images; teacher and loss read tokens only, train on text")
+        self._refuse_images(batch)
         found = [self._ask(batch, part) for part in self._parts(len(batch["prompt_ids"]))]
         for name in _FIELDS:
             if getattr(found[0], name) is not None:
                 batch[f"teacher_{name}"] = torch.cat([getattr(x, name) for x in found])
         return batch
 
-    def _parts(self, count: int) -> list[slice]:
-        step = self.args.per_device_train_batch_size
+    @staticmethod
+    def _refuse_images(batch: Mapping[str, Any]) -> None:
+        if batch.get("pixel_values") is not None:
+            raise ValueError("RLADTrainer: got images; teacher and loss read tokens only, train on text")
+
+    def _parts(self, count: int, step: int | None = None) -> list[slice]:
+        step = step or self.args.per_device_train_batch_size
         return [slice(r, r + step) for r in range(0, count, step)]
 
     @torch.no_grad()
@@ -110,15 +118,13 @@ class RLADTrainer(GRPOTrainer):
         length, k = completion.shape[1], self.args.topk
         if isinstance(self.teacher, torch.nn.Module):
 
-            def scores(hidden: Tensor, model: Any) -> TopK:
-                head, hidden = self._head(model), hidden[:, -length - 1 : -1]
+            def scores(hidden: Tensor, head: LMHead) -> TopK:
                 if k:
                     return linear_topk(hidden, head, k, target=completion, mask=mask)
                 logp = linear_logp(hidden, head, completion, mask=mask).logp
                 return TopK(completion.new_full((*logp.shape, 1), -1), logp.new_zeros(*logp.shape, 1), target_logp=logp)
 
-            with self.accelerator.autocast():
-                found = self.teacher(input_ids=ids, attention_mask=attention_mask, head_call=scores).result
+            found = self._read(self.teacher, ids, attention_mask, length, scores).result
         else:
             found = self._checked(self.teacher(ids, attention_mask, length), completion)
         if self.args.mask_special_tokens and found.target_logp is not None:
@@ -147,30 +153,64 @@ class RLADTrainer(GRPOTrainer):
             )
         return found
 
+    def _read(
+        self, model: Any, ids: Tensor, attention_mask: Tensor, length: int, read: Callable[[Tensor, LMHead], Any], **extra: Any
+    ) -> HeadOutput:
+        """``read(hidden (B, length, D), head)`` of the last tokens inside the model's forward: every log-prob is computed so."""
+
+        def head_call(hidden: Tensor, model: Any) -> Any:
+            head, hidden = self._head(model), hidden[:, -length - 1 : -1]
+            check_head("RLADTrainer", hidden, head.weight)
+            if not self.args.cast_lm_head_to_fp32:
+                return read(hidden, head)
+            with torch.autocast(hidden.device.type, enabled=False):  # TRL has made the policy's head float32
+                return read(hidden.to(head.weight.dtype), head)
+
+        with self.accelerator.autocast():
+            return model(input_ids=ids, attention_mask=attention_mask, head_call=head_call, **extra)
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int | None = None,
+        compute_entropy: bool = False, compute_aux_loss: bool = False, **images: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """GRPO's old and reference log-probs, by the code and in the batches of the loss: equal weights, equal numbers."""
+        self._refuse_images(images)
+        extra = {"output_router_logits": True} if compute_aux_loss else {}
+        found: list[tuple[Tensor, Tensor | None]] = []
+        aux: list[Tensor] = []
+        for part in self._parts(len(input_ids), batch_size):
+            ids, attention = input_ids[part], attention_mask[part]
+            target, mask = ids[:, -logits_to_keep:], attention[:, -logits_to_keep:]
+
+            def scores(hidden: Tensor, head: LMHead, target: Tensor = target, mask: Tensor = mask) -> tuple[Tensor, Tensor | None]:
+                out = linear_logp(hidden, head, target, mask=mask, entropy=compute_entropy)
+                return out.logp, out.entropy
+
+            out = self._read(model, ids, attention, logits_to_keep, scores, **extra)
+            found.append(out.result)
+            aux += [] if out.aux_loss is None else [out.aux_loss]
+        logp, entropy = zip(*found, strict=True)
+        return torch.cat(logp), torch.cat(entropy) if compute_entropy else None, torch.stack(aux).mean() if aux else None
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mode = "train" if self.model.training else "eval"
         ids, attention_mask, completion, mask = _tokens(inputs, slice(None))
-        length = completion.shape[1]
         extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
 
-        def loss_call(hidden: Tensor, model: Any) -> LossOutput:
-            return self._loss(hidden[:, -length - 1 : -1], self._head(model), completion, mask, inputs, mode)
+        def loss_call(hidden: Tensor, head: LMHead) -> LossOutput:
+            return self._loss(hidden, head, completion, mask, inputs, mode)
 
-        with self.accelerator.autocast():
-            out: HeadOutput = model(input_ids=ids, attention_mask=attention_mask, head_call=loss_call, **extra)
+        out = self._read(model, ids, attention_mask, completion.shape[1], loss_call, **extra)
         loss = out.result.loss
         if out.aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * out.aux_loss / self._accumulated(mode)
-            self._record(mode, "aux_loss", out.aux_loss)
-        for name, value in out.result.metrics.items():
-            self._record(mode, "entropy" if name == "entropy" else f"rlad/{name}", value)
+        self._record(mode, out.result.metrics, mask.sum(), out.aux_loss)
         return loss
 
     def _loss(
         self, hidden: Tensor, head: LMHead, completion: Tensor, mask: Tensor, inputs: dict[str, Any], mode: str
     ) -> LossOutput:
         args = self.args
-        check_head("RLADTrainer", hidden, head.weight)
         old_logp = inputs.get("old_per_token_logps")
         if old_logp is None:
             with torch.no_grad():
@@ -206,9 +246,26 @@ class RLADTrainer(GRPOTrainer):
     def _accumulated(self, mode: str) -> int:
         return self.current_gradient_accumulation_steps if mode == "train" else 1
 
-    def _record(self, mode: str, name: str, value: Tensor) -> None:
-        values: Any = self.accelerator.gather(value.detach())
-        self._metrics[mode][name].append((values.max() if name.endswith("_max") else values.mean()).item())
+    def _record(self, mode: str, metrics: Mapping[str, Tensor], kept: Tensor, aux_loss: Tensor | None) -> None:
+        """Log means over the kept tokens of all ranks, as GRPO does, and maxima: one collective, whatever a rank's tokens are."""
+        names = sorted(metrics)
+        values = (kept, *(metrics[k] for k in names), kept if aux_loss is None else aux_loss)
+        mine = torch.stack([x.detach().float() for x in values])
+        tokens, *columns, aux = cast(Tensor, self.accelerator.gather(mine)).view(-1, len(mine)).unbind(1)
+        for name, x in zip(names, columns, strict=True):
+            value = x.max() if name.endswith("_max") else (x * tokens).sum() / tokens.sum().clamp(min=1)
+            self._metrics[mode]["entropy" if name == "entropy" else f"rlad/{name}"].append(value.item())
+        if aux_loss is not None:
+            self._metrics[mode]["aux_loss"].append(aux.mean().item())
+
+
+def _without_fused_head(model: Any) -> None:
+    """Take off TRL's fused head, which a copy of the model would run with the original's weights; nothing here calls it."""
+    forward = vars(model).get("forward")
+    if getattr(forward, "__func__", None) is not None:
+        below = inspect.getclosurevars(forward.__func__).nonlocals.get("original_forward")
+        if getattr(below, "__func__", None) is type(model).forward:
+            del model.forward
 
 
 def _tokens(batch: dict[str, Any], part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
