@@ -98,14 +98,14 @@ def test_a_peft_model_and_its_copy():
 @pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
 def test_patches_come_off_in_any_order(order: tuple[int, ...]):
     model = tiny.model()
-    kind, before = type(model), dict(vars(model))
+    kind = type(model)
     patches = [use_rlad_loss(model) for _ in range(3)]
     for left, i in zip((2, 1, 0), order, strict=True):
         patches[i].undo()
         patches[i].undo()
         out = model.train()(ids(), labels=ids())
         assert (out.logits is None) == (left > 0)
-    assert type(model) is kind and vars(model).keys() == before.keys()
+    assert type(model) is kind and not {"forward", "_rlad_losses", "_rlad_below"} & vars(model).keys()
 
 
 def test_head_call_outlives_a_loss_around_it():
