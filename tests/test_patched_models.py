@@ -177,9 +177,9 @@ def test_compiled_it_is_one_graph_for_all_steps():
     wanted = model(ids(), labels=ids())
     wanted.loss.backward()
     gradient = model.lm_head.weight.grad.clone()
-    use_rlad_loss(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    use_rlad_loss(compiled)
     for _ in range(3):
         model.zero_grad()
         with torch._dynamo.config.patch(error_on_recompile=True) if _ else torch.enable_grad():

@@ -99,6 +99,19 @@ def test_arguments_by_position_count(name: str):
     assert abs(other.aux_loss - theirs.aux_loss) > 1e-4  # without the mask it is another
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_labels_that_are_shifted_already(both: bool):
+    from rlad_kernels.integrations.transformers import use_rlad_loss
+
+    model, inputs = tiny.model(), batch()
+    wanted = model(**inputs).loss
+    labels = inputs.pop("labels")
+    inputs["shift_labels"] = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    with use_rlad_loss(model):
+        out = model.train()(**inputs, **({"labels": labels} if both else {}))
+    assert out.logits is None and abs(out.loss - wanted) <= 2e-6 * wanted
+
+
 def test_it_gives_what_the_model_gives_but_logits():
     from rlad_kernels.integrations.transformers import use_rlad_loss
 
@@ -166,7 +179,7 @@ def test_lora_with_a_frozen_head():
     assert (found - wanted).norm() <= 1e-5 * wanted.norm() and wanted.norm() > 0
 
 
-def trained(tmp_path: Path, ours: bool, **options: Any) -> tuple[list[torch.Tensor], list[float], list[torch.Tensor]]:
+def trained(tmp_path: Path, ours: bool, no_label: bool = False) -> tuple[list[torch.Tensor], list[float], list[torch.Tensor]]:
     """Five steps of SGD with batches of unequal length, two to a step."""
     from transformers import Trainer, TrainingArguments
 
@@ -182,12 +195,13 @@ def trained(tmp_path: Path, ours: bool, **options: Any) -> tuple[list[torch.Tens
     def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         ids = [x["input_ids"] for x in items]
         ids = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(x) for x in ids], batch_first=True, padding_value=tiny.PAD)
-        return {"input_ids": ids, "attention_mask": (ids != tiny.PAD).long(), "labels": ids.masked_fill(ids == tiny.PAD, -100)}
+        labels = ids.masked_fill((ids == tiny.PAD) | no_label, -100)
+        return {"input_ids": ids, "attention_mask": (ids != tiny.PAD).long(), "labels": labels}
 
     args = TrainingArguments(
         str(tmp_path), use_cpu=True, report_to="none", save_strategy="no", optim="sgd", learning_rate=0.1, max_grad_norm=0.0,
         lr_scheduler_type="constant", max_steps=5, per_device_train_batch_size=4, gradient_accumulation_steps=2, logging_steps=1,
-        disable_tqdm=True, remove_unused_columns=False, **options,
+        disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
     trainer = Trainer(model=model, args=args, train_dataset=[{"input_ids": x} for x in rows], data_collator=collate)
     trainer.train()
@@ -203,6 +217,12 @@ def test_trainer_counts_the_items_of_all_accumulated_batches(tmp_path: Path):
     gap = sum((a - b).norm() ** 2 for a, b in zip(theirs, ours, strict=True)) ** 0.5
     assert change > 1e-2
     assert gap <= 1e-4 * change
+
+
+def test_trainer_goes_on_where_no_token_has_a_label(tmp_path: Path):
+    before, losses, after = trained(tmp_path, True, no_label=True)
+    assert losses == [0.0] * 5
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_wrong_wiring_names_the_fix():

@@ -119,7 +119,9 @@ def _train_forward(model: Any, forward: Callable[..., Any], given: Mapping[str, 
             filter_eps=filter_eps,
         )  # fmt: skip
 
-    _, out = without_logits(NAME, model, forward, given, loss)
+    labels = given.get("labels")
+    labels = given.get("shift_labels") if labels is None else labels  # without labels the forward would not ask for a loss
+    _, out = without_logits(NAME, model, forward, {**given, "labels": labels}, loss)
     out = type(out)(**{k: v for k, v in out.items() if k != "logits"})
     wanted = given.get("return_dict")
     return out if (model.config.return_dict if wanted is None else wanted) else out.to_tuple()
@@ -132,7 +134,7 @@ def _compare(model: Any) -> None:
     ids = (torch.arange(16, device=head.device) * 7 % min(len(head), 1000)).view(2, 8)
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
-    given = {"input_ids": ids, "attention_mask": mask, "labels": ids, "use_cache": False}
+    given = {"input_ids": ids, "attention_mask": mask, "labels": ids}
     model.eval()
     try:
         theirs = float(model(**given).loss)
