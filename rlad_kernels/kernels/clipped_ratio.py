@@ -21,11 +21,8 @@ def _estimate(b_x, ESTIMATOR: tl.constexpr):
         return 0.5 * b_x * b_x, b_x
     elif ESTIMATOR == "k3":
         return excess(-b_x), -expm1(-b_x)
-    elif ESTIMATOR == "k3+":
+    elif ESTIMATOR == "k3+" or ESTIMATOR == "k3++":
         return excess(-b_x), b_x
-    elif ESTIMATOR == "k3++":
-        b_k = excess(-b_x)
-        return b_k, b_k - expm1(-b_x)
     elif ESTIMATOR == "k4":
         return b_x, b_x
     else:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 
-from rlad_kernels.losses.ratio import add_kl, check_clip
+from rlad_kernels.losses.ratio import add_kl, check_clip, times
 from rlad_kernels.losses.reduction import LossOutput
 from rlad_kernels.losses.rollout import weigh
-from rlad_kernels.losses.sampled import SampledOptions, on_sampled, ratio_metrics, sampled_loss
+from rlad_kernels.losses.sampled import SampledOptions, on_sampled, ratio_metrics, reinforced, sampled_loss
 from rlad_kernels.registry import add_method
 
 
@@ -24,7 +23,7 @@ def cispo_tokens(
     metrics = ratio_metrics(logp, old_logp)
     r = metrics["ratio_mean"]
     live = advantages != 0
-    loss = torch.where(live, -r.clamp(1 - clip_low, 1 + clip_high) * advantages * torch.where(live, logp, 0), 0)
+    loss = reinforced(logp, times(r.clamp(1 - clip_low, 1 + clip_high), advantages))
     clipped = {"clip_frac_low": (live & (r < 1 - clip_low)).to(r.dtype), "clip_frac_high": (live & (r > 1 + clip_high)).to(r.dtype)}
     return add_kl(loss, {**clipped, **metrics, **found}, logp, ref_logp, kl_coef, kl_estimator)
 

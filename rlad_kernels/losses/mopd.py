@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 
 from rlad_kernels.losses.ratio import add_kl
 from rlad_kernels.losses.reduction import LossOutput
 from rlad_kernels.losses.rollout import ICEPOP, Rollout, check_rollout, weigh
-from rlad_kernels.losses.sampled import TokenOptions, needs_teacher, on_sampled, sampled_loss, teacher_gap
+from rlad_kernels.losses.sampled import TokenOptions, needs_teacher, on_sampled, reinforced, sampled_loss, teacher_gap
 from rlad_kernels.registry import add_method
 
 MOPD = ICEPOP._replace(policy="current")
@@ -26,8 +25,7 @@ def mopd_tokens(
     total = gap if advantages is None else gap + advantage_coef * advantages
     rollout = {**{f"rollout_{k}": v for k, v in MOPD._asdict().items()}, **rollout}
     total, found = weigh(logp, logp, total, rollout_logp=rollout_logp, **rollout)
-    loss = torch.where(total == 0, 0, -total * torch.where(total == 0, 0, logp))
-    return add_kl(loss, {**metrics, **found}, logp, ref_logp, kl_coef, kl_estimator)
+    return add_kl(reinforced(logp, total), {**metrics, **found}, logp, ref_logp, kl_coef, kl_estimator)
 
 
 def mopd_loss(

@@ -20,12 +20,31 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "k2": lambda x: x.square() / 2,
     "k3": lambda x: torch.expm1(-x) + x,
     "k3+": lambda x: x.square() / 2 + (torch.expm1(-x) + x - x.square() / 2).detach(),
-    "k3++": lambda x: (torch.expm1(-x) + x) * (x - x.detach()).exp(),
+    "k3++": lambda x: x.square() / 2 + (torch.expm1(-x) + x - x.square() / 2).detach(),  # k3·e^{x − sg x}: k3 + k3' = x
     "k4": lambda x: x.detach() * (x - x.detach()).exp(),
     "k5": lambda x: -x * torch.exp(-x).detach() + (x - x.detach()),
 }
 SPREAD = ("advantages", "correct", "group_ids")  # one value a sequence will do
 RATIO_METRICS = ("clip_frac_low", "clip_frac_high", "ratio_mean", "kl_old", "kl_teacher", "kl_ref", "invalid_teacher")
+
+
+class WithSlope(torch.autograd.Function):
+    """``value`` with the derivative ``slope`` by ``x``, for products that autograd would take apart into 0·∞ or ∞ − ∞."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return times(grad, ctx.saved_tensors[0]), None, None
+
+
+def times(a: Tensor, b: Tensor) -> Tensor:
+    """a·b with 0·∞ = 0."""
+    return torch.where((a == 0) | (b == 0), 0, a * b)
 
 
 def ratio_tokens(

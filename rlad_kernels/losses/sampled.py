@@ -107,6 +107,13 @@ def needs_teacher(name: str, teacher_logp: Tensor | None) -> None:
         raise ValueError(f"{name}: teacher_logp is None, wanted a tensor in logp's shape")
 
 
+def reinforced(logp: Tensor, weight: Tensor) -> Tensor:
+    """−sg[w]·s: REINFORCE; 0 where the weight is 0, whatever the log-prob. An infinite weight is the largest number."""
+    largest = torch.finfo(weight.dtype).max
+    weight = weight.detach().clamp(-largest, largest)
+    return torch.where(weight == 0, 0, -weight * torch.where(weight == 0, 0, logp))
+
+
 def ratio_metrics(logp: Tensor, old_logp: Tensor) -> dict[str, Tensor]:
     """ratio_mean, ratio_max and kl_old of a token loss that does not go through ``rlad::clipped_ratio``."""
     gap = (logp - old_logp).detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Unpack
 
 import torch
@@ -13,7 +14,10 @@ from rlad_kernels.losses.rollout import weigh
 from rlad_kernels.losses.sampled import SampledOptions, on_sampled, ratio_metrics, sampled_loss
 from rlad_kernels.registry import add_method
 
-_SATURATED = 20.0  # log r from which on the gate's float32 gradient is 0 and r may overflow
+
+def _saturated(tau: float) -> float:
+    """log r from which on the gate has no gradient, float64 included, and r may overflow."""
+    return min(math.log1p(800 / tau), 80.0)
 
 
 @on_sampled("sapo")
@@ -24,8 +28,10 @@ def sapo_tokens(
     """−(4/τ)·σ(τ(r − 1))·A per token, and its metrics; all tensors ``(N,)``."""
     advantages, found = weigh(logp, old_logp, advantages, **rollout)
     live = advantages != 0
-    r = torch.where(live, (logp - old_logp).clamp(max=_SATURATED), 0).exp()
-    tau = torch.where(advantages > 0, torch.full_like(r, tau_pos), tau_neg)
+    up = advantages > 0
+    tau = torch.where(up, torch.full_like(logp, tau_pos), tau_neg)
+    most = torch.where(up, torch.full_like(logp, _saturated(tau_pos)), _saturated(tau_neg))
+    r = torch.where(live, (logp - old_logp).clamp(max=most), 0).exp()
     loss = torch.where(live, -(4 / tau) * torch.sigmoid(tau * (r - 1)) * advantages, 0)
     return add_kl(loss, {**ratio_metrics(logp, old_logp), **found}, logp, ref_logp, kl_coef, kl_estimator)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlad_kernels.losses.ratio import per_token
+from rlad_kernels.losses.ratio import WithSlope, per_token, times
 from rlad_kernels.losses.reduction import LossOutput, keep_mask, reduce, token_weights
 from rlad_kernels.losses.topk_kl import check_topk_options, flat_kept, student_slots, teacher_rows, topk_kl_loss_tokens
 from rlad_kernels.losses.topk_terms import KLOptions
@@ -26,17 +26,26 @@ def sampled_tail_tokens(
     finite = target_teacher_logp.isfinite()
     outside = ~(ids == target.unsqueeze(1)).any(1)
     use = outside & finite
-    s = torch.where(use, logp, 0)
-    x = s - torch.where(use, target_teacher_logp, 0)
-    once = (s - s.detach()).exp()
-    if direction == "reverse":
-        tail = (x if unbiased else x.detach()) * once
-    else:
-        tail = -(-x).detach().exp() * x + (0 if unbiased else s - s.detach())
+    s, t = torch.where(use, logp, 0), torch.where(use, target_teacher_logp, 0)
+    log_w = torch.zeros_like(s)
     if old_logp is not None:
-        tail = tail * torch.where(use, logp.detach() - old_logp, 0).exp().clamp(iw_low, iw_high)
+        log_w = torch.where(use, logp.detach() - old_logp, 0).clamp(*(math.log(x) if x else -math.inf for x in (iw_low, iw_high)))
+    tail = sampled_kl(s, t, log_w.detach(), direction, unbiased)
     invalid = torch.maximum(metrics["invalid_teacher"], (outside & ~finite).to(head.dtype))
     return (head + torch.where(use, tail, 0)) * scale, {**metrics, "invalid_teacher": invalid}
+
+
+def sampled_kl(s: Tensor, t: Tensor, log_w: Tensor, direction: str, unbiased: bool) -> Tensor:
+    """w·x (k4; reverse) or −w·e^{−x}x (k5; forward), x = s − t, with the gradients :func:`topk_sampled_tail_loss` documents.
+
+    In log space: w and e^{−x} alone may leave float32 where their product does not.
+    """
+    x, w = (s - t).detach(), log_w.exp()
+    if direction == "reverse":
+        return WithSlope.apply(s, times(w, x), times(w, 1 + x if unbiased else x))
+    odds = (log_w - x).exp()  # w·p/q
+    centred = torch.where(x >= 0, times(w, -torch.expm1(-x)), times(odds, torch.expm1(x)))  # w(1 − p/q)
+    return WithSlope.apply(s, times(odds, -x), -odds if unbiased else centred)
 
 
 @register("topk_sampled_tail")

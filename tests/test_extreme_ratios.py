@@ -1,0 +1,186 @@
+"""Gaps of up to 200 nats between the policies: values and gradients are the formula's, and never NaN.
+
+e^200 is beyond float32: where the formula's own value or gradient is, ours is inf.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rlad_kernels as rk
+from rlad_kernels.registry import METHODS
+from tests.methods import ratio
+from tests.oracles import kl_estimate, straight_through, surrogate
+
+GAPS = (-200.0, -50.0, 0.0, 50.0, 200.0)
+SIGNS = (-1.5, 0.0, 2.0)
+S = -256.0  # sums and differences of these are exact in float32
+FAMILY = [name for name, method in METHODS.items() if method.family == "ratio"]
+WEIGHED = ("tis", "icepop")  # by e^{o − μ}, which may underflow beside an r that overflows
+
+
+def hold(got: Tensor, want: Tensor, scale: float = 1.0) -> None:
+    """float32 against float64, elementwise: e^x for |x| ≤ 500 and a handful of products, relative; inf where float32 ends."""
+    assert not got.isnan().any()
+    got, want = got.detach().cpu().double().flatten(), want.detach().cpu().flatten()
+    largest = torch.finfo(torch.float32).max
+    beyond = want.abs() > largest
+    assert torch.equal(got[beyond], want[beyond].sign() * torch.inf)
+    error = (got - want)[~beyond].abs()
+    bound = 512 * torch.finfo(torch.float32).eps * want[~beyond].abs() + 8 * scale * torch.finfo(torch.float32).eps
+    assert (error <= bound).all(), f"{got[~beyond][error > bound]} for {want[~beyond][error > bound]}"
+
+
+def exact(loss: Callable[[Tensor, int], Tensor], s: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and gradient of each token's ``loss(log-prob (1, 1), its number)``, alone and in float64."""
+    found = []
+    for i, x in enumerate(s.detach().double().cpu()):
+        leaf = x[None].requires_grad_()
+        with torch.device("cpu"):
+            value = loss(leaf, i)
+        found.append((value.detach(), torch.autograd.grad(value, leaf)[0].squeeze()))
+    values, slopes = zip(*found, strict=True)
+    return torch.stack(values), torch.stack(slopes)
+
+
+def tokens(*choices: tuple[float, ...]) -> tuple[Tensor, list[Tensor]]:
+    """Log-probs that want a gradient, and every combination of the choices, each a sequence ``(1,)`` of its own."""
+    columns = torch.tensor(list(itertools.product(*choices))).unsqueeze(2)
+    return torch.full_like(columns[:, 0], S).requires_grad_(), list(columns.unbind(1))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_method_is_its_formula(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ratio, "LENGTH", 1)
+    needs = METHODS[name].needs
+    policies = [k for k in needs if k.endswith("_logp")]
+    gaps = GAPS if len(policies) < 3 else (-200.0, 0.0, 200.0)
+    s, columns = tokens(*[gaps] * len(policies), SIGNS)
+    given: dict[str, Any] = {k: S - x for k, x in zip(policies, columns, strict=False)}
+    pool = {"advantages": columns[-1], "correct": torch.zeros(len(s)).bool(), "group_ids": torch.arange(len(s))}
+    given |= {k: x for k, x in pool.items() if k in needs}
+    options = ratio.OPTIONS.get(name, {}) | ({"denominator": 1.0} if name == "dr_grpo" else {})
+    out = METHODS[name](logp=s, **given, **options | {"denominator": 1.0})
+    slope = torch.autograd.grad(out.loss, s)[0]
+
+    def alone(x: Tensor, i: int) -> Tensor:
+        row = {k: v[i : i + 1].cpu() for k, v in given.items()}
+        row = {k: v.double() if v.is_floating_point() else v for k, v in row.items()}
+        return ratio.ORACLES[name](logp=x, **row, **options, mask=torch.ones(1, 1).bool())
+
+    value, want = exact(alone, s)
+    if name in WEIGHED:
+        gone = (given["old_logp"] - given["rollout_logp"]).flatten().cpu() < -87
+        value, want = torch.where(gone, 0, value), torch.where(gone, 0, want)
+        kept = ~gone.to(s.device)
+        hold(out.token_loss.flatten()[kept], value[~gone])
+        hold(slope.flatten()[kept], want[~gone])
+        return
+    hold(out.token_loss, value)
+    hold(slope, want, scale=8.0 if name == "sapo" else 1.0)  # σ(1 − σ) cancels where σ rounds to 1
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3", "k3+", "k3++", "k4", "k5"])
+@pytest.mark.parametrize("call", [rk.grpo_loss, rk.cispo_loss, rk.gspo_loss])
+def test_every_estimator_of_the_reference(call: Callable[..., rk.LossOutput], estimator: str) -> None:
+    s, (gap,) = tokens(GAPS)
+    options = {"denominator": 1.0, "kl_coef": 0.5, "kl_estimator": estimator}
+    out = call(s, s.detach(), torch.zeros(len(s)), ref_logp=S - gap, **options)
+    value, want = exact(lambda x, i: 0.5 * kl_estimate(x, (S - gap[i : i + 1]).cpu().double(), estimator).sum(), s)
+    if estimator == "k3++":  # k3 + (1 − e^{−x}), which float64 cannot add either
+        want = 0.5 * gap.cpu().double()
+    hold(out.token_loss, value)
+    hold(torch.autograd.grad(out.loss, s)[0], want)
+
+
+@pytest.mark.parametrize("tau", [1e-8, 1e-3, 1.0, 1e4])
+def test_sapos_gate_saturates_where_its_temperature_says(tau: float) -> None:
+    s, (gap, sign) = tokens((*GAPS, 1.0, 16.0, 25.0), SIGNS)
+    out = rk.sapo_loss(s, S - gap, sign, temperatures=(tau, tau), denominator=1.0)
+
+    def gate(x: Tensor, i: int) -> Tensor:
+        a, o = sign[i].double().cpu(), S - gap[i].double().cpu()
+        return (-4 / tau * torch.sigmoid(tau * torch.expm1(x - o)) * a).sum()
+
+    value, want = exact(gate, s)
+    hold(out.token_loss, value)
+    hold(torch.autograd.grad(out.loss, s)[0], want, scale=4 / tau + 64)
+
+
+@pytest.mark.parametrize("call", [rk.cispo_loss, rk.grpo_loss, rk.sapo_loss, rk.gspo_loss])
+def test_a_token_without_mass_has_no_loss(call: Callable[..., rk.LossOutput]) -> None:
+    """r = 0: e^s·s → 0, not 0·(−∞)."""
+    s = torch.full((2, 1), -math.inf).requires_grad_()
+    out = call(s, torch.full((2, 1), -3.0), torch.tensor([1.0, 0.0]), denominator=1.0)
+    assert not out.token_loss.isnan().any()
+    assert torch.autograd.grad(out.loss, s)[0].flatten().tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_the_sampled_tail_and_its_importance_weight(direction: str, unbiased: bool) -> None:
+    """w and e^{−x} may both leave float32 while w·e^{−x} does not."""
+    s, (old, gap) = tokens(GAPS, GAPS)
+    s = s.detach().squeeze(1).requires_grad_()
+    empty = torch.full((len(s), 1), -math.inf)
+    teacher = rk.TopK(torch.full((len(s), 1), -1), empty, target_logp=S - gap.squeeze(1))
+    out = rk.topk_sampled_tail_loss(
+        empty, s, torch.zeros(len(s)).long(), teacher, old_logp=S - old.squeeze(1), direction=direction, unbiased=unbiased,
+        denominator=1.0,
+    )  # fmt: skip
+
+    def formula(x: Tensor, i: int) -> Tensor:
+        w, d = old[i].double().cpu().exp(), gap[i].double().cpu()
+        odds = (old[i].double().cpu() - d).exp()
+        if direction == "reverse":
+            return straight_through(x, w * d, w * (1 + d) if unbiased else w * d).sum()
+        return straight_through(x, -odds * d, -odds if unbiased else w - odds).sum()
+
+    value, want = exact(formula, s.unsqueeze(1))
+    hold(out.token_loss, value)
+    hold(torch.autograd.grad(out.loss, s)[0], want)
+
+
+@pytest.mark.parametrize("name", ["eopd", "thunlp_opd", "verl_topk_pg"])
+def test_ratios_of_the_top_k_methods(name: str) -> None:
+    s, (old, gap) = tokens(GAPS, GAPS)
+    n = len(s)
+    if name == "thunlp_opd":
+        rows = s.view(n, 1)
+        teacher = rk.TopK(torch.ones(n, 1).int(), S - old - gap)  # A = log p − log q_old = −gap, of weight 1
+        out, advantages = METHODS[name](rows, S - old, teacher, denominator=1.0), -gap
+    else:
+        support = torch.zeros(n, 1).int(), torch.zeros(n, 1)
+        teacher = rk.TopK(*support, target_logp=(S - old - gap).squeeze(1), entropy=torch.zeros(n))
+        flat, advantages = s.squeeze(1), -gap
+        if name == "eopd":
+            out = METHODS[name](flat, torch.zeros(n, 1), (S - old).squeeze(1), teacher, denominator=1.0)
+        else:  # KL of a teacher sure of a token whose log-prob here is ±gap or more: clipped to [0, 10]
+            student = -gap.abs()
+            out = METHODS[name](flat, (S - old).squeeze(1), student, teacher, denominator=1.0)
+            advantages = student.clamp(-10, 0)
+    slope = torch.autograd.grad(out.loss, s)[0]
+
+    def alone(x: Tensor, i: int) -> Tensor:
+        return surrogate(x, S - old[i].double().cpu(), advantages[i].double().cpu()).sum()
+
+    value, want = exact(alone, s)
+    hold(out.token_loss, value)
+    hold(slope, want)
+
+
+def test_sequence_ratios_with_gaps_of_both_signs() -> None:
+    """A mean of ±200 and 0 is finite although no token's ratio is, and so are GSPO's gradients."""
+    s = torch.full((2, 3), S).requires_grad_()
+    gaps = torch.tensor([[200.0, -200.0, 0.0], [200.0, 200.0, 200.0]])
+    out = rk.gspo_loss(s, S - gaps, torch.tensor([1.0, 1.0]), denominator=1)
+    assert torch.autograd.grad(out.loss, s)[0].flatten().tolist() == pytest.approx([-1 / 3] * 3 + [0] * 3)
+    assert out.loss.item() == pytest.approx(-1 - 1.0004)
+
