@@ -1,11 +1,7 @@
-"""Gaps of up to 200 nats between the policies: values and gradients are the formula's, and never NaN.
-
-e^200 is beyond float32: where the formula's own value or gradient is, ours is inf.
-"""
+"""Gaps of up to 200 nats between the policies: values and gradients of every loss are the formula's, and never NaN."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,44 +12,12 @@ from torch import Tensor
 
 import rlad_kernels as rk
 from rlad_kernels.registry import METHODS
+from tests.extremes import GAPS, SIGNS, S, exact, hold, tokens
 from tests.methods import ratio
 from tests.oracles import kl_estimate, straight_through, surrogate
 
-GAPS = (-200.0, -50.0, 0.0, 50.0, 200.0)
-SIGNS = (-1.5, 0.0, 2.0)
-S = -256.0  # sums and differences of these are exact in float32
 FAMILY = [name for name, method in METHODS.items() if method.family == "ratio"]
 WEIGHED = ("tis", "icepop")  # by e^{o − μ}, which may underflow beside an r that overflows
-
-
-def hold(got: Tensor, want: Tensor, scale: float = 1.0) -> None:
-    """float32 against float64, elementwise: e^x for |x| ≤ 500 and a handful of products, relative; inf where float32 ends."""
-    assert not got.isnan().any()
-    got, want = got.detach().cpu().double().flatten(), want.detach().cpu().flatten()
-    largest = torch.finfo(torch.float32).max
-    beyond = want.abs() > largest
-    assert torch.equal(got[beyond], want[beyond].sign() * torch.inf)
-    error = (got - want)[~beyond].abs()
-    bound = 512 * torch.finfo(torch.float32).eps * want[~beyond].abs() + 8 * scale * torch.finfo(torch.float32).eps
-    assert (error <= bound).all(), f"{got[~beyond][error > bound]} for {want[~beyond][error > bound]}"
-
-
-def exact(loss: Callable[[Tensor, int], Tensor], s: Tensor) -> tuple[Tensor, Tensor]:
-    """Value and gradient of each token's ``loss(log-prob (1, 1), its number)``, alone and in float64."""
-    found = []
-    for i, x in enumerate(s.detach().double().cpu()):
-        leaf = x[None].requires_grad_()
-        with torch.device("cpu"):
-            value = loss(leaf, i)
-        found.append((value.detach(), torch.autograd.grad(value, leaf)[0].squeeze()))
-    values, slopes = zip(*found, strict=True)
-    return torch.stack(values), torch.stack(slopes)
-
-
-def tokens(*choices: tuple[float, ...]) -> tuple[Tensor, list[Tensor]]:
-    """Log-probs that want a gradient, and every combination of the choices, each a sequence ``(1,)`` of its own."""
-    columns = torch.tensor(list(itertools.product(*choices))).unsqueeze(2)
-    return torch.full_like(columns[:, 0], S).requires_grad_(), list(columns.unbind(1))
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -183,4 +147,3 @@ def test_sequence_ratios_with_gaps_of_both_signs() -> None:
     out = rk.gspo_loss(s, S - gaps, torch.tensor([1.0, 1.0]), denominator=1)
     assert torch.autograd.grad(out.loss, s)[0].flatten().tolist() == pytest.approx([-1 / 3] * 3 + [0] * 3)
     assert out.loss.item() == pytest.approx(-1 - 1.0004)
-

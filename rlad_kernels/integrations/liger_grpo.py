@@ -1,120 +1,198 @@
-"""The eight losses of Liger's and TRL's GRPO on log-probs ``(B, T)``: per-token losses, their sums, their metrics."""
+"""The eight losses of Liger's and TRL's GRPO on log-probs ``(B, T)``, by the library's own token losses and reductions.
+
+Only the weights of VESPO and the bias-corrected KL are formulas of this file: no method of the library has them.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rlad_kernels.losses.cispo import cispo_tokens
+from rlad_kernels.losses.gspo import gspo_tokens
+from rlad_kernels.losses.ratio import WithSlope, add_kl, per_token, ratio_loss_tokens, times
+from rlad_kernels.losses.reduction import LossOutput, reduce, sequence_index, token_weights
+from rlad_kernels.losses.sampled import ratio_metrics, reinforced
+from rlad_kernels.losses.sapo import sapo_tokens
+from rlad_kernels.losses.sequences import SequenceMean
+from rlad_kernels.settings import settings
+
 NAME = "LigerFusedLinearGRPOLoss"
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+_REDUCTIONS = {"grpo": "seq-mean-token-mean", "sapo": "seq-mean-token-mean", "luspo": "seq-mean-token-sum"}
+_LARGE = 45.0  # from which on e^x + 1 − x is e^x in float64
 
 
 class Options(NamedTuple):
+    """As the constructor takes them, checked."""
+
     beta: float
     epsilon_low: float
     epsilon_high: float
     loss_type: str
     max_completion_length: int | None
-    level: str
+    importance_sampling_level: str
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+    temperature: float
     delta: float | None
-    bias_correction: bool
-    sapo: tuple[float, float]  # temperatures for Â > 0 and Â ≤ 0
-    vespo_pos: tuple[float, float]  # k, λ for Â ≥ 0
-    vespo_neg: tuple[float, float]
+    use_bias_correction_kl: bool
+    vespo_k_pos: float
+    vespo_lambda_pos: float
+    vespo_k_neg: float
+    vespo_lambda_neg: float
 
 
-def _check(o: Options) -> None:
-    if o.loss_type not in LOSSES:
-        raise ValueError(f"{NAME}: loss_type must be one of {LOSSES}, got {o.loss_type!r}")
-    if o.level not in ("token", "sequence"):
-        raise ValueError(f"{NAME}: importance_sampling_level must be token or sequence, got {o.level!r}")
-    if o.level == "sequence" and o.loss_type in ("cispo", "sapo", "vespo"):
-        raise ValueError(f"{NAME}: loss_type={o.loss_type!r} is per token; set importance_sampling_level='token'")
-    if o.loss_type == "dr_grpo" and o.max_completion_length is None:
-        raise ValueError(f"{NAME}: loss_type='dr_grpo' needs max_completion_length, got None")
-    if o.loss_type == "sapo" and min(o.sapo) <= 0:
-        raise ValueError(f"{NAME}: SAPO's temperatures must be positive, got {o.sapo}")
+def check_options(o: Options) -> Options:
+    """Raise a ValueError that names the option, what came and what was wanted."""
+    kind, level = o.loss_type, o.importance_sampling_level
+    if kind not in LOSSES:
+        raise ValueError(f"{NAME}: loss_type must be one of {LOSSES}, got {kind!r}")
+    if level not in ("token", "sequence"):
+        raise ValueError(f"{NAME}: importance_sampling_level must be token or sequence, got {level!r}")
+    if level == "sequence" and kind in ("cispo", "sapo", "vespo"):
+        raise ValueError(f"{NAME}: loss_type={kind!r} is per token; set importance_sampling_level='token', got 'sequence'")
+    if kind == "dr_grpo" and not (o.max_completion_length or 0) > 0:
+        raise ValueError(f"{NAME}: loss_type='dr_grpo' needs max_completion_length > 0, got {o.max_completion_length!r}")
+    for name in ("sapo_temperature_pos", "sapo_temperature_neg", "temperature", "delta"):
+        value = getattr(o, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{NAME}: {name} must be positive and finite, got {value!r}")
+    for name in ("beta", "epsilon_low", "epsilon_high", *o._fields[-4:]):
+        if not 0 <= getattr(o, name) < math.inf:
+            raise ValueError(f"{NAME}: {name} must be at least 0 and finite, got {getattr(o, name)!r}")
+    return o
 
 
-def token_losses(
+def grpo(
     o: Options, logp: Tensor, keep: Tensor, advantages: Tensor, *, old: Tensor | None, reference: Tensor | None,
-    is_ratio: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """Per-token loss, KL to the reference (None without beta) and where the ratio is clipped: ``(B, T)``, or ``(B, 1)`` a sequence.
+    is_ratio: Tensor | None, items: Tensor | float | None,
+) -> LossOutput:  # fmt: skip
+    """The reduced loss of ``logp (B, T)``, 0 where ``keep`` is not; metrics ``kl`` (with beta), where clipped ``clip``.
 
-    Every tensor is finite at masked places. ``advantages (B, 1)``.
+    Args:
+        advantages: ``(B,)``, ``(B, 1)`` or ``(B, T)``.
+        old, reference: log-probs ``(B, T)``; None are the policy's own.
+        is_ratio: vLLM's importance weights, ``(B,)``, ``(B, 1)`` or ``(B, T)``.
+        items: tokens of the whole accumulated batch, for dapo, cispo and vespo.
     """
-    _check(o)
-    log_ratio = logp - (logp.detach() if old is None else old)
-    if o.level == "sequence":
-        log_ratio = (log_ratio.sum(1) / keep.sum(1).clamp(min=1)).unsqueeze(1)
-    ratio = log_ratio.exp()
-    clipped = ((ratio < 1 - o.epsilon_low) & (advantages < 0)) | ((ratio > 1 + o.epsilon_high) & (advantages > 0))
-    if o.loss_type == "cispo":
-        loss = -ratio.clamp(max=o.epsilon_high).detach() * advantages * logp
-        clipped = (ratio > o.epsilon_high) & (advantages > 0)
-    elif o.loss_type == "sapo":
-        t = torch.where(advantages > 0, *o.sapo)
-        loss = -4 / t * torch.sigmoid(t * (ratio - 1)) * advantages
-    elif o.loss_type == "vespo":
-        loss = -_vespo(o, log_ratio, advantages, is_ratio) * advantages * logp
-    else:
-        bounded = ratio if o.delta is None else ratio.clamp(max=o.delta)
-        loss = -torch.minimum(bounded * advantages, ratio.clamp(1 - o.epsilon_low, 1 + o.epsilon_high) * advantages)
-    if o.loss_type in ("sapo", "vespo"):
-        clipped = torch.zeros_like(clipped)
-    if is_ratio is not None and o.loss_type != "vespo":
-        loss = loss * is_ratio
-    if not o.beta:
-        return loss, None, clipped
-    gap = (logp.detach() if reference is None else reference) - logp
-    kl = gap.exp() - gap - 1
-    kl = kl * ratio if o.bias_correction else kl
-    return loss + o.beta * kl, kl, clipped
+    advantages = advantages.squeeze(1) if advantages.shape == (len(keep), 1) else advantages
+    given = {"advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": reference}
+    rows = {k: logp.detach() if x is None else per_token(NAME, k, x, logp) for k, x in given.items()}
+    a, o_logp, ref = (torch.where(keep, x, 0) for x in rows.values())
+    weights = _is_ratio(is_ratio, keep, logp)
+    loss, metrics = _tokens(o, logp, keep, a, o_logp, ref if o.beta else None, weights)
+    kind = _REDUCTIONS.get(o.loss_type, "token-mean")
+    return reduce(loss, token_weights(NAME, keep, kind, None, _divisor(o, keep, items), logp.dtype), keep, metrics)
 
 
-@torch.no_grad()
-def _vespo(o: Options, log_ratio: Tensor, advantages: Tensor, is_ratio: Tensor | None) -> Tensor:
-    """φ(w) = e^λ·w^k·e^(−λw) of the sequence's ratio w, in log space; constant in the loss."""
+def _is_ratio(ratio: Tensor | None, keep: Tensor, like: Tensor) -> Tensor | None:
+    """vLLM's ratios as ``(B, 1)`` or ``(B, T)`` with 1 at masked places."""
+    if ratio is None:
+        return None
+    b, t = keep.shape
+    wide = ratio.detach().to(like.dtype).unsqueeze(1) if ratio.dim() == 1 else ratio.detach().to(like.dtype)
+    if wide.shape not in ((b, 1), (b, t)):
+        raise ValueError(f"{NAME}: vllm_is_ratio has shape {tuple(ratio.shape)}, wanted ({b},), ({b}, 1) or ({b}, {t})")
+    if wide.device != keep.device:
+        raise ValueError(f"{NAME}: vllm_is_ratio is on {wide.device}, wanted {keep.device}; all tensors must share a device")
+    if wide.shape[1] == t:
+        wide = torch.where(keep, wide, 1)
+    if (settings.checks or not wide.is_cuda) and not torch.compiler.is_compiling() and bool((wide < 0).any()):
+        raise ValueError(f"{NAME}: vllm_is_ratio must be at least 0, got {wide.min().item()}")
+    return wide
+
+
+def _tokens(
+    o: Options, logp: Tensor, keep: Tensor, advantages: Tensor, old: Tensor, reference: Tensor | None, is_ratio: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Per-token loss and metrics ``(B, T)``; every tensor is finite at masked places."""
+    kind, shape = o.loss_type, logp.shape
+    # a weight that is not negative multiplies a loss as it multiplies its advantage, and not the KL
+    weighted = advantages if is_ratio is None or kind == "vespo" else times(advantages, is_ratio.expand(shape))
+    s, old_s, a, weighted = (x.flatten() for x in (logp, old, advantages, weighted))
+    ref = None if reference is None else reference.flatten()
+    kl: dict[str, Any] = {"ref_logp": ref, "kl_coef": 0.0 if o.use_bias_correction_kl else o.beta, "kl_estimator": "k3"}
+    upper = o.epsilon_high if kind == "cispo" else 1 + o.epsilon_high
+    place = sequence_index(NAME, keep, "the ratio", None) if o.importance_sampling_level == "sequence" else None
+    if kind == "cispo":
+        loss, found = cispo_tokens(s, old_logp=old_s, advantages=weighted, clip_high=upper - 1, **kl)
+    elif kind == "sapo":
+        taus = {"tau_pos": o.sapo_temperature_pos, "tau_neg": o.sapo_temperature_neg}
+        loss, found = sapo_tokens(s, old_logp=old_s, advantages=weighted, **taus, **kl)
+    elif kind == "vespo":
+        weight = vespo_weights(o, logp.detach() - old, advantages, is_ratio).flatten()
+        loss, found = add_kl(reinforced(s, times(weight, a)), ratio_metrics(s, old_s), s, **kl)
+    else:  # min(min(r, δ)Â, clip(r)Â): δ bounds r from above for either sign, beside the clip
+        most = upper if o.delta is None else min(o.delta, upper)
+        given = {"old_logp": old_s, "advantages": weighted, "clip_low": o.epsilon_low, "clip_high": most - 1}
+        given |= {"dual_clip": None if o.delta is None else max(o.delta, upper)} | kl
+        if place is None:
+            loss, found = ratio_loss_tokens(s, **given)
+        else:
+            loss, found = gspo_tokens(s, keep=keep.flatten(), sequence=place, **given)
+    r = found["ratio_mean"]
+    clipped = ((r < 1 - o.epsilon_low) & (a < 0) & (kind != "cispo")) | ((r > upper) & (a > 0))
+    metrics = {"clip": (clipped & (kind not in ("sapo", "vespo"))).to(r.dtype)}
+    if ref is not None:
+        metrics = {"kl": found["kl_ref"], **metrics}
+        if o.use_bias_correction_kl:
+            corrected = corrected_kl(s, ref, old_s, keep.flatten(), place)
+            loss, metrics["kl"] = loss + o.beta * corrected, corrected.detach()
+    return loss.view(shape), {k: x.view(shape) for k, x in metrics.items()}
+
+
+def corrected_kl(s: Tensor, ref: Tensor, old: Tensor, keep: Tensor, sequence: Tensor | None) -> Tensor:
+    """r·k3(s − ref) (DeepSeek-V3.2), r = e^{s − o} of the token or, length-normalised, of its ``sequence``; all ``(N,)``.
+
+    Of the token its derivative is r·(s − ref): added up from its two factors' it would be ∞ − ∞ where either overflows.
+    """
+    x = (s - ref).detach()
+    log_r = s - old if sequence is None else SequenceMean.apply(s - old, keep, sequence)
+    log_k3 = torch.where(x < -_LARGE, -x, (torch.expm1(-x) + x).log())
+    value, r = (log_r.detach() + log_k3).exp(), log_r.detach().exp()
+    if sequence is None:
+        return WithSlope.apply(s, value, times(r, x))
+    odds = (log_r.detach() - x).exp()
+    slope = torch.where(x >= 0, times(r, -torch.expm1(-x)), times(odds, torch.expm1(x)))  # r·k3'
+    return WithSlope.apply(s, value, slope) + WithSlope.apply(log_r, torch.zeros_like(value), value)
+
+
+def vespo_weights(o: Options, log_ratio: Tensor, advantages: Tensor, is_ratio: Tensor | None) -> Tensor:
+    """φ(w) = e^λ·w^k·e^(−λw) of the sequence's ratio w, in log space, ``(B, T)``; constant in the loss."""
     floor = math.log(1e-8)
     log_w = log_ratio.clamp(-20, 20).sum(1, keepdim=True)
     if is_ratio is not None:
         log_w = log_w + is_ratio.log().clamp(floor, 20).sum(1, keepdim=True)
     log_w = log_w.clamp(floor, 20)
-    k, lam = (torch.where(advantages >= 0, *x) for x in zip(o.vespo_pos, o.vespo_neg, strict=True))
-    lam = lam.clamp(min=1e-4)
-    return (lam + k * log_w - lam * log_w.exp()).exp().nan_to_num(0, 0, 0)
+    up = advantages >= 0
+    k = torch.where(up, torch.full_like(log_ratio, o.vespo_k_pos), o.vespo_k_neg)
+    lam = torch.where(up, torch.full_like(log_ratio, o.vespo_lambda_pos), o.vespo_lambda_neg).clamp(min=1e-4)
+    phi = (lam + k * log_w - lam * log_w.exp()).exp()
+    return torch.where(phi == torch.inf, 0, phi)  # as in both
 
 
-def total(o: Options, loss: Tensor, keep: Tensor, items: Tensor | float | None) -> Tensor:
-    """The loss of the batch: TRL's normalisation for each loss type."""
-    lengths, batch = keep.sum(1), len(keep)
-    loss = torch.where(keep, loss, 0)
-    if o.loss_type == "luspo":
-        return loss.sum() / batch
-    if o.loss_type in ("grpo", "sapo"):
-        return (loss.sum(1) / lengths.clamp(min=1)).sum() / batch
+def _divisor(o: Options, keep: Tensor, items: Tensor | float | None) -> Tensor | float | None:
+    """What TRL divides by: sequences, their longest lengths, the batch's own tokens (None) or those of all processes."""
+    batch = max(len(keep), 1)
+    if o.loss_type in _REDUCTIONS:
+        return float(batch)
     if o.loss_type == "bnpo":
-        return loss.sum() / lengths.sum().clamp(min=1)
-    if o.loss_type == "dr_grpo":
-        return loss.sum() / (batch * (o.max_completion_length or 1))
-    return loss.sum() / _tokens(lengths.sum().float(), items)
+        return None
+    return float(batch * (o.max_completion_length or 1)) if o.loss_type == "dr_grpo" else _all_tokens(keep, items)
 
 
-def _tokens(here: Tensor, items: Tensor | float | None) -> Tensor:
+def _all_tokens(keep: Tensor, items: Tensor | float | None) -> Tensor:
     """Tokens a process: of the whole accumulated batch if given, else of this one; the mean over processes."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    here = keep.sum().float()
     if items is not None:
-        here = torch.as_tensor(items, device=here.device, dtype=torch.float32)
+        here = torch.as_tensor(items, device=keep.device, dtype=torch.float32)
+        if here.numel() != 1:
+            raise ValueError(f"{NAME}: num_items_in_batch must be one number, got shape {tuple(here.shape)}")
     elif distributed:
         torch.distributed.all_reduce(here)
-    return (here / (torch.distributed.get_world_size() if distributed else 1)).clamp(min=1)
-
-
-def grpo_metrics(kl: Tensor | None, clipped: Tensor, keep: Tensor) -> tuple[Tensor, ...]:
-    """Means over the kept tokens: KL to the reference, where there is one, and the clipped share."""
-    found = [clipped.float()] if kl is None else [kl.detach(), clipped.float()]
-    return tuple(torch.where(keep, x, 0).sum() / keep.sum().clamp(min=1) for x in found)
+    return (here.reshape(()) / (torch.distributed.get_world_size() if distributed else 1)).clamp(min=1)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlad_kernels.head import LMHead
+from rlad_kernels.scores import flat_rows
+from rlad_kernels.settings import settings
 
 
 def check_version(name: str, package: str, version: str, supported: tuple[str, ...]) -> None:
@@ -42,3 +45,18 @@ def check_plain_head(name: str, model: Any) -> None:
         LMHead.from_model(model)
     except ValueError as error:
         raise ValueError(f"{name}: {str(error).removeprefix('LMHead.from_model: ')}") from error
+
+
+def kept_ids(name: str, argument: str, ids: Tensor, keep: Tensor, size: int) -> Tensor:
+    """``ids`` as int64 in ``keep``'s shape, 0 where masked; −100 is no mask here, but an id that the head does not have.
+
+    Raises:
+        ValueError: for another shape, device or dtype, or a kept id outside ``[0, size)`` (on CUDA with ``set_checks(True)``; its
+            row is NaN otherwise).
+    """
+    flat_rows(name, argument, ids, keep.shape, keep.device, ids=True)
+    ids = torch.where(keep, ids.long(), 0)
+    wrong = (ids < 0) | (ids >= size)
+    if (settings.checks or not ids.is_cuda) and not torch.compiler.is_compiling() and bool(wrong.any()):
+        raise ValueError(f"{name}: {argument} must be in [0, vocab_size={size}) where it is not masked, got {ids[wrong][0].item()}")
+    return torch.where(wrong, size, ids)

@@ -37,9 +37,9 @@ def grpo_loss(
         rollout_logp, rollout: log-probs μ of the engine that sampled, and how :class:`Rollout` weighs the tokens by π_old/μ;
             None is TIS, min(π_old/μ, 2). A weight that underflows (log π_old/μ < −103 in float32) is 0, whatever r is.
 
-    Where the clip binds the token has no gradient, and neither has Â = 0. DAPO is clip = (0.2, 0.28). Beyond s − o = 88.7 r is inf in
-    float32: clipped tokens are right there, others (Â < 0 without dual_clip) have the loss and the gradient inf, and with a k3 or
-    k5 that overflows as well (s < ref − 88.7) no sum of the two.
+    Where the clip binds the token has no gradient, and neither has Â = 0. DAPO is clip = (0.2, 0.28). Beyond s − o = 88.7 r is
+    inf in float32: clipped tokens are right there, others (Â < 0 without dual_clip) have the loss and the gradient inf, and with
+    a k3 or k5 that overflows as well (s < ref − 88.7) no sum of the two.
 
     Returns:
         LossOutput. Metrics: clip_frac_low/high, ratio_mean, ratio_max, kl_old (mean of s − o), kl_ref, rollout_weight_mean,

@@ -28,8 +28,8 @@ class LossOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-def keep_mask(name: str, mask: Tensor | None, like: Tensor) -> Tensor:
-    """The mask as bool in ``like``'s shape; None keeps all.
+def keep_mask(name: str, mask: Tensor | None, like: Tensor, argument: str = "mask") -> Tensor:
+    """The mask, public argument ``argument`` of ``name``, as bool in ``like``'s shape; None keeps all.
 
     Raises:
         ValueError: for another shape, or a numeric value other than 0 and 1 (on CUDA with ``set_checks(True)``).
@@ -37,15 +37,15 @@ def keep_mask(name: str, mask: Tensor | None, like: Tensor) -> Tensor:
     if mask is None:
         return torch.ones_like(like, dtype=torch.bool)
     if mask.shape != like.shape:
-        raise ValueError(f"{name}: mask has shape {tuple(mask.shape)}, wanted {tuple(like.shape)}")
+        raise ValueError(f"{name}: {argument} has shape {tuple(mask.shape)}, wanted {tuple(like.shape)}")
     if mask.device != like.device:
-        raise ValueError(f"{name}: mask is on {mask.device}, wanted {like.device}; all tensors must share a device")
+        raise ValueError(f"{name}: {argument} is on {mask.device}, wanted {like.device}; all tensors must share a device")
     if mask.dtype == torch.bool:
         return mask
     if (settings.checks or not mask.is_cuda) and not torch.compiler.is_compiling():
         wrong = (mask != 0) & (mask != 1)
         if bool(wrong.any()):
-            raise ValueError(f"{name}: mask must hold bools, or numbers equal to 0 or 1, got {mask[wrong][0].item()}")
+            raise ValueError(f"{name}: {argument} must hold bools, or numbers equal to 0 or 1, got {mask[wrong][0].item()}")
     return mask != 0
 
 
