@@ -194,7 +194,7 @@ def chunk_topk_distill_function(
         hidden_states, target, ids, teacher = hidden_states[..., :-1, :], target[..., 1:], ids[..., 1:, :], teacher[..., 1:, :]
     keep = target.long() != ignore_index
     head = LMHead(weights, temperature=temperature)
-    slots = torch.where(keep.unsqueeze(-1), ids.long(), -1)
+    slots = kept_ids(name, "teacher_topk_ids", ids, keep, len(weights), slots=True)
     target = kept_ids(name, argument, target, keep, len(weights))
     scores = score(name, hidden_states, head, target, topk_ids=slots, entropy=True, mask=keep, ids_name="teacher_topk_ids")
     assert scores.topk_logp is not None and scores.entropy is not None

@@ -47,16 +47,22 @@ def check_plain_head(name: str, model: Any) -> None:
         raise ValueError(f"{name}: {str(error).removeprefix('LMHead.from_model: ')}") from error
 
 
-def kept_ids(name: str, argument: str, ids: Tensor, keep: Tensor, size: int) -> Tensor:
+def kept_ids(name: str, argument: str, ids: Tensor, keep: Tensor, size: int, *, slots: bool = False) -> Tensor:
     """``ids`` as int64 in ``keep``'s shape, 0 where masked; −100 is no mask here, but an id that the head does not have.
+
+    ``slots``: ids ``(…, K)`` whose −1 is an empty slot; all of a masked position are.
 
     Raises:
         ValueError: for another shape, device or dtype, or a kept id outside ``[0, size)`` (on CUDA with ``set_checks(True)``; its
             row is NaN otherwise).
     """
-    flat_rows(name, argument, ids, keep.shape, keep.device, ids=True)
-    ids = torch.where(keep, ids.long(), 0)
-    wrong = (ids < 0) | (ids >= size)
+    flat_rows(name, argument, ids, keep.shape, keep.device, ids=True, extra=int(slots))
+    low = -1 if slots else 0
+    ids = torch.where(keep.unsqueeze(-1) if slots else keep, ids.long(), low)
+    wrong = (ids < low) | (ids >= size)
     if (settings.checks or not ids.is_cuda) and not torch.compiler.is_compiling() and bool(wrong.any()):
-        raise ValueError(f"{name}: {argument} must be in [0, vocab_size={size}) where it is not masked, got {ids[wrong][0].item()}")
+        empty = " or -1" if slots else ""
+        raise ValueError(
+            f"{name}: {argument} must be in [0, vocab_size={size}){empty} where it is not masked, got {ids[wrong][0].item()}"
+        )
     return torch.where(wrong, size, ids)
