@@ -141,6 +141,70 @@ def check_head_in_verls_model_forward() -> None:
         assert (results[1][2][name] - want).norm() <= 1e-5 * want.norm(), name
 
 
+def check_tensors_that_do_not_fit_are_refused() -> None:
+    x = batch()
+    given = {"old_log_prob": x["old"], "log_prob": x["logp"], "advantages": x["adv"], "response_mask": x["mask"]}
+    given |= {"config": config(), "rollout_is_weights": torch.ones(B, T)}
+    for name, wrong, message in (
+        ("old_log_prob", x["old"][:, :1], r"old_log_prob has shape \(4, 1\), wanted \(4, 7\)"),
+        ("advantages", x["adv"][:, :1], r"advantages has shape \(4, 1\)"),
+        ("advantages", x["adv"][0], r"advantages has shape \(7,\)"),
+        ("response_mask", x["mask"][:1], r"response_mask has shape \(1, 7\)"),
+        ("response_mask", x["mask"] * 2.0, "response_mask must hold bools, or numbers equal to 0 or 1, got 2.0"),
+        ("rollout_is_weights", torch.ones(B, 1), r"rollout_is_weights has shape \(4, 1\)"),
+        ("rollout_is_weights", -torch.ones(B, T), "rollout_is_weights must be at least 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=f"^rlad_grpo: {message}"):
+            ours.rlad_grpo(**{**given, name: wrong})
+    teacher = {"response_mask": x["mask"], "old_log_probs": x["old"], "advantages": x["adv"]}
+    wrapped = SimpleNamespace(
+        distillation_loss=SimpleNamespace(use_task_rewards=False, use_policy_gradient=False, loss_max_clamp=None)
+    )
+    losses.no_padding_2_padding = lambda tensor, data: tensor  # nested tensors need tensordict
+    for width, message in ((2, r"teacher_logprobs has shape \(4, 7, 2\), wanted \(4, 7\)"), (1, "")):
+        data = {**teacher, "teacher_logprobs": torch.randn(B, T, width)}
+        if message:
+            with pytest.raises(ValueError, match=f"^rlad_trrd: {message}"):
+                ours.rlad_trrd(config(), wrapped, {"log_probs": x["logp"]}, data)
+        else:
+            assert ours.rlad_trrd(config(), wrapped, {"log_probs": x["logp"]}, data)[0].shape == (B, T)
+    head, hidden, weight = ours.FusedLinearForPPO(), torch.randn(2, 5, 8), torch.randn(11, 8)
+    for ids, message in (
+        (torch.zeros(5).long(), r"input_ids has shape \(5,\), wanted \(2, 5\)"),
+        (torch.zeros(2, 5), "input_ids must be integers, got torch.float32"),
+        (torch.full((2, 5), 11), r".* must be in \[0, vocab_size=11\), got 11"),
+    ):
+        with pytest.raises(ValueError, match=f"^FusedLinearForPPO: {message}"):
+            head(hidden, weight, ids)
+
+
+def check_ratios_of_200_nats() -> None:
+    """Clipped on both sides by the dual clip: finite everywhere, with verl's clip share, and no NaN behind a weight of 0."""
+    gaps = torch.tensor([-200.0, -50.0, 0.0, 50.0, 200.0]).repeat(3, 1)
+    s, sign = torch.full_like(gaps, -256.0), torch.tensor([[-1.0], [0.0], [2.0]]).expand(3, 5)
+    rest = (sign, torch.ones(3, 5), "token-mean", config())
+    loss, grad, metrics = value_and_gradient(lambda s: ours.rlad_grpo(s.detach() - gaps, s, *rest), s)
+    token = torch.tensor([[0.8, 0.8, 1, 3, 3], [0, 0, 0, 0, 0], [0, 0, -2, -2.56, -2.56]])
+    torch.testing.assert_close(loss, token.sum() / 31 * 2)
+    want = torch.zeros(3, 5)
+    want[0, 2], want[2, :3] = 1, torch.tensor([0, -2 * torch.tensor(-50.0).exp(), -2])
+    torch.testing.assert_close(grad, want / 31 * 2, rtol=1e-5, atol=0)
+    assert abs(metrics["actor/pg_clipfrac"] - 4 / 15) < 1e-6
+    free = config(clip_ratio_c=1e30)
+    weights = (gaps < 0).float()
+    loss, grad, _ = value_and_gradient(lambda s: ours.rlad_grpo(s.detach() - gaps, s, *rest[:3], free, weights), s)
+    assert loss.isfinite() and grad.isfinite().all()
+
+
+def check_nothing_kept() -> None:
+    x = batch()
+    noise = torch.full((B, T), float("nan"))
+    loss, grad, metrics = value_and_gradient(
+        lambda s: ours.rlad_grpo(noise, s, noise, torch.zeros(B, T), "token-mean", config(), noise), x["logp"]
+    )
+    assert loss == 0 and not grad.any() and not any(metrics.values())
+
+
 def check_signatures_are_verls() -> None:
     vanilla = inspect.signature(core_algos.get_policy_loss_fn("vanilla")).parameters
     assert list(inspect.signature(ours.rlad_grpo).parameters) == list(vanilla)

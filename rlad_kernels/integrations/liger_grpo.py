@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlad_kernels.integrations.wiring import check_weights
 from rlad_kernels.losses.cispo import cispo_tokens
 from rlad_kernels.losses.gspo import gspo_tokens
 from rlad_kernels.losses.ratio import WithSlope, add_kl, per_token, ratio_loss_tokens, times
@@ -18,7 +19,6 @@ from rlad_kernels.losses.reduction import LossOutput, reduce, sequence_index, to
 from rlad_kernels.losses.sampled import ratio_metrics, reinforced
 from rlad_kernels.losses.sapo import sapo_tokens
 from rlad_kernels.losses.sequences import SequenceMean
-from rlad_kernels.settings import settings
 
 NAME = "LigerFusedLinearGRPOLoss"
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -101,8 +101,7 @@ def _is_ratio(ratio: Tensor | None, keep: Tensor, like: Tensor) -> Tensor | None
         raise ValueError(f"{NAME}: vllm_is_ratio is on {wide.device}, wanted {keep.device}; all tensors must share a device")
     if wide.shape[1] == t:
         wide = torch.where(keep, wide, 1)
-    if (settings.checks or not wide.is_cuda) and not torch.compiler.is_compiling() and bool((wide < 0).any()):
-        raise ValueError(f"{NAME}: vllm_is_ratio must be at least 0, got {wide.min().item()}")
+    check_weights(NAME, "vllm_is_ratio", wide)
     return wide
 
 

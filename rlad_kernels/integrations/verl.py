@@ -17,16 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from rlad_kernels.head import LMHead
-from rlad_kernels.losses.ratio import check_ratio_options, ratio_loss_tokens
-from rlad_kernels.scores import linear_logp
+from rlad_kernels.integrations.wiring import check_head, check_weights
+from rlad_kernels.losses.ratio import check_ratio_options, per_token, ratio_loss_tokens, times
+from rlad_kernels.losses.reduction import keep_mask
+from rlad_kernels.losses.sampled import accumulated
+from rlad_kernels.scores import flat_rows, score
 
 SERIES = "0.9."
+_OURS = {"old_log_prob": "old_logp", "old_log_probs": "old_logp", "teacher_logprobs": "teacher_logp"}  # verl's names
 
 
 class FusedLinearForPPO(nn.Module):
     """verl's module of this name, on :func:`linear_logp`: float32 logits, no chunk of them longer than a tile.
 
-    ``forward(hidden (…, D), weight (V, D), ids (…), temperature) → (log-probs, entropy)``, both float32 and differentiable.
+    ``forward(hidden (…, D), weight (V, D), ids (…), temperature) → (log-probs, entropy)``, both float32 and differentiable; 0 where
+    an id is −100. A tensor of another shape or dtype raises a ValueError.
     """
 
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
@@ -35,20 +40,37 @@ class FusedLinearForPPO(nn.Module):
     def forward(
         self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float | Tensor = 1.0
     ) -> tuple[Tensor, Tensor]:
+        name = "FusedLinearForPPO"
+        check_head(name, hidden_states, vocab_weights)
+        flat_rows(name, "input_ids", input_ids, hidden_states.shape[:-1], hidden_states.device, ids=True)
         head = LMHead(vocab_weights, temperature=temperature)
-        scores = linear_logp(hidden_states, head, input_ids.long(), entropy=True)
+        scores = score(name, hidden_states, head, input_ids.long(), entropy=True)
         assert scores.entropy is not None
         return scores.logp, scores.entropy
 
 
-def _tokens(log_prob: Tensor, mask: Tensor, given: dict[str, Tensor], **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped-ratio token losses ``(B, T)``, 0 where masked, whatever sits there; and their metrics as means."""
-    keep = mask.bool()
-    flat = {k: torch.where(keep, x, 0).flatten().float() for k, x in {"logp": log_prob, **given}.items()}
-    loss, rows = ratio_loss_tokens(**flat, **options)
-    kept = keep.flatten()
-    means = {k: torch.where(kept, x, 0).sum() / kept.sum().clamp_min(1) for k, x in rows.items() if k != "ratio_max"}
-    return torch.where(keep, loss.view_as(log_prob), 0), means
+def _tokens(
+    name: str, log_prob: Tensor, mask: Tensor, given: dict[str, Tensor], weights: Tensor | None = None, **options: Any
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Clipped-ratio token losses ``(B, T)`` times ``weights``, 0 where masked, whatever sits there; and their metrics as means.
+
+    ``clip_frac`` is of what the weights leave aside, as verl's is.
+    """
+    logp = accumulated(log_prob)
+    keep = keep_mask(name, mask, logp, "response_mask")
+    rows = {_OURS.get(k, k): torch.where(keep, per_token(name, k, x, logp), 0).flatten() for k, x in given.items()}
+    advantages = rows.pop("advantages")
+    weighted = advantages
+    if weights is not None:  # on the advantage, where a weight of 0 takes a ratio of inf with it
+        w = torch.where(keep, per_token(name, "rollout_is_weights", weights, logp), 0).flatten()
+        check_weights(name, "rollout_is_weights", w)
+        weighted = times(advantages, w)
+    loss, found = ratio_loss_tokens(torch.where(keep, logp, 0).flatten(), advantages=weighted, **rows, **options)
+    r = found["ratio_mean"]
+    clipped = ((r < 1 - options["clip_low"]) & (advantages < 0)) | ((r > 1 + options["clip_high"]) & (advantages > 0))
+    found, kept = {**found, "clip_frac": clipped.to(r.dtype)}, keep.flatten()
+    means = {k: torch.where(kept, x, 0).sum() / kept.sum().clamp_min(1) for k, x in found.items() if k != "ratio_max"}
+    return torch.where(keep, loss.view_as(logp), 0), means
 
 
 def _clip(config: Any) -> tuple[float, float]:
@@ -60,17 +82,16 @@ def rlad_grpo(
     old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor, loss_agg_mode: str = "token-mean",
     config: Any = None, rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
-    """verl's ``vanilla`` with dual clip on our kernels; without its clamp of s − o to ±20."""
+    """verl's ``vanilla`` with dual clip on our kernels; without its clamp of s − o to ±20. All tensors ``(B, T)``."""
     from verl.trainer.ppo.core_algos import agg_loss
 
     low, high = _clip(config)
     dual = config.get("clip_ratio_c", 3.0)
     check_ratio_options("rlad_grpo", 1.0, (low, high), None, dual, None, 0.0, "k3")
-    given = {"old_logp": old_log_prob, "advantages": advantages}
-    loss, means = _tokens(log_prob, response_mask, given, clip_low=low, clip_high=high, dual_clip=dual)
-    if rollout_is_weights is not None:
-        loss = torch.where(response_mask.bool(), loss * rollout_is_weights, 0)
-    metrics = {"pg_clipfrac": means["clip_frac_low"] + means["clip_frac_high"], "ppo_kl": -means["kl_old"]}
+    given = {"old_log_prob": old_log_prob, "advantages": advantages}
+    clip = {"clip_low": low, "clip_high": high, "dual_clip": dual}
+    loss, means = _tokens("rlad_grpo", log_prob, response_mask, given, rollout_is_weights, **clip)
+    metrics = {"pg_clipfrac": means["clip_frac"], "ppo_kl": -means["kl_old"]}
     total = agg_loss(loss_mat=loss, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info)
     return total, {f"actor/{k}": x.item() for k, x in metrics.items()}
 
@@ -94,16 +115,16 @@ def rlad_trrd(config: Any, distillation_config: Any, model_output: dict[str, Ten
     def padded(x: Tensor) -> Tensor:
         return x.to_padded_tensor(0) if x.is_nested else x
 
-    mask = padded(data["response_mask"]).bool()
+    teacher = no_padding_2_padding(data["teacher_logprobs"], data)
     given = {
-        "old_logp": padded(data["old_log_probs"]),
+        "old_log_probs": padded(data["old_log_probs"]),
         "advantages": padded(data["advantages"]),
-        "teacher_logp": no_padding_2_padding(data["teacher_logprobs"], data).squeeze(-1),
+        "teacher_logprobs": teacher.squeeze(-1) if teacher.dim() == 3 else teacher,
     }
     log_prob = no_padding_2_padding(model_output["log_probs"], data)
     more = {"alpha": alpha, "clip_low": low, "clip_high": high, "teacher_clamp": teacher_clamp}
-    loss, means = _tokens(log_prob, mask, given, **more)
-    return loss, {f"distillation/{k}": x.item() for k, x in means.items()}
+    loss, means = _tokens("rlad_trrd", log_prob, padded(data["response_mask"]), given, **more)
+    return loss, {f"distillation/{k}": x.item() for k, x in means.items() if k != "clip_frac"}
 
 
 def install() -> None:
