@@ -99,6 +99,42 @@ def test_the_divergence_equals_trls(beta: float):
         ours.apply(*student, teacher[0], teacher[1][:499], None, beta)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": torch.zeros(1).long()}, r"targets has shape \(1,\), wanted \(9,\)"),
+        ({"targets": torch.zeros(9, 1).long()}, r"targets has shape \(9, 1\)"),
+        ({"targets": torch.zeros(9)}, "targets must be integers, got torch.float32"),
+        ({"targets": torch.full((9,), 31)}, r".* must be in \[0, vocab_size=31\), got 31"),
+        ({"outputs": ("entropies",)}, r"outputs must be a tuple of names among \('log_probs', 'entropy', .*got \('entropies',\)"),
+        ({"outputs": "entropy"}, "outputs must be a tuple of names"),
+    ],
+)
+def test_the_function_refuses_what_does_not_fit(changes: dict[str, Any], message: str):
+    from rlad_kernels.integrations.trl import ChunkedLogProbFunction as ours
+
+    given = {"hidden": torch.randn(9, 8), "weight": torch.randn(31, 8), "bias": None, "targets": torch.zeros(9).long()}
+    given |= {"temperature": 1.0, "chunk_size": 128}
+    with pytest.raises(ValueError, match=f"^ChunkedLogProbFunction: {message}"):
+        ours.apply(**{**given, **changes})
+    assert ours.apply(**given, outputs=("log_probs",))[1:] == (None,) * 4
+    packed, wide = ours.apply(**given), {k: given[k].unsqueeze(0) for k in ("hidden", "targets")}
+    assert all(torch.equal(x, y[0]) for x, y in zip(packed, ours.apply(**{**given, **wide}), strict=True))
+
+
+def test_the_divergence_refuses_what_does_not_fit():
+    from rlad_kernels.integrations.trl import ChunkedDivergenceFunction as ours
+
+    hidden, weight = torch.randn(9, 8), torch.randn(31, 8)
+    for states, beta, message in (
+        (hidden[:1], 0.5, r"teacher_hidden has shape \(1,\), wanted \(9,\)"),
+        (hidden, 1.5, r"beta must be in \[0, 1\], got 1.5"),
+        (hidden, float("nan"), r"beta must be in \[0, 1\], got nan"),
+    ):
+        with pytest.raises(ValueError, match=f"^ChunkedDivergenceFunction: {message}"):
+            ours.apply(hidden, weight, None, states, weight, None, beta)
+
+
 def test_a_model_made_before_the_patch_uses_it_until_undo(monkeypatch: pytest.MonkeyPatch):
     from trl.trainer.utils import add_fused_lm_head
 

@@ -16,7 +16,7 @@ from rlad_kernels.scores import TopK
 CLAMPED = -9999.0  # what vLLM's HTTP server writes for −inf, which JSON does not have
 SMALLEST_TAIL = -23 * math.log(2)  # the least mass told from 1 − Σ in float32
 OUT_OF_RANGE = ("raise", "tail")
-_IGNORE, _NO_ID = -100, 2**31
+_IGNORE, _NO_ID, _EMPTY = -100, 2**31, -(2**62)  # _EMPTY: no student's id, whatever the offset
 
 
 def from_logprobs(
@@ -27,15 +27,21 @@ def from_logprobs(
     """Implements :meth:`rlad_kernels.TopK.from_logprobs`."""
     if out_of_range not in OUT_OF_RANGE:
         raise ValueError(f"{NAME}: out_of_range must be one of {OUT_OF_RANGE}, got {out_of_range!r}")
-    if k is not None and k < 1:
-        raise ValueError(f"{NAME}: k must be positive or None, got {k}")
+    if k is not None and not (_is_int(k) and k > 0):
+        raise ValueError(f"{NAME}: k must be positive or None, got {k!r}")
+    if vocab_size is not None and not (_is_int(vocab_size) and vocab_size > 0):
+        raise ValueError(f"{NAME}: vocab_size must be a positive int or None, got {vocab_size!r}")
+    if not _is_int(offset):
+        raise ValueError(f"{NAME}: offset must be an int, got {offset!r}")
+    if not tolerance >= 0:
+        raise ValueError(f"{NAME}: tolerance must be at least 0, got {tolerance!r}")
     if token_logprobs is not None and target is None:
         raise ValueError(f"{NAME}: token_logprobs needs target, got None")
     came = parse(served)
     device = came.ids.device if device is None else device
     if target is not None:
         target, came = _fit(target, came)
-    raw = came._replace(ids=came.ids - offset)
+    raw = came._replace(ids=torch.where(came.ids == -1, _EMPTY, came.ids - offset))
     ids, logp = _checked(raw, vocab_size, offset, out_of_range, tolerance)
     target_logp = None
     if target is not None:
@@ -51,6 +57,17 @@ def from_logprobs(
     return TopK(ids.to(device, torch.int32), logp.to(device, torch.float32), None, tail, target_logp)
 
 
+def _is_int(x: Any) -> bool:
+    return hasattr(x, "__index__") and not isinstance(x, bool)
+
+
+def _integers(target: Any, device: torch.device | str) -> Tensor:
+    target = torch.as_tensor(target, device=device)
+    if target.numel() and (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool):
+        raise ValueError(f"{NAME}: target must be integers, got {target.dtype}")
+    return target.long()
+
+
 def _at(bad: Tensor) -> tuple[int, ...]:
     return tuple(bad.nonzero()[0].tolist())
 
@@ -59,16 +76,16 @@ def _fit(target: Any, came: Served) -> tuple[Tensor, Served]:
     """The target as a tensor, −100 beyond a sequence's end, and what came in its shape."""
     shape = came.ids.shape[:-1]
     if came.lengths is None:
-        target = torch.as_tensor(target, device=came.ids.device)
+        target = _integers(target, came.ids.device)
         if target.shape != shape:
             raise ValueError(f"{NAME}: target has shape {tuple(target.shape)}, served positions {tuple(shape)}")
-        return target.long(), came
+        return target, came
     if not isinstance(target, Tensor):
-        rows = [torch.as_tensor(x, dtype=torch.int64, device="cpu") for x in target]
+        rows = [_integers(x, "cpu") for x in target]
         if (wanted := [len(x) for x in rows]) != came.lengths:
             raise ValueError(f"{NAME}: served sequences have lengths {came.lengths}, target {wanted}")
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_IGNORE), came
-    target = target.long().cpu()
+    target = _integers(target, "cpu")
     if target.dim() != 2 or len(target) != shape[0] or target.shape[1] < shape[1]:
         raise ValueError(f"{NAME}: target has shape {tuple(target.shape)}, served sequences have lengths {came.lengths}")
     for b, length in enumerate(came.lengths):
@@ -83,10 +100,10 @@ def _fit(target: Any, came: Served) -> tuple[Tensor, Served]:
 def _checked(came: Served, vocab_size: int | None, offset: int, out_of_range: str, tolerance: float) -> tuple[Tensor, Tensor]:
     """Ids in ascending order with their log-probs; fills, duplicates and what goes to the tail are −1 and −inf, last."""
     ids, logp, _ = came
-    if bool((bad := logp.isnan() | (logp > tolerance)).any()):
+    if bool((bad := (ids != _EMPTY) & (logp.isnan() | (logp > tolerance))).any()):
         raise ValueError(f"{NAME}: log-prob {logp[bad][0].item():g} at {_at(bad)}, wanted at most 0: no probabilities, no logits")
-    logp = torch.where(logp <= CLAMPED, -torch.inf, logp.clamp_max(0))
-    empty = (ids + offset == -1) | (logp == -torch.inf)
+    logp = torch.where((ids == _EMPTY) | (logp <= CLAMPED), -torch.inf, logp.clamp_max(0))
+    empty = logp == -torch.inf
     bound = vocab_size or _NO_ID
     outside = ~empty & ((ids < 0) | (ids >= bound))
     if out_of_range == "raise" and bool(outside.any()):

@@ -18,7 +18,7 @@ from torch import Tensor
 from rlad_kernels.head import LMHead
 from rlad_kernels.integrations.wiring import check_head, check_plain_head, check_version, check_vocab
 from rlad_kernels.losses.divergence import linear_divergence
-from rlad_kernels.scores import EXTRAS, score
+from rlad_kernels.scores import EXTRAS, flat_rows, score
 
 SUPPORTED = ("1.16.0",)
 
@@ -33,10 +33,15 @@ class ChunkedLogProbFunction:
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         """(logp, entropy, log_sum_sq_probs, mean_logits, is_top1) of ``hidden (N, H)``, None for what is not in ``outputs``.
 
-        ``chunk_size`` is ignored: the tiles are ours (:func:`rlad_kernels.set_tile`).
+        ``targets (N,)`` are ints; −100 gives 0. ``outputs`` may also name log_probs, which always come. ``chunk_size`` is ignored:
+        the tiles are ours (:func:`rlad_kernels.set_tile`). What does not fit raises a ValueError.
         """
         name = "ChunkedLogProbFunction"
         check_head(name, hidden, weight)
+        flat_rows(name, "targets", targets, hidden.shape[:-1], hidden.device, ids=True)
+        known = ("log_probs", "entropy", *EXTRAS)
+        if isinstance(outputs, str) or any(x not in known for x in outputs):
+            raise ValueError(f"{name}: outputs must be a tuple of names among {known}, got {outputs!r}")
         head = _head(hidden, weight, bias, temperature, logit_scale, final_logit_softcapping)
         extras = tuple(x for x in EXTRAS if x in outputs)
         scores = score(name, hidden, head, targets, entropy="entropy" in outputs, extras=extras)
@@ -57,11 +62,15 @@ class ChunkedDivergenceFunction:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(divergence, student's entropy) of each token; the entropy has no gradient and costs one product of its own.
 
-        As in TRL β = 0 is the forward KL(teacher‖student), β = 1 the reverse one, and between them the generalised JSD.
+        As in TRL β = 0 is the forward KL(teacher‖student), β = 1 the reverse one, and between them the generalised JSD. Hidden
+        states are ``(N, H)``, of both sides for the same N tokens; what does not fit raises a ValueError.
         """
         name = "ChunkedDivergenceFunction"
         check_head(name, student_hidden, student_weight)
         check_head(name + " (teacher)", teacher_hidden, teacher_weight)
+        flat_rows(name, "teacher_hidden", teacher_hidden[..., 0], student_hidden.shape[:-1], student_hidden.device)
+        if not 0 <= beta <= 1:
+            raise ValueError(f"{name}: beta must be in [0, 1], got {beta!r}")
         check_vocab(name, len(student_weight), len(teacher_weight), "cut the larger head to the ids both tokenizers have")
         student = _head(
             student_hidden, student_weight, student_bias, temperature, student_logit_scale, student_final_logit_softcapping
