@@ -87,6 +87,26 @@ def test_a_token_without_mass_has_no_loss(call: Callable[..., rk.LossOutput]) ->
     assert torch.autograd.grad(out.loss, s)[0].flatten().tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("clamp", [None, 2.0, 100.0])
+@pytest.mark.parametrize("values", [(-math.inf, -3.0, -2.0), (-3.0, -math.inf, -2.0), (S, S - 200, S), (S, S + 200, S - 200)])
+def test_an_anchor_of_weight_zero_has_no_effect(values: tuple[float, float, float], clamp: float | None) -> None:
+    """α = 0: r = e^{clamp(s − t)} whatever the old policy gave, and where the clamp binds no gradient, even if r is inf."""
+    s, o, t = (torch.full((3,), x) for x in values)
+    a = torch.tensor([-1.0, 0.0, 2.0])
+    found = []
+    for old in (o, s.clamp(min=-3)):
+        leaf = s.clone().requires_grad_()
+        out = rk.trrd_loss(leaf, old, t, a, alpha=0.0, teacher_clamp=clamp, reduction="token-mean", denominator=1)
+        found.append((out.token_loss, torch.autograd.grad(out.loss, leaf)[0]))
+    gap = values[0] - values[2]
+    bound = gap if clamp is None else max(min(gap, clamp), -clamp)
+    r = torch.tensor(bound, dtype=torch.float64).exp()
+    hold(found[0][0], torch.stack([r.clamp(min=0.8), r * 0, -2 * r.clamp(max=1.2)]))
+    inside = r >= 0.8 and abs(bound) == abs(gap)
+    hold(found[0][1], torch.stack([r * inside, r * 0, -2 * r * (r <= 1.2 and abs(bound) == abs(gap))]).nan_to_num())
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 @pytest.mark.parametrize("unbiased", [False, True])
 def test_the_sampled_tail_and_its_importance_weight(direction: str, unbiased: bool) -> None:

@@ -54,7 +54,8 @@ def clipped_ratio_kernel(
         b_clamped = tl.where(m_bound, tl.where(b_d > 0, teacher_clamp, -teacher_clamp), b_d)
         b_part = (1.0 - alpha) * b_clamped
         b_part = tl.where(alpha == 1.0, 0.0, b_part)  # 0·(−inf) where the student gives the token no mass
-        b_log_r = tl.where(m_finite, alpha * b_old + b_part, b_old)
+        b_kept = tl.where(alpha == 0.0, 0.0, alpha * b_old)
+        b_log_r = tl.where(m_finite, b_kept + b_part, b_old)
         b_slope = tl.where(m_bound, alpha, 1.0)
         b_invalid = tl.where(m_finite, 0.0, 1.0)
     b_r = exp(b_log_r)
@@ -63,7 +64,7 @@ def clipped_ratio_kernel(
     m_low = (b_a < 0) & (b_r < 1.0 - clip_low)
     b_used = tl.where(m_high, 1.0 + clip_high, tl.where(m_low, 1.0 - clip_low, b_r))
     b_loss = -b_a * b_used
-    b_grad = tl.where(m_high | m_low, 0.0, -b_a * b_r * b_slope)
+    b_grad = tl.where(m_high | m_low | (b_slope == 0), 0.0, -b_a * b_r * b_slope)  # a slope of 0 also where r is inf
     if DUAL:
         m_dual = (b_a < 0) & (-dual_clip * b_a < b_loss)
         b_loss = tl.where(m_dual, -dual_clip * b_a, b_loss)
