@@ -225,3 +225,27 @@ def test_a_ratio_that_overflows_leaves_the_other_tokens_their_gradient(kind: str
         value, slope, metrics = loss_and_gradient(loss, given)
         assert value.isfinite() and slope.isfinite().all() and all(x.isfinite() for x in metrics)
         assert slope[1].any()
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_are_computed_in_float32(dtype: torch.dtype) -> None:
+    """Log-probs, advantages and weights as float32 gives them for the same numbers; the gradient in the input's dtype."""
+    given = {k: x.to(dtype) if x.is_floating_point() else x for k, x in {**inputs(), "vllm_is_ratio": torch.rand(B, T)}.items()}
+    wide = {k: x.float() if x.is_floating_point() else x for k, x in given.items()}
+    for kind in ("dapo", "vespo"):
+        loss = LigerFusedLinearGRPOLoss(loss_type=kind)
+        (value, slope, _), (want, want_slope, _) = loss_and_gradient(loss, given), loss_and_gradient(loss, wide)
+        assert value.dtype == torch.float32 and slope.dtype == dtype
+        assert relative(value, want) <= 1e-4
+        assert relative(slope.float(), want_slope) <= 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(("kind", "level"), [("bnpo", "token"), ("grpo", "sequence"), ("vespo", "token")])
+def test_it_compiles_fullgraph(kind: str, level: str) -> None:
+    loss = LigerFusedLinearGRPOLoss(loss_type=kind, importance_sampling_level=level, use_bias_correction_kl=True)
+    given = {**inputs(), "vllm_is_ratio": torch.rand(B, T)}
+    want = loss_and_gradient(loss, given)
+    got = loss_and_gradient(torch.compile(loss, fullgraph=True, backend="aot_eager"), given)
+    assert all(relative(x, y) <= 1e-6 for x, y in zip(got[:2], want[:2], strict=True))
