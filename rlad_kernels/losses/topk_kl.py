@@ -152,7 +152,8 @@ def topk_kl_loss(
         tail_logp: student log-mass outside the support ``(…)``, for ``normalize="tail"``. Without it 1 − Σ is used, clamped
             at 2^-23 with zero gradient there and counted as ``tail_clamped``.
         direction: ``reverse`` KL(q‖p), ``forward`` KL(p‖q), ``mixed`` β·KL(p‖q) + (1−β)·KL(q‖p), or ``jsd``
-            β·KL(p‖m) + (1−β)·KL(q‖m) with m = βp + (1−β)q (GKD, arXiv 2306.13649).
+            β·KL(p‖m) + (1−β)·KL(q‖m) with m = βp + (1−β)q (GKD, arXiv 2306.13649). Where the student's log-prob of a
+            slot is −∞ and the teacher's is not, ``forward`` and ``mixed`` are inf; their gradient is finite, −p at that slot.
         normalize: ``both`` renormalises student and teacher over the support (arXiv 2603.25562), ``teacher`` only the teacher
             (EOPD, arXiv 2603.07079; not with ``jsd``), ``none`` neither (the sum can be negative), ``tail`` adds one bucket
             with each side's tail mass (a non-finite teacher tail leaves the loss).

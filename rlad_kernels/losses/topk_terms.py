@@ -104,7 +104,8 @@ def topk_kl_tokens(
             raise ValueError("topk_kl_loss: normalize='tail' needs teacher.tail_logp, got None")
         invalid = invalid | teacher_tail.isnan() | (teacher_tail == torch.inf)
         if tail_logp is None:
-            total = lq.logsumexp(1)
+            held = (lq > -torch.inf).any(1, keepdim=True)  # logsumexp of −∞ alone has a NaN gradient
+            total = torch.where(held, lq, -1e4).logsumexp(1)
             clamped = some & ~(total < math.log1p(-(2.0**-23)))
             tail_logp = torch.where(clamped, _LOG_FLOOR, torch.log(-torch.expm1(torch.where(clamped | ~some, -1.0, total))))
         use = (some & teacher_tail.isfinite()).unsqueeze(1)  # the tail is one more slot
