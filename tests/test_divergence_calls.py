@@ -33,7 +33,8 @@ def test_compiles_fullgraph(which: str) -> None:
         assert torch.allclose(a, e, rtol=1e-6, atol=1e-7)
 
 
-BAD: list[tuple[dict[str, Any], str]] = [
+ONES = [1.0] * 4
+BAD: list[tuple[dict[str, Any], str]] = [  # a list stands for a tensor of it: made in the test, on the device under test
     ({"divergence": "kl"}, r"linear_divergence_loss: divergence must be a callable or one of .*got 'kl'"),
     ({"beta": 0.5}, r"divergence 'forward_kl' has no parameter, got beta=0.5"),
     ({"divergence": "jsd", "lam": 0.5}, r"divergence 'jsd' has only beta, got lam=0.5"),
@@ -45,21 +46,32 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"divergence": lambda a, b: a.sum(1), "beta": 0.3}, r"belong to a named divergence, got a callable"),
     ({"scale": float("inf")}, r"scale must be finite, got inf"),
     ({"teacher_weights": (0.5, 0.5)}, r"teacher_weights must have one entry a teacher, 1, got 2"),
-    ({"teacher_weights": (torch.ones(4),)}, r"teacher_weights has shape \(4,\), wanted \(3,\)"),
-    ({"weights": torch.ones(4)}, r"weights has shape \(4,\), wanted \(3,\)"),
-    ({"mask": torch.full((3,), 0.5)}, r"mask must hold bools, or numbers equal to 0 or 1, got 0.5"),
-    ({"teacher_hidden": torch.zeros(4, 10)}, r"\(teacher\): teacher_hidden has shape \(4, 10\), wanted \(3, 'D'\)"),
-    ({"teacher_hidden": torch.zeros(3, 9)}, r"\(teacher\): weight \(V, D\) has D=10, hidden has D=9"),
-    ({"teacher_head": rk.LMHead(torch.zeros(41, 10))}, r"student's head has 40 tokens, the teacher's 41; .*LMHead\(vocab_size="),
+    ({"teacher_weights": (ONES,)}, r"teacher_weights has shape \(4,\), wanted \(3,\)"),
+    ({"weights": ONES}, r"weights has shape \(4,\), wanted \(3,\)"),
+    ({"mask": [0.5] * 3}, r"mask must hold bools, or numbers equal to 0 or 1, got 0.5"),
+    ({"teacher_hidden": [[0.0] * 10] * 4}, r"\(teacher\): teacher_hidden has shape \(4, 10\), wanted \(3, 'D'\)"),
+    ({"teacher_hidden": [[0.0] * 9] * 3}, r"\(teacher\): weight \(V, D\) has D=10, hidden has D=9"),
+    ({"teacher_head": [[0.0] * 10] * 41}, r"student's head has 40 tokens, the teacher's 41; .*LMHead\(vocab_size="),
     ({"teacher_hidden": []}, r"teacher_hidden holds 0 teachers, teacher_head 1"),
 ]  # fmt: skip
+
+
+def with_tensors(bad: dict[str, Any]) -> dict[str, Any]:
+    def made(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(map(made, x))
+        return torch.tensor(x) if isinstance(x, list) and x else x
+
+    return {k: made(x) for k, x in bad.items()}
 
 
 @pytest.mark.parametrize("bad, message", BAD, ids=[f"{i}-{next(iter(b))}" for i, (b, _) in enumerate(BAD)])
 def test_wrong_calls_raise(bad: dict[str, Any], message: str) -> None:
     p, t = problem(shape=(3,), d=8, v=40), teacher((3,), 40)
-    given = {"hidden": p.hidden, "head": p.head, "teacher_hidden": t.hidden, "teacher_head": t.head, **bad}
-    with pytest.raises(ValueError, match=message):
+    given = {"hidden": p.hidden, "head": p.head, "teacher_hidden": t.hidden, "teacher_head": t.head, **with_tensors(bad)}
+    if isinstance(given["teacher_head"], Tensor):
+        given["teacher_head"] = rk.LMHead(given["teacher_head"])
+    with rk.set_checks(True), pytest.raises(ValueError, match=message):
         rk.linear_divergence_loss(**given)
 
 

@@ -65,7 +65,7 @@ class Side:
 
     @property
     def args(self) -> tuple[Any, ...]:
-        z = self.z(self.raw.double().cpu())
+        z = self.z(self.raw.double())
         top = z.amax(1)
         norm = torch.stack([top, (z - top[:, None]).exp().sum(1).log()]).to(self.raw)
         return self.raw, self.bias, self.inv_temp, self.scale, self.softcap, norm
@@ -78,7 +78,7 @@ def apply(student: Side, teacher: Side, row: Row, weights: Tensor, out: Tensor |
 
 
 def expected(student: Side, teacher: Side, row: Row, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ weighted terms and their gradient in float64, on CPU."""
+    """Σ weighted terms and their gradient in float64."""
     raw = student.raw.detach().double().requires_grad_()
     lq, lp = student.z(raw).log_softmax(1), teacher.z(teacher.raw.double()).log_softmax(1)
     value = reference.divergence(lq, lp, *row)
