@@ -54,8 +54,8 @@ class Chunk:
         return z * self.inv_temp[rows].unsqueeze(1)
 
     def log_probs(self, rows: slice) -> Tensor:
-        top, log_total = self.norm[:, rows].unsqueeze(2)
-        return self.temper(self.logits[rows], rows).sub_(top).sub_(log_total)
+        # not by ``norm``: its maximum is of the row pass's logits, an ulp of which, at 100, is 1e-5 in the largest probability
+        return self.temper(self.logits[rows], rows).log_softmax(1)
 
     def blocks(self) -> Iterator[slice]:
         rows = max(1, _BLOCK_BYTES // (self.logits.element_size() * self.logits.shape[1]))
@@ -160,8 +160,10 @@ def _call(kind: OnChunk, values: Tensor, g: Tensor | None, student: Chunk, teach
                 (grad,) = torch.autograd.grad((found * rows[1, b]).sum(), raw)
         values[b] += torch.where(rows[0, b] == 0, 0, rows[0, b] * found.detach())
         if g is not None:
-            live = rows[1, b].unsqueeze(1) != 0
-            part = torch.zeros_like(raw) if grad is None else torch.where(live, grad, 0)
+            part = torch.zeros_like(raw)
+            if grad is not None:  # an infinite divergence without a finite gradient sends none
+                live = (rows[1, b] != 0) & (~found.isinf() | grad.isfinite().all(1))
+                part = torch.where(live.unsqueeze(1), grad, 0)
             g[b] = part if first else g[b] + part
 
 

@@ -74,41 +74,69 @@ def divergence(
     lq: Tensor, lp: Tensor, family: str, numbers: tuple[float, float, float] = (0.0, 0.0, 0.0), forward: Tensor | float = 0.0,
     reverse: Tensor | float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """The families of ``rlad::divergence_`` as their definitions read, from log-probs ``(…, V)`` of student and teacher.
+    """The families of ``rlad::divergence_`` from log-probs ``(…, V)`` of student and teacher.
 
-    A column without mass on either side counts 0.
+    As their definitions read, plus Σ(q − p) = 0 and the like column by column, so that every term is ≥ 0 and of second order where
+    q ≈ p. A column without mass on either side counts 0. ``taid`` is inf where no column has mass on both.
     """
     dead = (lq == -torch.inf) & (lp == -torch.inf)
     lq, lp = torch.where(dead, 0, lq), torch.where(dead, 0, lp)
     q, p, w = lq.exp(), lp.exp(), lp - lq
     a, b, c = numbers
 
-    def kl(x: Tensor, log_ratio: Tensor) -> Tensor:
-        return torch.where(x > 0, x * torch.where(x > 0, log_ratio, 0), 0)
-
     if family == "sym":
         on = [torch.as_tensor(k, dtype=lq.dtype).expand(lq.shape[:-1]).unsqueeze(-1) for k in (forward, reverse)]
-        terms = sum(torch.where(k != 0, k * kl(x, r), 0) for k, x, r in zip(on, (p, q), (w, -w), strict=True))
+        pairs = ((lp, lq), (lq, lp))
+        terms = sum(torch.where(k != 0, k * _kl_terms(x, y), 0) for k, (x, y) in zip(on, pairs, strict=True))
     elif family == "mix":
         m = torch.logaddexp(lp + math.log(c), lq + math.log1p(-c))
-        terms = a * kl(p, lp - m) + b * kl(q, lq - m)
+        terms = a * _kl_terms(lp, m) + b * _kl_terms(lq, m)
     elif family == "todi":
         sigma = torch.sigmoid(a * w).detach()
-        terms = sigma * kl(p, w) + (1 - sigma) * kl(q, -w)
+        terms = sigma * _times(p, w) - (1 - sigma) * _times(q, w)
     elif family == "taid":
-        target = torch.where(dead, -torch.inf, (1 - a) * lq + a * lp).detach().log_softmax(-1)
-        terms = kl(target.exp(), torch.where(dead, 0, target - lq))
-    elif family == "alpha_beta" and a + b == 0:
-        terms = (torch.expm1(a * w) - a * w) / a**2
-    elif family == "alpha_beta" and a == 0:
-        terms = ((b * lq).exp() * (-b * w - 1) + (b * lp).exp()) / b**2
-    elif family == "alpha_beta" and b == 0:
-        terms = ((a * lp).exp() * (a * w - 1) + (a * lq).exp()) / a**2
+        mixed = torch.where(dead, -torch.inf, (1 - a) * lq + a * lp).detach()
+        some = (mixed > -torch.inf).any(-1, keepdim=True)
+        terms = torch.where(some, _kl_terms(torch.where(some, mixed, 0).log_softmax(-1), lq), torch.inf)
     elif family == "alpha_beta":
-        s = a + b
-        terms = -((a * lp + b * lq).exp() - a / s * (s * lp).exp() - b / s * (s * lq).exp()) / (a * b)
+        terms = _alpha_beta_terms(lq, lp, a, b)
     elif family == "log_square":
         terms = w.square() / 2
     else:
-        terms = (p - q).abs() / 2
+        terms = torch.where(w.abs() < 1, _times(q, torch.expm1(w.clamp(-1, 1))), p - q).abs() / 2
     return torch.where(dead, 0, terms).sum(-1)
+
+
+def _times(x: Tensor, y: Tensor) -> Tensor:
+    """x·y, 0 where x is 0 though y may be infinite."""
+    return torch.where(x > 0, x * torch.where(x > 0, y, 0), 0)
+
+
+def _kl_terms(lx: Tensor, ly: Tensor) -> Tensor:
+    """x·log(x/y) + y − x ≥ 0; Σ of them is KL(x‖y) where both sum to one."""
+    x, r = lx.exp(), lx - ly
+    near = r.abs() < 1
+    small = torch.where(near, r, 0)
+    return torch.where(near, x * (small + torch.expm1(-small)), _times(x, torch.where(near, 0, r)) + ly.exp() - x)
+
+
+def _alpha_beta_terms(lq: Tensor, lp: Tensor, a: float, b: float) -> Tensor:
+    """−1/(αβ)·[p^α·q^β − α/s·p^s − β/s·q^s], s = α + β, and its limits where one of α, β, s is 0."""
+    s, w = a + b, lp - lq
+    near = w.abs() < 1
+    small, wide = torch.where(near, w, 0), torch.where(near, 0, w)
+
+    def excess(x: Tensor) -> Tensor:
+        return torch.expm1(x) - x
+
+    qs, ps = (torch.ones_like(x) if s == 0 else (s * x).exp() for x in (lq, lp))
+    if s == 0:
+        close, far = excess(a * small) / a**2, excess(a * wide) / a**2
+    elif a == 0:
+        close, far = qs * excess(b * small) / b**2, (ps - qs - b * _times(qs, wide)) / b**2
+    elif b == 0:
+        close, far = ps * excess(-a * small) / a**2, (a * _times(ps, wide) - ps + qs) / a**2
+    else:
+        close = qs * (excess(s * small) / (b * s) - excess(a * small) / (a * b))
+        far = -((a * lp + b * lq).exp() - a / s * ps - b / s * qs) / (a * b)
+    return torch.where(near, close, far)

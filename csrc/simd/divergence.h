@@ -21,10 +21,10 @@ RLAD_INLINE auto near_zero(Vec<T> w) {
   return magnitude<T>(w) < T(1);
 }
 
-// a·b, 0 where a is 0 though b may be infinite.
+// a·b, 0 where either is 0 though the other may be infinite.
 template <class T>
 RLAD_INLINE Vec<T> times(Vec<T> a, Vec<T> b) {
-  return a == T(0) ? Vec<T>{} : a * b;
+  return (a == T(0)) | (b == T(0)) ? Vec<T>{} : a * b;
 }
 
 // forward·KL(p‖q) + reverse·KL(q‖p)
@@ -137,17 +137,20 @@ struct AlphaBeta {
     if (c_own != 0) close += excess<T>(w * s) * c_own, far += own * c_own;
     if (c_cross != 0) close -= excess<T>(w * inner) * c_cross, far -= cross * c_cross;
     if (c_slope != 0) far -= times<T>(base, w) * c_slope;
-    out.value = near ? base * close : far;
+    far = (far == far) | (x.w != x.w) ? far : splat(kInf<T>);  // of powers that overflow the largest decides
+    out.value = near ? times<T>(close, base) : far;
     if (alpha == 0) out.u = -times<T>(qs, x.w);
-    else out.u = (near ? -qs * expm1(x.w * alpha) : qs - cross) / alpha;
+    else out.u = (near ? -times<T>(expm1(x.w * alpha), qs) : qs - cross) / alpha;
     return out;
   }
 };
 
-// KL(p_τ‖q) with p_τ ∝ q^(1−τ)·p^τ held constant, 0 < τ < 1: log p_τ − log q = τw − log z, where z = 1 + Σ tilt
+// KL(p_τ‖q) with p_τ ∝ q^(1−τ)·p^τ held constant, 0 < τ < 1. With z = Σq^(1−τ)·p^τ ≤ 1, log p_τ − log q = τw − log z: exact for
+// close models, where z = 1 + Σ tilt. `far`, z small: log z = top + log_z, and the difference of log p_τ and log q themselves.
 template <class T>
 struct Taid {
-  T tau, log_z = 0;
+  T tau, top = 0, log_z = 0;
+  bool far = false;
   Taid(const DivergenceArgs<T>& g, int64_t) : tau(T(g.numbers[0])) {}
 
   RLAD_INLINE Vec<T> mixed(const Point<T>& x) const { return x.lq * (T(1) - tau) + x.lp * tau; }
@@ -157,9 +160,12 @@ struct Taid {
     return near_zero<T>(w) ? x.q * (w + w * w * excess_ratio<T>(w)) : exp_clamped(clamp_exp<T>(mixed(x))) - x.q;
   }
 
+  RLAD_INLINE Vec<T> scaled(const Point<T>& x) const { return exp_clamped(clamp_exp<T>(mixed(x) - top)); }
+
   RLAD_INLINE Part<T> operator()(const Point<T>& x) const {
-    const Vec<T> lp = mixed(x) - log_z;
-    return Sym<T>(1, 0)(Point<T>{x.lq, lp, x.q, exp_clamped(clamp_exp<T>(lp)), x.w * tau - log_z});
+    const Vec<T> lp = (mixed(x) - top) - log_z;
+    const Vec<T> w = far ? (lp == x.lq ? Vec<T>{} : lp - x.lq) : x.w * tau - log_z;
+    return Sym<T>(1, 0)(Point<T>{x.lq, lp, x.q, exp_clamped(clamp_exp<T>(lp)), w});
   }
 };
 
@@ -243,6 +249,55 @@ RLAD_INLINE void for_stretches(const DivergenceArgs<T>& a, int64_t i, T* zq, T* 
   }
 }
 
+// Σ term(point) over a row's columns with mass.
+template <class T, class F>
+RLAD_INLINE double row_sum(const DivergenceArgs<T>& a, int64_t i, T* zq, T* zp, F term) {
+  double total = 0;
+  for_stretches(a, i, zq, zp, [&](int64_t, int64_t n, auto at) {
+    Vec<T> sum[kUnroll<T>];
+    for (int u = 0; u < kUnroll<T>; ++u) sum[u] = Vec<T>{};
+    for (int64_t j = 0; j < round_up(n, kBlock<T>); j += kBlock<T>) {
+      for (int u = 0; u < kUnroll<T>; ++u) {
+        const Point<T> x = at(j + u * kLanes<T>);
+        sum[u] += dead<T>(x) ? Vec<T>{} : term(x);
+      }
+    }
+    total += sum_lanes<T>(sum);
+  });
+  return total;
+}
+
+// A row's normaliser; false where no column has mass on both sides, so that there is no p_τ.
+template <class T>
+bool normalise(Taid<T>& f, const DivergenceArgs<T>& a, int64_t i, T* zq, T* zp) {
+  Vec<T> top[kUnroll<T>];
+  for (int u = 0; u < kUnroll<T>; ++u) top[u] = splat<T>(-kInf<T>);
+  const double tilt = row_sum(a, i, zq, zp, [&](const Point<T>& x) {
+    const Vec<T> mixed = f.mixed(x);
+    top[0] = mixed > top[0] ? mixed : top[0];
+    return f.tilt(x);
+  });
+  f.far = tilt < -0.5;
+  if (f.far) {
+    f.top = max_lanes<T>(top);
+    f.log_z = T(std::log(row_sum(a, i, zq, zp, [&](const Point<T>& x) { return f.scaled(x); })));
+  } else {
+    f.log_z = T(std::log1p(tilt));
+  }
+  return f.top != -kInf<T>;
+}
+
+// Σ over a row. dz = u − q·Σu; of the one column with more than half of q, where there is one, it is minus the sum of the others':
+// 1 − q cancels.
+struct RowSums {
+  double value = 0, u = 0, other_u = 0, other_q = 0;
+};
+
+template <class T>
+RLAD_INLINE auto dominant(Vec<T> q) {
+  return q > T(0.501);
+}
+
 template <class F, class T>
 void divergence_rows(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
   constexpr int64_t L = kLanes<T>;
@@ -252,39 +307,39 @@ void divergence_rows(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const T value_weight = a.rows.row(0)[i], grad_weight = a.rows.row(1)[i];
     F f(a, i);
-    const bool pull = grad && grad_weight != 0;
-    double value = 0, total = 0;
-    if constexpr (std::is_same_v<F, Taid<T>>) {
-      double tilt = 0;
-      for_stretches(a, i, zq, zp, [&](int64_t, int64_t n, auto at) {
-        Vec<T> sum[kUnroll<T>];
-        for (int u = 0; u < kUnroll<T>; ++u) sum[u] = Vec<T>{};
-        for (int64_t k = 0; k < round_up(n, kBlock<T>); k += L) {
-          const Point<T> x = at(k);
-          sum[k / L % kUnroll<T>] += dead<T>(x) ? Vec<T>{} : f.tilt(x);
-        }
-        tilt += sum_lanes<T>(sum);
-      });
-      f.log_z = T(std::log1p(tilt));
-    }
-    if (value_weight != 0 || pull) {
+    bool pull = grad && grad_weight != 0;
+    RowSums sums;
+    bool exists = true;
+    if constexpr (std::is_same_v<F, Taid<T>>) exists = normalise(f, a, i, zq, zp);
+    if (!exists) {
+      sums.value = sums.u = kInf<double>;
+    } else if (value_weight != 0 || pull) {
       for_stretches(a, i, zq, zp, [&](int64_t j0, int64_t n, auto at) {
-        Vec<T> values[kUnroll<T>], us[kUnroll<T>];
-        for (int u = 0; u < kUnroll<T>; ++u) values[u] = us[u] = Vec<T>{};
+        Vec<T> values[kUnroll<T>], us[kUnroll<T>], other_us[kUnroll<T>], other_qs[kUnroll<T>];
+        for (int u = 0; u < kUnroll<T>; ++u) values[u] = us[u] = other_us[u] = other_qs[u] = Vec<T>{};
         for (int64_t j = 0; j < round_up(n, kBlock<T>); j += kBlock<T>) {
           for (int u = 0; u < kUnroll<T>; ++u) {
-            const Part<T> part = part_of<T>(f, at(j + u * L));
+            const Point<T> x = at(j + u * L);
+            const Part<T> part = part_of<T>(f, x);
             values[u] += part.value;
             us[u] += part.u;
-            if (pull) store<T>(&found[j0 + j + u * L], part.u);
+            if (!pull) continue;
+            other_us[u] += dominant<T>(x.q) ? Vec<T>{} : part.u;
+            other_qs[u] += dominant<T>(x.q) ? Vec<T>{} : x.q;
+            store<T>(&found[j0 + j + u * L], part.u);
           }
         }
-        value += sum_lanes<T>(values);
-        total += sum_lanes<T>(us);
+        sums.value += sum_lanes<T>(values);
+        sums.u += sum_lanes<T>(us);
+        sums.other_u += sum_lanes<T>(other_us);
+        sums.other_q += sum_lanes<T>(other_qs);
       });
     }
-    const T term = value_weight == 0 ? T(0) : T(value_weight * value);
+    const T term = value_weight == 0 ? T(0) : T(value_weight * sums.value);
     a.value[i] = a.accumulate ? a.value[i] + term : term;
+    const T total = T(sums.u), most = T(sums.u * sums.other_q - sums.other_u);
+    // An infinite divergence without a finite gradient sends none; NaN logits still show.
+    if (!std::isfinite(total) && !std::isnan(sums.value)) pull = false;
     if (grad && !pull && !a.accumulate) std::memset(a.out.row(i), 0, a.student.cols * sizeof(T));
     if (!pull) continue;
     const T top = a.norm.row(0)[i], log_total = a.norm.row(1)[i];
@@ -293,7 +348,8 @@ void divergence_rows(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
       temper_row(a.student, i, j0, n, zq);
       for (int64_t k = 0; k < round_up(n, L); k += L) {
         const Vec<T> q = exp_clamped(clamp_exp<T>((load(zq + k) - top) - log_total));
-        store<T>(zp + k, (load(&found[j0 + k]) - q * T(total)) * grad_weight);
+        const Vec<T> dz = dominant<T>(q) ? splat(most) : load(&found[j0 + k]) - q * total;
+        store<T>(zp + k, dz * grad_weight);
       }
       with_flag(a.student.softcap > 0, [&](auto cap) {
         with_flag(a.student.bias, [&](auto bias) { chain<cap.value, bias.value>(a, i, j0, n, zp); });

@@ -13,13 +13,15 @@ from ._launch import launch, require_dtype
 from ._math import excess, exp_ulp, expm1, log1p, tanh_and_slope, tempered
 from .configs import pick
 
+# dz = u − q·Σu. Of the one column with more than half of q, where there is one, it is minus the sum of the others': 1 − q cancels.
+DOMINANT = tl.constexpr(0.501)
 FAMILIES = ("sym", "mix", "todi", "alpha_beta", "taid", "log_square", "total_variation")
 
 
 @triton.jit
 def _times(b_a, b_b):
-    """a·b, 0 where a is 0 though b may be infinite."""
-    return tl.where(b_a == 0, 0.0, b_a * b_b)
+    """a·b, 0 where either is 0 though the other may be infinite."""
+    return tl.where((b_a == 0) | (b_b == 0), 0.0, b_a * b_b)
 
 
 @triton.jit
@@ -65,9 +67,10 @@ def _alpha_beta(b_lq, b_lp, b_w, m_near, alpha, beta, s, inner, c_own, c_cross, 
     b_close = tl.where(c_own == 0, 0.0, excess(b_sw * s) * c_own) - tl.where(c_cross == 0, 0.0, excess(b_sw * inner) * c_cross)
     b_far = b_base * c_base + tl.where(c_own == 0, 0.0, b_own * c_own) - tl.where(c_cross == 0, 0.0, b_cross * c_cross)
     b_far -= tl.where(c_slope == 0, 0.0, _times(b_base, b_sw) * c_slope)
-    b_steep = tl.where(m_near, -b_qs * expm1(b_w * alpha), b_qs - b_cross) / tl.where(alpha == 0, 1.0, alpha)
+    b_far = tl.where((b_far == b_far) | (b_w != b_w), b_far, float("inf"))  # of powers that overflow the largest decides
+    b_steep = tl.where(m_near, -_times(b_qs, expm1(b_w * alpha)), b_qs - b_cross) / tl.where(alpha == 0, 1.0, alpha)
     b_u = tl.where(alpha == 0, -_times(b_qs, b_w), b_steep)
-    return tl.where(m_near, b_base * b_close, b_far), b_u
+    return tl.where(m_near, _times(b_base, b_close), b_far), b_u
 
 
 def _numbers(family: str, a: float, b: float, c: float) -> tuple[float, ...]:
@@ -92,12 +95,18 @@ def _forward_kl(b_q, b_p, b_w):
 
 
 @triton.jit
+def _mixed(b_lq, b_lp, tau):
+    """log q^{1−τ}·p^τ, TAID's target before it is normalised."""
+    return (1.0 - tau) * b_lq + tau * b_lp
+
+
+@triton.jit
 def _tilt(b_lq, b_lp, tau):
     """q·(e^{τw} − 1): TAID's p_τ ∝ q^{1−τ}·p^τ sums to 1 + Σ of it."""
     m_dead = (b_lq == -float("inf")) & (b_lp == -float("inf"))
     b_w = tau * (tl.where(m_dead, 0.0, b_lp) - tl.where(m_dead, 0.0, b_lq))
     b_q = exp_ulp(b_lq)
-    b_far = exp_ulp((1.0 - tau) * b_lq + tau * b_lp) - b_q
+    b_far = exp_ulp(_mixed(b_lq, b_lp, tau)) - b_q
     return tl.where(m_dead, 0.0, tl.where(tl.abs(b_w) < 1.0, b_q * (b_w + excess(b_w)), b_far))
 
 
@@ -130,8 +139,10 @@ def _part(b_lq, b_lp, forward, reverse, n0, n1, n2, n3, n4, n5, n6, n7, FAMILY: 
         b_u = tl.where(m_near, b_q * (-b_sigma * b_grown - b_t - b_other * b_w), b_far)
     elif FAMILY == "alpha_beta":
         b_value, b_u = _alpha_beta(b_lq, b_lp, b_w, m_near, n0, n1, n2, n3, n4, n5, n6, n7, SWAP)
-    elif FAMILY == "taid":  # n1 = log Σq^{1−τ}·p^τ
-        b_value, b_u = _forward_kl(b_q, exp_ulp((1.0 - n0) * b_lq + n0 * b_lp - n1), n0 * b_w - n1)
+    elif FAMILY == "taid":  # n1 + n2 = log Σq^{1−τ}·p^τ
+        b_target = (_mixed(b_lq, b_lp, n0) - n2) - n1
+        b_apart = tl.where(b_target == b_lq, 0.0, b_target - b_lq)
+        b_value, b_u = _forward_kl(b_q, exp_ulp(b_target), tl.where(n3 != 0, b_apart, n0 * b_w - n1))
     elif FAMILY == "log_square":
         b_value = 0.5 * b_w * b_w
         b_u = -b_w
@@ -151,22 +162,30 @@ def _log_probs(p_x, p_bias, o_c, C, scale, softcap, it, top, log_total, MASKED: 
 
 
 @triton.jit
+def _add(b_sum, b_x):
+    """Running sums of a block, each over some neighbouring columns: fewer registers than one of every column."""
+    return b_sum + tl.sum(tl.reshape(b_x, [b_sum.shape[0], b_x.shape[0] // b_sum.shape[0]]), 1)
+
+
+@triton.jit
 def _sum_step(
     p_x, p_bias, p_y, p_teacher_bias, o_c, C, scale, softcap, it, top_q, log_q, t_scale, t_softcap, t_it, top_p, log_p,
-    forward, reverse, n0, n1, n2, n3, n4, n5, n6, n7, b_value, b_total,
+    forward, reverse, n0, n1, n2, n3, n4, n5, n6, n7, b_value, b_total, b_other_u, b_other_q,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, TEACHER_SOFTCAP: tl.constexpr, FAMILY: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
-    """Add one block of columns to Σ value and Σ u."""
+    """Add one block of columns to Σ value and Σ u, and to Σ u and Σ q of all columns but the dominant one."""
     b_lq, _ = _log_probs(p_x, p_bias, o_c, C, scale, softcap, it, top_q, log_q, MASKED, SOFTCAP)
     b_lp, _ = _log_probs(p_y, p_teacher_bias, o_c, C, t_scale, t_softcap, t_it, top_p, log_p, MASKED, TEACHER_SOFTCAP)
-    b_v, b_u, _ = _part(b_lq, b_lp, forward, reverse, n0, n1, n2, n3, n4, n5, n6, n7, FAMILY, SWAP)
-    return b_value + b_v, b_total + b_u
+    b_v, b_u, b_q = _part(b_lq, b_lp, forward, reverse, n0, n1, n2, n3, n4, n5, n6, n7, FAMILY, SWAP)
+    b_other_u = _add(b_other_u, tl.where(b_q > DOMINANT, 0.0, b_u))
+    b_other_q = _add(b_other_q, tl.where(b_q > DOMINANT, 0.0, b_q))
+    return _add(b_value, b_v), _add(b_total, b_u), b_other_u, b_other_q
 
 
 @triton.jit
 def _grad_step(
     p_out, p_x, p_bias, p_y, p_teacher_bias, o_c, C, scale, softcap, it, top_q, log_q, t_scale, t_softcap, t_it, top_p, log_p,
-    forward, reverse, n0, n1, n2, n3, n4, n5, n6, n7, total, weight,
+    forward, reverse, n0, n1, n2, n3, n4, n5, n6, n7, total, most, weight,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, TEACHER_SOFTCAP: tl.constexpr, FAMILY: tl.constexpr, SWAP: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
@@ -174,7 +193,7 @@ def _grad_step(
     b_lq, b_slope = _log_probs(p_x, p_bias, o_c, C, scale, softcap, it, top_q, log_q, MASKED, SOFTCAP)
     b_lp, _ = _log_probs(p_y, p_teacher_bias, o_c, C, t_scale, t_softcap, t_it, top_p, log_p, MASKED, TEACHER_SOFTCAP)
     _, b_u, b_q = _part(b_lq, b_lp, forward, reverse, n0, n1, n2, n3, n4, n5, n6, n7, FAMILY, SWAP)
-    b_g = tl.where(weight == 0, 0.0, (b_u - b_q * total) * weight * b_slope)
+    b_g = tl.where(weight == 0, 0.0, tl.where(b_q > DOMINANT, most, b_u - b_q * total) * weight * b_slope)
     if MASKED:
         if ACCUMULATE:
             b_g += tl.load(p_out + o_c, mask=o_c < C, other=0.0)
@@ -209,47 +228,72 @@ def divergence_kernel(
     o_b = tl.arange(0, BLOCK)
 
     if FAMILY == "taid":
+        # log Σq^{1−τ}·p^τ = log(1 + Σ tilt), exact for close models; from its largest term where the sum is far below 1
         b_tilt = tl.zeros([BLOCK], tl.float32)
+        b_top = tl.full([BLOCK], -float("inf"), tl.float32)
         for c0 in range(0, C, BLOCK):
             o_c = c0 + o_b
             b_lq, _ = _log_probs(p_x, bias, o_c, C, logit_scale, softcap, it, top_q, log_q, True, SOFTCAP)
             b_lp, _ = _log_probs(
                 p_y, teacher_bias, o_c, C, teacher_scale, teacher_softcap, t_it, top_p, log_p, True, TEACHER_SOFTCAP)  # fmt: skip
             b_tilt += _tilt(b_lq, b_lp, n0)
-        n1 = log1p(tl.sum(b_tilt, 0))
+            b_top = tl.maximum(b_top, _mixed(b_lq, b_lp, n0))
+        tilt = tl.sum(b_tilt, 0)
+        n1 = log1p(tilt)
+        n2 = 0.0
+        n3 = 0.0
+        if tilt < -0.5:
+            n2 = tl.max(b_top, 0)
+            n3 = 1.0
+            b_sum = tl.zeros([BLOCK], tl.float32)
+            for c0 in range(0, C, BLOCK):
+                o_c = c0 + o_b
+                b_lq, _ = _log_probs(p_x, bias, o_c, C, logit_scale, softcap, it, top_q, log_q, True, SOFTCAP)
+                b_lp, _ = _log_probs(
+                    p_y, teacher_bias, o_c, C, teacher_scale, teacher_softcap, t_it, top_p, log_p, True, TEACHER_SOFTCAP
+                )
+                b_sum += exp_ulp(_mixed(b_lq, b_lp, n0) - n2)
+            n1 = tl.log(tl.sum(b_sum, 0))
 
-    b_value = tl.zeros([BLOCK], tl.float32)
-    b_total = tl.zeros([BLOCK], tl.float32)
+    b_value = tl.zeros([BLOCK // 4], tl.float32)
+    b_total = tl.zeros([BLOCK // 4], tl.float32)
+    b_other_u = tl.zeros([BLOCK // 4], tl.float32)
+    b_other_q = tl.zeros([BLOCK // 4], tl.float32)
     # full blocks without a mask: an odd C would otherwise cost every load its width
     full = C // BLOCK * BLOCK
     for c0 in range(0, full, BLOCK):
-        b_value, b_total = _sum_step(
+        b_value, b_total, b_other_u, b_other_q = _sum_step(
             p_x, bias, p_y, teacher_bias, c0 + o_b, C, logit_scale, softcap, it, top_q, log_q, teacher_scale, teacher_softcap,
-            t_it, top_p, log_p, forward, reverse, n0, n1, n2, n3, n4, n5, n6, n7, b_value, b_total,
-            False, SOFTCAP, TEACHER_SOFTCAP, FAMILY, SWAP)  # fmt: skip
+            t_it, top_p, log_p, forward, reverse, n0, n1, n2, n3, n4, n5, n6, n7, b_value, b_total, b_other_u,
+            b_other_q, False, SOFTCAP, TEACHER_SOFTCAP, FAMILY, SWAP)  # fmt: skip
     if full < C:
-        b_value, b_total = _sum_step(
+        b_value, b_total, b_other_u, b_other_q = _sum_step(
             p_x, bias, p_y, teacher_bias, full + o_b, C, logit_scale, softcap, it, top_q, log_q, teacher_scale, teacher_softcap,
-            t_it, top_p, log_p, forward, reverse, n0, n1, n2, n3, n4, n5, n6, n7, b_value, b_total,
-            True, SOFTCAP, TEACHER_SOFTCAP, FAMILY, SWAP)  # fmt: skip
-    found = tl.where(weight == 0, 0.0, weight * tl.sum(b_value, 0))
+            t_it, top_p, log_p, forward, reverse, n0, n1, n2, n3, n4, n5, n6, n7, b_value, b_total, b_other_u,
+            b_other_q, True, SOFTCAP, TEACHER_SOFTCAP, FAMILY, SWAP)  # fmt: skip
+    whole = tl.sum(b_value, 0)
+    total = tl.sum(b_total, 0)
+    if FAMILY == "taid":  # no column has mass on both sides: there is no p_τ
+        whole = tl.where(n2 == -float("inf"), float("inf"), whole)
+    found = tl.where(weight == 0, 0.0, weight * whole)
     if ACCUMULATE:
         found += tl.load(value + i_r)
     tl.store(value + i_r, found)
 
     if GRAD:
         p_o = out + i_r * stride_o
-        pull = tl.load(rows + stride_r + i_r)
-        total = tl.sum(b_total, 0)
+        # an infinite divergence without a finite gradient sends none; NaN logits still show
+        pull = tl.where((whole == whole) & ~(tl.abs(total) < float("inf")), 0.0, tl.load(rows + stride_r + i_r))
+        most = total * tl.sum(b_other_q, 0) - tl.sum(b_other_u, 0)
         for c0 in range(0, full, BLOCK):
             _grad_step(
                 p_o, p_x, bias, p_y, teacher_bias, c0 + o_b, C, logit_scale, softcap, it, top_q, log_q, teacher_scale,
-                teacher_softcap, t_it, top_p, log_p, forward, reverse, n0, n1, n2, n3, n4, n5, n6, n7, total, pull,
+                teacher_softcap, t_it, top_p, log_p, forward, reverse, n0, n1, n2, n3, n4, n5, n6, n7, total, most, pull,
                 False, SOFTCAP, TEACHER_SOFTCAP, FAMILY, SWAP, ACCUMULATE)  # fmt: skip
         if full < C:
             _grad_step(
                 p_o, p_x, bias, p_y, teacher_bias, full + o_b, C, logit_scale, softcap, it, top_q, log_q, teacher_scale,
-                teacher_softcap, t_it, top_p, log_p, forward, reverse, n0, n1, n2, n3, n4, n5, n6, n7, total, pull,
+                teacher_softcap, t_it, top_p, log_p, forward, reverse, n0, n1, n2, n3, n4, n5, n6, n7, total, most, pull,
                 True, SOFTCAP, TEACHER_SOFTCAP, FAMILY, SWAP, ACCUMULATE)  # fmt: skip
 
 

@@ -127,7 +127,13 @@ def linear_divergence(
         ``(…)`` float32 (float64 for float64), nats for the KL family; differentiable in hidden, weight and bias for any gradient
         of each token. Two products, and four in the backward, which computes the logits of both sides again; with a frozen head
         three in all. :func:`linear_divergence_loss` needs four in all. Equal logits give exactly 0. A column that is −inf on both
-        sides counts 0; q = 0 where p > 0 gives inf in forward_kl, as it should.
+        sides counts 0.
+
+        A token is inf where its divergence is, or is too large for float32: ``forward_kl`` where q = 0 < p (a column forbidden to
+        the student alone), ``reverse_kl`` where p = 0 < q, ``jeffreys``, ``todi`` and ``akl`` either way, ``jsd``, the skew KLs and
+        ``taid`` where their parameter makes them one of these (``taid`` also where no column has mass on both sides),
+        ``alpha_beta``, ``alpha`` and ``power`` with a negative exponent, or at α = 0 or β = 0. An infinite token's gradient is the
+        limit where that is finite (``forward_kl``: q − p), else exactly 0; never NaN, and it touches no other token's.
 
     Raises:
         ValueError: naming the argument, what came and what was wanted.
@@ -166,7 +172,8 @@ def linear_divergence_loss(
 
     Returns:
         LossOutput. ``loss.backward()`` can run once. With grad disabled the call costs two products and allocates no gradient; a
-        frozen head or frozen hidden states skip their product. No metrics.
+        frozen head or frozen hidden states skip their product. Metrics: infinite, the fraction of kept tokens whose loss is
+        (then the loss is, too; such tokens' gradients as in :func:`linear_divergence`).
 
     Raises:
         ValueError: naming the argument, what came and what was wanted.
@@ -190,7 +197,7 @@ def linear_divergence_loss(
             *student[:3], ready.keep, *student[3:], *flat_teachers(teachers), ready.weights, divergence, values, row_weight,
             *need, name,
         )  # fmt: skip
-        return LossOutput(loss, token.detach().view(shape), {})
+        return _output(loss, token.detach().view(shape), ready.mask)
 
     def sweep(h: Tensor, w: Tensor, b: Tensor | None, need: tuple[bool, bool, bool]):
         call = student._replace(hidden=h, weight=w, bias=b)
@@ -200,7 +207,11 @@ def linear_divergence_loss(
         loss, token, *_ = FusedLoss.apply(*student[:3], name, sweep)
     else:
         loss, token, *_ = sweep(*student[:3], (False, False, False))
-    return LossOutput(loss, token.view(shape), {})
+    return _output(loss, token.view(shape), ready.mask)
+
+
+def _output(loss: Tensor, token: Tensor, mask: Tensor) -> LossOutput:
+    return LossOutput(loss, token, {"infinite": token.isinf().sum() / mask.sum().clamp_min(1)})
 
 
 def _row(name: str, divergence: str, formula: str, paper: str, confidence: str, note: str = "", **options: object) -> None:

@@ -68,6 +68,9 @@ def _alpha_beta(alpha: float, beta: float, factor: float = 1.0) -> Kind:
     return Kind("log_square", factor=factor) if alpha == beta == 0 else Kind("alpha_beta", (alpha, beta, 0.0), factor=factor)
 
 
+_MOST = math.log(0.501)  # a log-prob beyond it is the largest of its row
+
+
 def adaptive_coefficients(lq: Tensor, lp: Tensor, mu: float) -> Tensor:
     """AKL's shares of forward and reverse KL: Σ|p − q| over the teacher's head, and over its tail, as parts of the whole.
 
@@ -77,7 +80,9 @@ def adaptive_coefficients(lq: Tensor, lp: Tensor, mu: float) -> Tensor:
     falling = p.sort(dim=1, descending=True).values
     last = ((falling.cumsum(1) <= mu).sum(1, keepdim=True) - 1).clamp_min(0)
     head = p >= falling.gather(1, last)
-    gap = (p - lq.exp()).abs_()
+    gap = p - lq.exp()
+    sure = (lp > _MOST) & (lq > _MOST)  # both near 1: their difference is what the others' leave
+    gap = torch.where(sure, torch.where(sure, 0, gap).sum(1, keepdim=True), gap).abs_()
     whole, part = gap.sum(1), torch.where(head, gap, 0).sum(1)
     forward = torch.where(whole > 0, part / whole, 0.5)
     return torch.stack([forward, 1 - forward])
