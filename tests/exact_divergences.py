@@ -154,7 +154,7 @@ def bounds(kind: Kind, zq: Tensor, zp: Tensor, eps: float) -> Rows:
             shifted = _terms(kind, lq + a * slack_q, lp + b * slack_p, share)
             moved_value = torch.maximum(moved_value, (shifted[0] - value).abs())
             moved_u = torch.maximum(moved_u, (shifted[1] - u).abs())
-    parts, parts_u = p + q, p + q
+    parts, parts_u = p + q, q + p * (share[0].unsqueeze(1) if kind.family in ("sym", "taid") else kind.family == "todi")
     if kind.family == "alpha_beta":
         a, b, s = *kind.numbers[:2], sum(kind.numbers[:2])
         cross, qs, ps = (a * lp + b * lq).exp(), (s * lq).exp(), (s * lp).exp()
