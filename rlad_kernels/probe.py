@@ -60,6 +60,8 @@ def output_layer(model: Any) -> Any:
         )  # fmt: skip
     if hasattr(weight, "ds_id"):
         raise refused(model, "has a head that DeepSpeed ZeRO-3 has partitioned", "use ZeRO-2 or FSDP2")
+    if hasattr(weight, "placements"):
+        raise refused(model, "has a sharded head (DTensor)", "read it before fully_shard, or in a head_call inside of the forward")
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise refused(model, f"gave a {type(linear).__name__} for its output embeddings, wanted a linear layer")
     if not weight.is_floating_point() or weight.element_size() < 2:

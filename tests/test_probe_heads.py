@@ -66,6 +66,10 @@ def test_what_cannot_be_read_is_refused_with_the_fix():
     model.head.weight.ds_id = 3
     with pytest.raises(ValueError, match="DeepSpeed ZeRO-3 has partitioned; use ZeRO-2 or FSDP2"):
         LMHead.from_model(model)
+    model.head.weight = nn.Parameter(torch.zeros(V, D))
+    model.head.weight.placements = ()  # type: ignore[attr-defined]  # as a DTensor has
+    with pytest.raises(ValueError, match=r"a sharded head \(DTensor\); read it before fully_shard, or in a head_call"):
+        LMHead.from_model(model)
     alone = Toy()
     alone.base_model = None  # type: ignore[assignment]
     with pytest.raises(ValueError, match="has no backbone"):
