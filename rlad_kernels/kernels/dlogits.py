@@ -6,23 +6,8 @@ import triton.language as tl
 
 from ._columns import load_raw, slot_columns
 from ._launch import launch, require_dtype
-from ._math import cast, tempered
+from ._math import bounded, cast, tempered
 from .configs import pick
-
-
-@triton.jit
-def _softmax_part(b_z, lse, w, b, h, ENTROPY: tl.constexpr):
-    """p·w − p·b·(lp + H), with 0 for z = −inf."""
-    m_dead = b_z == -float("inf")
-    b_lp = tl.where(m_dead, 0.0, b_z - lse)
-    b_p = tl.where(m_dead, 0.0, tl.exp(b_lp))
-    return b_p * w - b_p * (b * (b_lp + h)) if ENTROPY else b_p * w
-
-
-@triton.jit
-def _tail_part(b_z, t, tail_lse):
-    """t·e^{z − tail_lse}, with 0 for z = −inf."""
-    return tl.where(b_z == -float("inf"), 0.0, t * tl.exp(b_z - tail_lse))
 
 
 @triton.jit
@@ -33,9 +18,10 @@ def _column_step(
     """Gradient of one block of columns as if none were a slot."""
     b_x = load_raw(p_logits, p_bias, o_c, o_c < C, MASKED)
     b_z, b_slope = tempered(b_x, logit_scale, softcap, it, SOFTCAP)
-    b_g = _softmax_part(b_z, lse, w, b, h, ENTROPY)
+    b_lp = bounded(b_z - lse)
+    b_g = tl.exp(b_lp) * (w - b * (b_lp + h) if ENTROPY else w)
     if TAIL:
-        b_g += _tail_part(b_z, t, tail_lse)
+        b_g += t * tl.exp(b_z - tail_lse)
     b_out = cast(b_g * b_slope, p_out.dtype.element_ty)
     if MASKED:
         tl.store(p_out + o_c, b_out, mask=o_c < C)
@@ -55,6 +41,7 @@ def dlogits_kernel(
     p_o = out + i_r * stride_o
     it = tl.load(inv_temp + i_r)
     lse = tl.load(rows + i_r)
+    lse = tl.where(lse == -float("inf"), 0.0, lse)  # without mass every z is −inf, and −inf + inf would be NaN
     w = tl.load(rows + stride_r + i_r)
     b = 0.0
     h = 0.0
