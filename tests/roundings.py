@@ -1,4 +1,4 @@
-"""What rounding can do to a formula: evaluated in float64 with every operation's result off by up to an ulp of float32.
+"""What rounding can do to a formula: evaluated in float64 with every operation off by half an ulp of float32.
 
 A float32 run of a formula has one rounding error, another CPU's run another. Here each operation is given a relative error of
 ``U`` (half an ulp of 1, the most that a correctly rounded operation makes) of either sign, and each sum one of its terms'
