@@ -19,7 +19,7 @@ from rlad_kernels.head import LMHead
 from rlad_kernels.losses.metrics import METRICS, MetricSums
 from rlad_kernels.losses.reduction import LossOutput, keep_mask, token_weights
 from rlad_kernels.moments import Stats
-from rlad_kernels.ops import autograd_inside, without_autocast
+from rlad_kernels.ops import autograd_inside, ordinary, without_autocast
 from rlad_kernels.registry import TOKEN_LOSSES
 from rlad_kernels.rows import IGNORE, Kept, checked_finite, kept_inv_temp
 from rlad_kernels.scores import Call, TokenScores, check_eps, check_k, flat_call, flat_rows, maybe_rows, target_shape
@@ -62,7 +62,7 @@ def run(
     multiple = sparse.BLOCK if filter_eps else 1
     tiles = Tiles(kept.take(call.hidden), *call[1:3], inv_temp, *call[4:], keep_logits=1, multiple=multiple)
     weight = kept.take(row_weight)
-    inputs = tree_map_only(Tensor, lambda x: kept.take(x) if x.dim() else x, dict(inputs))
+    inputs = tree_map_only(Tensor, lambda x: ordinary(kept.take(x) if x.dim() else x), dict(inputs))
     grads = Gradients(tiles, call.weight, *need, whole=True, scattered=filter_eps > 0) if any(need) else None
     logits = empty(tiles.inv_temp, tiles.rows * tiles.vocab)
     losses, sums = weight.new_zeros(tiles.n), MetricSums()

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -136,9 +138,29 @@ def _register() -> None:
             torch.library.impl(f"rlad::{name}", "cpu", _missing(name))
 
 
+def ordinary(x: Tensor) -> Tensor:
+    """``x``; outside ``inference_mode`` a copy of a tensor that was made inside it, which autograd would refuse to save."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return x
+    return x.clone() if x.is_inference() else x
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode AD or a ``torch.func`` transform follows one of the tensors; no op here has rules for them."""
+    if torch.compiler.is_compiling():  # which cannot ask a tensor
+        return forward_ad._current_level >= 0
+    given = [x for x in tensors if x is not None]
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in given):
+        return True
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given)
+
+
 @contextmanager
 def autograd_inside() -> Iterator[None]:
-    """Let autograd record inside an op's implementation, where the dispatcher has switched it off for this thread."""
+    """Let autograd record inside an op's implementation, where the dispatcher has switched it off for this thread.
+
+    Not under ``inference_mode``, whose tensors cannot be recorded; those made there go through :func:`ordinary` first.
+    """
     keys, hidden = torch._C.DispatchKey, torch._C._dispatch_tls_local_exclude_set()
     for key in (keys.AutogradFunctionality, keys.ADInplaceOrView, keys.AutogradOther, keys.AutogradNestedTensor):
         hidden = hidden.remove(key)
@@ -322,6 +344,7 @@ def _ratio_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.save_for_backward(output[1])
 
 
+@once_differentiable
 def _ratio_backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> Any:
     return g_loss * ctx.saved_tensors[0], *[None] * 11
 
@@ -330,6 +353,7 @@ def _topk_kl_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(output[1], output[2])
 
 
+@once_differentiable
 def _topk_kl_backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> Any:
     d_topk, d_tail = ctx.saved_tensors
     return g_loss.unsqueeze(-1) * d_topk, None, None, g_loss * d_tail if ctx.needs_input_grad[3] else None, None, None, None

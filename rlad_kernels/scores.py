@@ -101,6 +101,11 @@ def flat_call(name: str, hidden: Tensor, head: LMHead) -> Call:
     if not isinstance(head, LMHead):
         raise ValueError(f"{name}: head must be an LMHead, got {type(head).__name__}")
     weight, bias = head.weight, head.bias
+    if _ops.transformed(hidden, weight, bias):
+        raise NotImplementedError(
+            f"{name}: hidden or the head is followed by forward-mode AD or a torch.func transform (jvp, grad, vmap), which this call "
+            "does not support; use reverse-mode autograd on ordinary tensors, with the batch as leading dimensions"
+        )
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         got = tuple(hidden.shape)[-1:] or "no dimension"
         raise ValueError(f"{name}: weight (V, D) has D={weight.shape[1]}, hidden has D={got[0] if got != 'no dimension' else got}")
@@ -114,7 +119,7 @@ def flat_call(name: str, hidden: Tensor, head: LMHead) -> Call:
         raise ValueError(f"{name}: hidden has dtype {hidden.dtype}, weight {weight.dtype}; they must match (or use autocast)")
     if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"{name}: hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
-    shape, t = hidden.shape[:-1], head.temperature
+    hidden, shape, t = _ops.ordinary(hidden), hidden.shape[:-1], head.temperature
     if isinstance(t, Tensor) and t.numel() != 1 and t.shape != shape:
         raise ValueError(f"{name}: temperature has shape {tuple(t.shape)}, wanted the target's shape {tuple(shape)}")
     hidden = hidden.flatten(0, -2) if shape else hidden.unsqueeze(0)
@@ -146,7 +151,8 @@ def flat_rows(
         raise ValueError(f"{name}: {argument} has shape {tuple(x.shape)}, wanted {wanted}")
     if ids and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
         raise ValueError(f"{name}: {argument} must be integers, got {x.dtype}")
-    return x.detach().flatten(0, len(shape) - 1) if shape else x.detach().unsqueeze(0)
+    x = _ops.ordinary(x.detach())
+    return x.flatten(0, len(shape) - 1) if shape else x.unsqueeze(0)
 
 
 def maybe_rows(

@@ -70,13 +70,13 @@ TABLES = MappingProxyType(
         ),
         # size: 10 × compute capability for the 16-bit types, 0 for float32, whose products run on no tensor core. One program
         # an SM. Hopper's and Blackwell's tiles need the fewest bytes of L2 a product; in 4 stretches the epilogue of 128
-        # accumulators a thread stays under 255 registers with every flag, in 2 it spills, and so it does with BLOCK_J = 16.
+        # accumulators a thread stays under 255 registers with every flag, in 2 it spills, and so it does with BLOCK_J ≥ 4.
         # float32: one stretch, BLOCK_D = 32 or BLOCK_J = 4, and ptxas stops at 128 registers and spills the rest.
         # Ampere: 3 × 32 KiB of its 163 KiB in flight. Unmeasured, like everything here: see FUSED_SCORING.
         "score_kernel": (
             _row(0, 8, 2, BLOCK_N=ROW_BLOCK, BLOCK_V=64, BLOCK_D=16, TMA=0, PARTS=2, BLOCK_J=2, GROUP=16),
             _row(89, 8, 4, BLOCK_N=ROW_BLOCK, BLOCK_V=128, BLOCK_D=64, TMA=0, PARTS=2, BLOCK_J=4, GROUP=16),
-            _row(inf, 8, 4, BLOCK_N=ROW_BLOCK, BLOCK_V=256, BLOCK_D=64, TMA=1, PARTS=4, BLOCK_J=4, GROUP=16),
+            _row(inf, 8, 4, BLOCK_N=ROW_BLOCK, BLOCK_V=256, BLOCK_D=64, TMA=1, PARTS=4, BLOCK_J=2, GROUP=16),
         ),
         # size: N. A few thousand tokens: one a thread, so that even small batches reach every SM.
         "clipped_ratio_kernel": (_row(inf, 4, BLOCK=128),),

@@ -96,6 +96,9 @@ def fold_kernel(
                 tl.store(p_x + b_c, b_mark, mask=m_c)
             tl.debug_barrier()
 
+    p_s = stats + i_r
+    m_old = tl.load(p_s)
+    rest_old = tl.load(p_s + stride_s)
     b_m = tl.full([BLOCK], LOWEST, tl.float32)
     b_rest = tl.zeros([BLOCK], tl.float32)
     b_restz = tl.zeros([BLOCK], tl.float32)
@@ -121,9 +124,6 @@ def fold_kernel(
                 b_x += load_columns(bias, b_c, m_c, True)
             tl.store(p_out + j0 + o_j, tempered(b_x, logit_scale, softcap, it, SOFTCAP)[0], mask=m_c)
 
-    p_s = stats + i_r
-    m_old = tl.load(p_s)
-    rest_old = tl.load(p_s + stride_s)
     # a lane that saw nothing but −inf still holds LOWEST and must not pass for a maximum
     m_new = tl.maximum(m_old, tl.max(tl.where(b_rest > 0, b_m, -float("inf")), 0))
     ref = tl.where(m_new == -float("inf"), 0.0, m_new)

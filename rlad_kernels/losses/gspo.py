@@ -11,7 +11,7 @@ from rlad_kernels.losses.ratio import add_kl, ratio_loss_tokens
 from rlad_kernels.losses.reduction import LossOutput, keep_mask, sequence_index
 from rlad_kernels.losses.rollout import weigh
 from rlad_kernels.losses.sampled import ClippedOptions, clipped_loss, on_sampled
-from rlad_kernels.losses.sequences import SequenceMean
+from rlad_kernels.losses.sequences import sequence_mean
 from rlad_kernels.registry import add_method
 
 LEVELS = ("sequence", "sequence-token")
@@ -25,7 +25,7 @@ def gspo_tokens(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The clipped surrogate of each token's sequence ratio, and its metrics; all tensors ``(N,)``, ``sequence`` non-decreasing."""
     advantages, found = weigh(logp, old_logp, advantages, **rollout)
-    log_ratio = SequenceMean.apply(logp - old_logp, keep, sequence)
+    log_ratio = sequence_mean(logp - old_logp, keep, sequence)
     if level == "sequence-token":
         log_ratio = log_ratio.detach() + (logp - logp.detach())
     loss, metrics = ratio_loss_tokens(

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from rlad_kernels.losses.rollout import weigh
-from rlad_kernels.ops import autograd_inside
+from rlad_kernels.ops import autograd_inside, ordinary, transformed
 
 # Estimators of KL(π_θ‖π_ref) on a sampled token, x = s − ref. Value and gradient as they are backpropagated, expected on-policy:
 # k2, k3+, k3++ and k4 have the reverse KL's gradient, k3 and k5 the *forward* KL's; k1's is 0, so it is a metric only.
@@ -78,11 +79,15 @@ def ratio_tokens(
     return loss, torch.stack(rows)
 
 
-def clipped_ratio_cpu(logp: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
-    """Implements ``rlad::clipped_ratio`` on CPU: the per-token loss, its derivative and the metrics."""
+def clipped_ratio_cpu(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Implements ``rlad::clipped_ratio`` on CPU: the per-token loss, its derivative (0 in inference mode) and the metrics."""
+    if torch.is_inference_mode_enabled():
+        loss, metrics = ratio_tokens(logp, *args)  # type: ignore[arg-type]
+        return loss, torch.zeros_like(logp), metrics
+    logp, *args = tree_map_only(Tensor, ordinary, (logp, *args))
     with autograd_inside():
         s = logp.detach().requires_grad_()
-        loss, metrics = ratio_tokens(s, *args)  # type: ignore[arg-type]
+        loss, metrics = ratio_tokens(s, *args)
         (d_logp,) = torch.autograd.grad(loss.sum(), s)
     return loss.detach(), d_logp, metrics
 
@@ -94,10 +99,13 @@ def ratio_loss_tokens(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The per-token loss and its metrics, on whichever backend the tensors' device has; all tensors ``(N,)``."""
     advantages, found = weigh(logp, old_logp, advantages, **rollout)
-    loss, _, rows = torch.ops.rlad.clipped_ratio(
-        logp, old_logp, teacher_logp, advantages, ref_logp, alpha, clip_low, clip_high,
-        math.inf if teacher_clamp is None else teacher_clamp, dual_clip or 0.0, kl_coef, kl_estimator,
-    )  # fmt: skip
+    tensors = (logp, old_logp, teacher_logp, advantages, ref_logp)
+    clamp = math.inf if teacher_clamp is None else teacher_clamp
+    options = (alpha, clip_low, clip_high, clamp, dual_clip or 0.0, kl_coef, kl_estimator)
+    if transformed(*tensors):
+        loss, rows = ratio_tokens(*tensors, *options)
+    else:
+        loss, _, rows = torch.ops.rlad.clipped_ratio(*tensors, *options)
     absent = {"kl_teacher", "invalid_teacher"} if teacher_logp is None else set()
     absent |= {"kl_ref"} if ref_logp is None else set()
     metrics = {name: row for name, row in zip(RATIO_METRICS, rows, strict=True) if name not in absent}

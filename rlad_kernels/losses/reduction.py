@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlad_kernels.losses.metrics import MetricSums
+from rlad_kernels.ops import ordinary
 from rlad_kernels.settings import settings
 
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
@@ -41,7 +42,7 @@ def keep_mask(name: str, mask: Tensor | None, like: Tensor, argument: str = "mas
     if mask.device != like.device:
         raise ValueError(f"{name}: {argument} is on {mask.device}, wanted {like.device}; all tensors must share a device")
     if mask.dtype == torch.bool:
-        return mask
+        return ordinary(mask)
     if (settings.checks or not mask.is_cuda) and not torch.compiler.is_compiling():
         wrong = (mask != 0) & (mask != 1)
         if bool(wrong.any()):
@@ -88,7 +89,7 @@ def _sequence_counts(name: str, keep: Tensor, reduction: str, seq_ids: Tensor | 
         counts = keep.sum(-1, keepdim=True)
         return counts, (counts > 0).sum()
     place = sequence_index(name, keep, f"reduction {reduction!r}", seq_ids)
-    counts = torch.zeros_like(place).scatter_add_(0, place, keep.flatten().long())  # integers: the order of adding does not matter
+    counts = torch.zeros_like(place).scatter_add(0, place, keep.flatten().long())  # integers: the order of adding does not matter
     return counts[place].view(keep.shape), (counts > 0).sum()
 
 

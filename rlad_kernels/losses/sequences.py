@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlad_kernels.ops import transformed
+
 
 def suffix_sums(x: Tensor, sequence: Tensor, gamma: float = 1.0) -> Tensor:
     """Σ_{t' ≥ t} γ^{t'−t}·x_{t'} over the tokens of t's sequence; all ``(N,)``, in log₂ N steps."""
@@ -27,17 +29,24 @@ def totals(x: Tensor, sequence: Tensor) -> Tensor:
     return suffix_sums(x, sequence)[first]
 
 
-class SequenceMean(torch.autograd.Function):
-    """Mean over the kept tokens of each sequence, at each of its tokens; 0 without one. ``(x, keep, sequence)``, all ``(N,)``."""
+def sequence_mean(x: Tensor, keep: Tensor, sequence: Tensor) -> Tensor:
+    """Mean over the kept tokens of each sequence, at each of its tokens; 0 without one; all ``(N,)``."""
+    counts = totals(keep.to(x.dtype), sequence).clamp_min(1)
+    if transformed(x):
+        return totals(torch.where(keep, x, 0), sequence) / counts
+    return _SequenceMean.apply(x, keep, sequence, counts)  # type: ignore[return-value]
+
+
+class _SequenceMean(torch.autograd.Function):
+    """Its gradient is such a mean too, where autograd's own would need atomics."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keep: Tensor, sequence: Tensor) -> Tensor:
-        counts = totals(keep.to(x.dtype), sequence).clamp_min(1)
+    def forward(ctx: Any, x: Tensor, keep: Tensor, sequence: Tensor, counts: Tensor) -> Tensor:
         ctx.save_for_backward(keep, sequence, counts)
         return totals(torch.where(keep, x, 0), sequence) / counts
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         keep, sequence, counts = ctx.saved_tensors
-        return torch.where(keep, totals(grad, sequence) / counts, 0), None, None
+        return torch.where(keep, totals(grad, sequence) / counts, 0), None, None, None

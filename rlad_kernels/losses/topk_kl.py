@@ -6,11 +6,12 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from rlad_kernels.losses.ratio import per_token
 from rlad_kernels.losses.reduction import LossOutput, keep_mask, reduce, token_weights
 from rlad_kernels.losses.topk_terms import CLAMP_GRADIENT, DIRECTIONS, NORMALIZE, KLOptions, topk_kl_tokens
-from rlad_kernels.ops import autograd_inside
+from rlad_kernels.ops import autograd_inside, ordinary, transformed
 from rlad_kernels.registry import add_method, register
 from rlad_kernels.scores import LMHead, TokenScores, TopK, check_k, gather, score
 
@@ -19,11 +20,17 @@ def topk_kl_cpu(
     topk_logp: Tensor, ids: Tensor, teacher_logp: Tensor, tail_logp: Tensor | None, teacher_tail: Tensor | None, direction: str,
     normalize: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Implements ``rlad::topk_kl`` on CPU: the per-token loss, its derivatives and the metrics."""
+    """Implements ``rlad::topk_kl`` on CPU: the per-token loss, its derivatives (0 in inference mode) and the metrics."""
+    options = KLOptions(direction, normalize)
+    if torch.is_inference_mode_enabled():
+        loss, metrics = topk_kl_tokens(topk_logp, ids, teacher_logp, tail_logp, teacher_tail, None, options)
+        return loss, torch.zeros_like(topk_logp), torch.zeros_like(loss), metrics
+    given = tree_map_only(Tensor, ordinary, (topk_logp, ids, teacher_logp, tail_logp, teacher_tail))
+    topk_logp, ids, teacher_logp, tail_logp, teacher_tail = given
     with autograd_inside():
         lq = topk_logp.detach().requires_grad_()
         tail = None if tail_logp is None else tail_logp.detach().requires_grad_()
-        loss, metrics = topk_kl_tokens(lq, ids, teacher_logp, tail, teacher_tail, None, KLOptions(direction, normalize))
+        loss, metrics = topk_kl_tokens(lq, ids, teacher_logp, tail, teacher_tail, None, options)
         inputs = [lq] if tail is None else [lq, tail]
         grads = torch.autograd.grad(loss.sum(), inputs, allow_unused=True, materialize_grads=True)
     return loss.detach(), grads[0], grads[1] if tail is not None else torch.zeros_like(loss.detach()), metrics
@@ -35,11 +42,12 @@ def topk_kl_loss_tokens(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """scale × the per-token loss and its metrics; tensors ``(N, K)``, ``(N,)``; ``options`` are those of :class:`KLOptions`.
 
-    What ``rlad::topk_kl`` has goes through it, on whichever backend the tensors' device has; the rest is PyTorch.
+    What ``rlad::topk_kl`` has goes through it, on whichever backend the tensors' device has; the rest is PyTorch, and so it is
+    under forward-mode AD and ``torch.func``.
     """
     chosen = KLOptions(**options)  # type: ignore[arg-type]
     in_tail = chosen.normalize == "tail"
-    if chosen.in_op:
+    if chosen.in_op and not transformed(topk_logp, teacher_logp, tail_logp, teacher_tail):
         tails = (tail_logp, teacher_tail) if in_tail else (None, None)
         loss, _, _, rows = torch.ops.rlad.topk_kl(topk_logp, ids, teacher_logp, *tails, chosen.direction, chosen.normalize)
     else:
