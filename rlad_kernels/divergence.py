@@ -103,7 +103,7 @@ def run(
     buffers = 2 + (len(teachers) > 1 and any(need))
     model = _Model(name, kept, student, buffers)
     tiles = model.tiles
-    others = [_Model(name, kept, t, buffers) for t in teachers]
+    others = [_Model(f"{name} (teacher)", kept, t, buffers) for t in teachers]
     for other in others:
         other.tiles.rows = tiles.rows
     weights, pull = (kept.take(x.t()).to(tiles.acc).t() for x in (weights, cotangent.expand(1, -1)))

@@ -22,7 +22,7 @@ from rlad_kernels.moments import Stats
 from rlad_kernels.ops import autograd_inside, ordinary, without_autocast
 from rlad_kernels.registry import TOKEN_LOSSES
 from rlad_kernels.rows import IGNORE, Kept, checked_finite, kept_inv_temp
-from rlad_kernels.scores import Call, TokenScores, check_eps, check_k, flat_call, flat_rows, maybe_rows, target_shape
+from rlad_kernels.scores import Call, TokenScores, check_eps, check_k, flat, flat_call, flat_rows, maybe_rows, target_shape
 from rlad_kernels.sweep import outputs, row_slots
 from rlad_kernels.tiles import Tiles, empty
 
@@ -40,14 +40,28 @@ class Fused(NamedTuple):
     d_bias: Tensor
 
 
-def _token_loss(token_loss: TokenLoss, scores: TokenScores, inputs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    out = token_loss(scores, **inputs)
+def _token_loss(
+    name: str, token_loss: TokenLoss, scores: TokenScores, inputs: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    try:
+        out = token_loss(scores, **inputs)
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise TypeError(f"{name}: token_loss does not take inputs {sorted(inputs)}: {error}") from error
     loss, metrics = out if isinstance(out, tuple) else (out, {})
-    if loss.shape != scores.logp.shape:
-        raise ValueError(
-            f"fused_linear_loss: token_loss must return one loss a token, shape {tuple(scores.logp.shape)}, got {tuple(loss.shape)}"
-        )
+    if not isinstance(loss, Tensor) or loss.shape != scores.logp.shape:
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"{name}: token_loss must return one loss a token, shape {tuple(scores.logp.shape)}, got {got}")
     return loss, metrics
+
+
+def _no_tokens(name: str, token_loss: TokenLoss, like: Tensor, k: int | None, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The metrics of no tokens: which there are never depends on the data. ``k`` is the size of the support."""
+    none, none_k = like.new_empty(0), None if k is None else like.new_empty(0, k)
+    scores = TokenScores(none, none, none, none_k, None if k is None else none, {})
+    cut = tree_map_only(Tensor, lambda x: x[:0] if x.dim() else x, dict(inputs))
+    return _token_loss(name, token_loss, scores, cut)[1]
 
 
 @without_autocast
@@ -79,12 +93,16 @@ def run(
         scores = TokenScores(leaves[0], leaves[1], leaves[2], *(leaves[3:5] if topk_ids is not None else (None, None)), extras={})
         cut = tree_map_only(Tensor, lambda v, rows=rows: v[rows] if v.dim() else v, inputs)
         with autograd_inside() if grads is not None else torch.no_grad():
-            loss, metrics = _token_loss(token_loss, scores, cut)
+            loss, metrics = _token_loss(name, token_loss, scores, cut)
             losses[rows] = loss.detach()
             if grads is not None:
                 found = _backward(tiles, grads, slots, leaves, loss, weight, x, r0, r1, out[8], filter_eps, means)
                 metrics = {**metrics, **found}
         sums.add(metrics, None if kept.dense is None else kept.dense[rows])
+    if not tiles.n:
+        with torch.no_grad():
+            metrics = _no_tokens(name, token_loss, weight, None if topk_ids is None else topk_ids.shape[1], inputs)
+        sums.add({**metrics, **dict.fromkeys(_made(grads is not None, filter_eps), weight)}, None)
     if means is not None and grads is not None:
         sparse.add_means(grads, means.finish())
     count = keep.sum() if kept.index is None else torch.tensor(tiles.n, device=keep.device)
@@ -130,6 +148,12 @@ def _backward(
             grads.close(cot, rows, c0, c1, last=r1 == tiles.n)
         grads.close_rows(cot, rows)
         return {"rows_skipped": skipped}
+
+
+def _made(gradient: bool, filter_eps: float) -> tuple[str, ...]:
+    """Metrics of the sweep itself."""
+    dropped = ("dropped_mass_mean", "dropped_mass_max") if filter_eps else ()
+    return ("rows_skipped", *dropped) if gradient else ()
 
 
 class FusedLoss(torch.autograd.Function):
@@ -216,35 +240,39 @@ def fuse(
     call = flat_call(name, hidden, head)
     shape = target_shape(name, hidden, target)
     check_eps(name, filter_eps)
+    if not callable(token_loss):
+        raise ValueError(f"{name}: token_loss must be a function of (scores, **inputs), got {token_loss!r}")
+    if not isinstance(inputs, Mapping):
+        raise ValueError(f"{name}: inputs must be a dict of token_loss's arguments, got {type(inputs).__name__}")
     if not getattr(token_loss, "rowwise", True):
         raise ValueError(f"{name}: token_loss needs other rows (a sequence-level loss); compute it from linear_logp instead")
     ids = maybe_rows(name, "topk_ids", topk_ids, shape, hidden.device, ids=True, extra=1)
     if ids is not None:
         check_k(name, ids.shape[1], call.vocab_size, "topk_ids (…, K)")
     flat_target = flat_rows(name, "target", target, shape, hidden.device, ids=True)
-    keep = (keep_mask(name, mask, target) & (target != IGNORE)).reshape(-1)
+    keep = keep_mask(name, mask, target).reshape(-1) & (flat_target != IGNORE)
     acc = torch.float64 if call.hidden.dtype == torch.float64 else torch.float32
     weights = token_weights(name, keep.view(shape), reduction, seq_ids, denominator, acc).reshape(-1)
 
     def cut(x: Tensor) -> Tensor:
         if x.dim() and x.shape[: len(shape)] != shape:
             raise ValueError(f"{name}: inputs hold a tensor of shape {tuple(x.shape)}, wanted leading shape {tuple(shape)}")
-        return x.detach().flatten(0, len(shape) - 1) if x.dim() else x.detach()
+        return flat(x, len(shape)) if x.dim() or not shape else x.detach()  # of a single token, 0-dim tensors are its own
 
-    flat = tree_map_only(Tensor, cut, dict(inputs))
+    given = tree_map_only(Tensor, cut, dict(inputs))
     need = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in call[:3])
     args = (flat_target, ids, keep, weights)
     registered = next((k for k, f in TOKEN_LOSSES.items() if f is token_loss), None)
     if registered is not None and torch.compiler.is_compiling():
-        return _compiled(name, call, *args, registered, flat, filter_eps, need, shape)
+        return _compiled(name, call, *args, registered, given, filter_eps, need, shape)
     if any(need):
 
         def sweep(h: Tensor, w: Tensor, b: Tensor | None, need: tuple[bool, bool, bool]) -> Fused:
-            return run(name, call._replace(hidden=h, weight=w, bias=b), *args, token_loss, flat, filter_eps, need)
+            return run(name, call._replace(hidden=h, weight=w, bias=b), *args, token_loss, given, filter_eps, need)
 
         loss, token, keys, *values = FusedLoss.apply(*call[:3], name, sweep)
     else:
-        out = run(name, call, *args, token_loss, flat, 0.0, (False, False, False))
+        out = run(name, call, *args, token_loss, given, 0.0, (False, False, False))
         loss, token, keys, values = out.loss, out.token_loss, tuple(out.metrics), list(out.metrics.values())
     return LossOutput(loss, token.view(shape), dict(zip(keys, values, strict=True)))
 
@@ -262,10 +290,7 @@ def _compiled(
         *call[:3], target, ids, keep, *call[3:], weights, filter_eps, name, loss, names,
         [*tensors.values()], [*numbers.values()], [*words.values()], *need,
     )  # fmt: skip
-    none = weights.new_empty(0)
-    none_k = None if ids is None else weights.new_empty(0, ids.shape[1])
-    empty = TokenScores(none, none, none, none_k, None if ids is None else none, {})
-    _, found = TOKEN_LOSSES[loss](empty, **{k: v[:0] if v.dim() else v for k, v in tensors.items()}, **numbers, **words)
-    made = ("rows_skipped", *(("dropped_mass_mean", "dropped_mass_max") if filter_eps else ())) if any(need) else ()
+    found = _no_tokens(name, TOKEN_LOSSES[loss], weights, None if ids is None else ids.shape[1], {**tensors, **numbers, **words})
+    made = _made(any(need), filter_eps)
     keys = [k for k in METRICS if k in found or k in made]
     return LossOutput(total, token.detach().view(shape), {k: metrics[METRICS.index(k)].detach() for k in keys})

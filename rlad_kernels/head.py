@@ -6,7 +6,10 @@ import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from rlad_kernels.check import check_floats, is_integer, is_number
 
 from rlad_kernels.headmap import refused
 from rlad_kernels.probe import head_map, output_layer, unwrapped
@@ -19,7 +22,7 @@ class LMHead:
     Args:
         weight: ``(V, D)`` float32, bfloat16 or float16 (float64 on CPU); never copied if its last dimension is contiguous
             (another layout is copied once, here: make the head anew after the weight has changed).
-        bias: ``(V,)`` of the weight's dtype, or None.
+        bias: ``(V,)`` of the weight's dtype (any float type under autocast), or None.
         temperature: positive float, or a tensor in the target's shape. It never receives gradient.
         logit_scale: float factor on the logits (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``).
         softcap: positive float (Gemma 2's ``final_logit_softcapping``) or None.
@@ -41,28 +44,42 @@ class LMHead:
 
     def __post_init__(self) -> None:
         weight, bias, temperature, softcap = self.weight, self.bias, self.temperature, self.softcap
-        if weight.dim() != 2:
-            raise ValueError(f"LMHead: weight must be (V, D), got shape {tuple(weight.shape)}")
+        if isinstance(weight, nn.Module):
+            raise ValueError(
+                f"LMHead: weight must be a torch.Tensor, got the module {type(weight).__name__}; pass LMHead(module.weight, "
+                "module.bias), or LMHead.from_model(model)"
+            )
+        check_floats("LMHead", "weight", weight)
+        if weight.is_meta:
+            raise ValueError(
+                "LMHead: weight is on the meta device and has no values: the head is offloaded, or not loaded yet; load it to a "
+                "device (with accelerate: name the head's device in device_map)"
+            )
+        if weight.dim() != 2 or not weight.numel():
+            raise ValueError(f"LMHead: weight must be (V, D) with V and D at least 1, got shape {tuple(weight.shape)}")
         rows = weight.shape[0]
+        if bias is not None:
+            check_floats("LMHead", "bias", bias)
         if bias is not None and tuple(bias.shape) != (rows,):
             raise ValueError(f"LMHead: bias must be (V,)=({rows},), got shape {tuple(bias.shape)}")
-        if bias is not None and bias.dtype != weight.dtype:
-            raise ValueError(f"LMHead: bias must have the weight's dtype {weight.dtype}, got {bias.dtype}")
         if bias is not None and bias.device != weight.device:
             raise ValueError(f"LMHead: bias is on {bias.device}, weight on {weight.device}; they must share a device")
-        if not isinstance(temperature, Tensor) and not (math.isfinite(temperature) and temperature > 0):
+        if isinstance(temperature, Tensor):
+            if temperature.is_complex() or temperature.dtype == torch.bool:
+                raise ValueError(f"LMHead: temperature must hold positive numbers, got {temperature.dtype}")
+        elif not (is_number(temperature) and 0 < temperature < math.inf):
             raise ValueError(f"LMHead: temperature must be a positive float or a tensor, got {temperature!r}")
-        if not math.isfinite(self.logit_scale) or self.logit_scale == 0:
+        if not (is_number(self.logit_scale) and 0 < abs(self.logit_scale) < math.inf):
             raise ValueError(f"LMHead: logit_scale must be a finite non-zero float, got {self.logit_scale!r}")
-        if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        if softcap is not None and not (is_number(softcap) and 0 < softcap < math.inf):
             raise ValueError(f"LMHead: softcap must be a positive float or None, got {softcap!r}")
         size = self.vocab_size
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= rows):
+        if size is not None and not (is_integer(size) and 1 <= size <= rows):
             raise ValueError(f"LMHead: vocab_size must be an int in [1, V={rows}], got {self.vocab_size!r}")
         if self.group is not None:
             raise ValueError(f"LMHead: group must be None, vocabulary-parallel heads are not available yet; got {self.group!r}")
         put = object.__setattr__
-        put(self, "vocab_size", rows if size is None else size)
+        put(self, "vocab_size", rows if size is None else size if isinstance(size, int) else int(size))
         if weight.stride(-1) != 1 and weight.shape[1] > 1:
             put(self, "weight", weight.contiguous())
 

@@ -60,7 +60,7 @@ SWEEP_OPS = {
     "bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     "linear_topk": f"({_HEAD}, Tensor? target, Tensor? mask, {_CALL}, int k, bool entropy) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "linear_gather": f"({_HEAD}, Tensor ids, Tensor? mask, int vocab_size, str caller) -> Tensor",
+    "linear_gather": f"({_HEAD}, Tensor ids, Tensor? mask, Tensor inv_temp, int vocab_size, str caller) -> Tensor",
     "linear_gather_bwd": f"(Tensor grad, {_HEAD}, Tensor ids, Tensor? mask, int vocab_size, bool need_hidden, bool need_weight, "
     "bool need_bias) -> (Tensor, Tensor, Tensor)",
     "linear_divergence": f"({_DIVERGENCE}, bool ahead, str caller) -> (Tensor, Tensor)",
@@ -242,7 +242,7 @@ def _(hidden, weight, bias, target, mask, inv_temp, scale, softcap, vocab_size, 
 
 
 @torch.library.register_fake("rlad::linear_gather")
-def _(hidden, weight, bias, ids, mask, vocab_size, caller):
+def _(hidden, weight, bias, ids, mask, inv_temp, vocab_size, caller):
     return _empty(hidden, ids.shape)
 
 
@@ -326,7 +326,7 @@ torch.library.register_autograd("rlad::linear_logp", _logp_backward, setup_conte
 
 
 def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.vocab_size, _ = inputs
+    *tensors, _, ctx.vocab_size, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -334,7 +334,7 @@ def _gather_backward(ctx: Any, grad: Tensor) -> Any:
     hidden, weight, bias, ids, mask = ctx.saved_tensors
     need = _wanted(ctx, bias)
     grads = _rlad.linear_gather_bwd(grad, hidden, weight, bias, ids, mask, ctx.vocab_size, *need)
-    return *_given(grads, need), None, None, None, None
+    return *_given(grads, need), *[None] * 5
 
 
 torch.library.register_autograd("rlad::linear_gather", _gather_backward, setup_context=_gather_setup)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlad_kernels.check import refuse_options
+
 TOKEN_LOSSES: dict[str, Callable[..., Any]] = {}
 
 
@@ -50,7 +52,11 @@ class Method:
         for option, meaning in self.required.items():
             if kwargs.get(option) is None:
                 raise ValueError(f"{self.name}: {option} is required ({meaning}), got None")
-        return self.call(*args, **{**self.options, **kwargs})
+        try:
+            return self.call(*args, **{**self.options, **kwargs})
+        except TypeError:
+            refuse_options(f"METHODS[{self.name!r}]", kwargs, self.call)
+            raise
 
 
 METHODS: dict[str, Method] = {}

@@ -79,16 +79,19 @@ def checked_ids(name: str, argument: str, ids: Tensor, low: int, vocab_size: int
 
 
 def kept_inv_temp(name: str, kept: Kept, inv_temp: Tensor, rows: int) -> Tensor:
-    """1/temperature of the kept rows, and 1 in rows that are computed only to be zeroed: 0 times a bias of −∞ would be NaN.
-
-    Raises:
-        ValueError: for a temperature that is not positive and finite (on CUDA with ``set_checks(True)``).
-    """
+    """1/temperature of the kept rows, checked, and 1 in rows that are computed only to be zeroed: 0 times a bias of −∞ would be NaN."""
     inv_temp = kept.take(inv_temp.expand(rows), 1)
-    wrong = ~((inv_temp > 0) & (inv_temp < torch.inf))
-    if _may_read(inv_temp) and bool(wrong.any()):
-        raise ValueError(f"{name}: temperature must be positive and finite, got {1 / inv_temp[wrong][0].item()}")
+    checked_inv_temp(name, inv_temp, None)
     return inv_temp
+
+
+def checked_inv_temp(name: str, inv_temp: Tensor, keep: Tensor | None) -> None:
+    """Raise a ValueError for a kept temperature that is not positive and finite (on CUDA with ``set_checks(True)``)."""
+    wrong = ~((inv_temp > 0) & (inv_temp < torch.inf))
+    if keep is not None:
+        wrong &= keep
+    if _may_read(inv_temp) and bool(wrong.any()):
+        raise ValueError(f"{name}: temperature must be positive and finite, got {(1 / inv_temp[wrong][0]).item()}")
 
 
 def checked_finite(name: str, lse: Tensor) -> None:

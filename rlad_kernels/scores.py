@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlad_kernels import ops as _ops
+from rlad_kernels.check import check_floats, check_tensor, integers, is_integer, is_number
 from rlad_kernels.head import LMHead
 
 EXTRAS = ("mean_logits", "is_top1", "log_sum_sq_probs")
@@ -80,6 +81,17 @@ class TopK(NamedTuple):
         )  # fmt: skip
 
 
+def checked_topk(name: str, argument: str, x: TopK) -> TopK:
+    """``x`` with ids that −1 fits in; a ValueError unless ids and log-probs are tensors ``(…, K)`` of one shape."""
+    if not isinstance(x, TopK):
+        raise ValueError(f"{name}: {argument} must be a TopK, got {type(x).__name__}; linear_topk or TopK(ids, logp) gives one")
+    ids = integers(name, f"{argument}.ids", x.ids)
+    check_tensor(name, f"{argument}.logp", x.logp)
+    if ids.shape != x.logp.shape or not ids.dim():
+        raise ValueError(f"{name}: {argument}.ids has shape {tuple(ids.shape)}, {argument}.logp {tuple(x.logp.shape)}, wanted (…, K)")
+    return x._replace(ids=ids)
+
+
 class Call(NamedTuple):
     """The flattened arguments that every sweep op takes."""
 
@@ -92,14 +104,21 @@ class Call(NamedTuple):
     vocab_size: int
 
 
+def check_states(name: str, hidden: Tensor, head: LMHead) -> None:
+    """Raise a ValueError unless these are hidden states and a head."""
+    if not isinstance(head, LMHead):
+        fix = "pass LMHead(weight, bias) or LMHead.from_model(model)"
+        raise ValueError(f"{name}: head must be an LMHead, got {type(head).__name__}; {fix}")
+    check_floats(name, "hidden", hidden)
+
+
 def flat_call(name: str, hidden: Tensor, head: LMHead) -> Call:
     """Check hidden states against the head and flatten them to ``(N, D)``.
 
     Raises:
         ValueError: for a shape, dtype or device that does not fit.
     """
-    if not isinstance(head, LMHead):
-        raise ValueError(f"{name}: head must be an LMHead, got {type(head).__name__}")
+    check_states(name, hidden, head)
     weight, bias = head.weight, head.bias
     if _ops.transformed(hidden, weight, bias):
         raise NotImplementedError(
@@ -117,8 +136,8 @@ def flat_call(name: str, hidden: Tensor, head: LMHead) -> Call:
         bias = None if bias is None else bias.to(weight.dtype)
     if hidden.dtype != weight.dtype:
         raise ValueError(f"{name}: hidden has dtype {hidden.dtype}, weight {weight.dtype}; they must match (or use autocast)")
-    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise ValueError(f"{name}: hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
+    if bias is not None and bias.dtype != weight.dtype:
+        raise ValueError(f"{name}: bias has dtype {bias.dtype}, weight {weight.dtype}; they must match (or use autocast)")
     hidden, shape, t = _ops.ordinary(hidden), hidden.shape[:-1], head.temperature
     if isinstance(t, Tensor) and t.numel() != 1 and t.shape != shape:
         raise ValueError(f"{name}: temperature has shape {tuple(t.shape)}, wanted the target's shape {tuple(shape)}")
@@ -138,21 +157,25 @@ def _inv_temp(hidden: Tensor, head: LMHead) -> Tensor:
 def flat_rows(
     name: str, argument: str, x: Tensor, shape: torch.Size, device: torch.device, *, ids: bool = False, extra: int = 0
 ) -> Tensor:
-    """``x`` with the leading ``shape`` flattened; ``extra`` trailing dimensions are kept.
+    """``x`` with the leading ``shape`` flattened; ``extra`` trailing dimensions are kept; ``ids`` are int32 or int64.
 
     Raises:
         ValueError: for another shape or device, or with ``ids`` for a dtype that is not an integer.
     """
+    check_tensor(name, argument, x)
     if x.device != device:
         raise ValueError(f"{name}: {argument} is on {x.device}, hidden on {device}; they must share a device")
     leading = x.shape[: x.dim() - extra] if x.dim() >= extra else None
     if leading != shape:
         wanted = f"{tuple(shape)}" if not extra else f"({', '.join(map(str, (*shape, 'K')))})"
         raise ValueError(f"{name}: {argument} has shape {tuple(x.shape)}, wanted {wanted}")
-    if ids and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
-        raise ValueError(f"{name}: {argument} must be integers, got {x.dtype}")
+    return flat(integers(name, argument, x) if ids else x, len(shape))
+
+
+def flat(x: Tensor, dims: int) -> Tensor:
+    """``x``, detached, with its first ``dims`` dimensions flattened to one: a single token's has none, and gets it."""
     x = _ops.ordinary(x.detach())
-    return x.flatten(0, len(shape) - 1) if shape else x.unsqueeze(0)
+    return x.flatten(0, dims - 1) if dims else x.unsqueeze(0)
 
 
 def maybe_rows(
@@ -164,12 +187,14 @@ def maybe_rows(
 
 def check_eps(name: str, filter_eps: float) -> None:
     """Raise a ValueError unless 0 ≤ filter_eps < 1."""
-    if isinstance(filter_eps, bool) or not isinstance(filter_eps, int | float) or not 0 <= filter_eps < 1:
+    if not (is_number(filter_eps) and 0 <= filter_eps < 1):
         raise ValueError(f"{name}: filter_eps must be a probability in [0, 1), 0.0 for the exact backward; got {filter_eps!r}")
 
 
 def check_k(name: str, k: int, vocab_size: int | None, argument: str = "k") -> None:
     """Raise a ValueError unless 1 ≤ K ≤ min(1024, vocab_size)."""
+    if not is_integer(k):
+        raise ValueError(f"{name}: {argument} must be an int, got {k!r}")
     if not 1 <= k <= min(K_MAX, vocab_size or K_MAX):
         bound = f"min({K_MAX}, vocab_size={vocab_size})" if vocab_size else f"{K_MAX}"
         raise ValueError(f"{name}: {argument} must have 1 <= K <= {bound}, got K={k}")
@@ -256,6 +281,8 @@ def token_scores(
 
 
 def target_shape(name: str, hidden: Tensor, target: Tensor) -> torch.Size:
+    check_tensor(name, "hidden", hidden)
+    check_tensor(name, "target", target)
     if target.shape != hidden.shape[:-1]:
         raise ValueError(f"{name}: target has shape {tuple(target.shape)}, hidden (…, D) {tuple(hidden.shape)}")
     return target.shape
@@ -318,14 +345,14 @@ def gather(name: str, hidden: Tensor, head: LMHead, ids: Tensor, *, mask: Tensor
     """:func:`linear_gather` for a public function ``name``, whose argument ``ids_name`` holds the ids."""
     call = flat_call(name, hidden, head)
     shape = hidden.shape[:-1]
-    flat = flat_rows(name, ids_name, ids, shape, hidden.device, ids=True, extra=1)
-    check_k(name, flat.shape[1], call.vocab_size, f"{ids_name} (…, K)")
+    flat_ids = flat_rows(name, ids_name, ids, shape, hidden.device, ids=True, extra=1)
+    check_k(name, flat_ids.shape[1], call.vocab_size, f"{ids_name} (…, K)")
     flat_mask = maybe_rows(name, "mask", mask, shape, hidden.device)
-    raw = torch.ops.rlad.linear_gather(*call[:3], flat, flat_mask, call.vocab_size, name)
+    raw = torch.ops.rlad.linear_gather(*call[:3], flat_ids, flat_mask, call.inv_temp, call.vocab_size, name)
     z = raw * call.logit_scale
     if call.softcap:
         z = call.softcap * torch.tanh(z / call.softcap)
-    z = torch.where(flat < 0, -torch.inf, z * call.inv_temp.unsqueeze(1))
+    z = torch.where(flat_ids < 0, -torch.inf, z * call.inv_temp.unsqueeze(1))
     if flat_mask is not None:
         z = torch.where(flat_mask.unsqueeze(1) != 0, z, 0)
     return z.view(ids.shape)

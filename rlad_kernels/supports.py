@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlad_kernels.check import check_tensor, integers, is_number
 from rlad_kernels.head import LMHead
 from rlad_kernels.moments import first_occurrence
-from rlad_kernels.scores import TopK, score
+from rlad_kernels.scores import TopK, check_states, checked_topk, score
 from rlad_kernels.settings import settings
 
 SAME = 0.01  # nats by which two sources of one teacher's log-prob may differ, in bfloat16 and across kernels
@@ -31,6 +32,8 @@ def linear_support(
     Raises:
         ValueError: naming the argument, what came and what was wanted.
     """
+    check_states("linear_support", hidden, head)
+    ids = integers("linear_support", "ids", ids)
     at = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device) if target is None else target
     with torch.no_grad():
         s = score("linear_support", hidden, head, at, topk_ids=ids, entropy=entropy, tail=True, mask=mask, ids_name="ids")
@@ -56,10 +59,9 @@ def union(teacher: TopK, other: TopK) -> TopK:
         ValueError: where the two disagree about an id (on CUDA with ``set_checks(True)``): one then holds other log-probs,
             the student's for instance.
     """
-    name = "union"
-    _same_shape(name, teacher, other)
+    teacher, other = _pair("union", teacher, other)
     ids, logp = torch.cat([teacher.ids, other.ids], -1), torch.cat([teacher.logp, other.logp], -1)
-    _agree(name, teacher, other)
+    _agree("union", teacher, other)
     first = _first(ids)
     k = teacher.ids.shape[-1]
     tail = None
@@ -81,13 +83,15 @@ def intersection(teacher: TopK, ids: Tensor) -> TopK:
 
     Needs no more of the teacher than its own K, so a served teacher will do. What leaves goes to the tail.
     """
-    if ids.shape[:-1] != teacher.ids.shape[:-1]:
+    teacher, ids = checked_topk("intersection", "teacher", teacher), integers("intersection", "ids", ids)
+    if ids.dim() < 1 or ids.shape[:-1] != teacher.ids.shape[:-1]:
         raise ValueError(f"intersection: ids has shape {tuple(ids.shape)}, wanted {tuple(teacher.ids.shape[:-1])} and J")
     return keep_slots(teacher, _member(teacher.ids, ids))
 
 
 def symmetric_difference(teacher: TopK, other: TopK) -> TopK:
     """Ids of one support but not of both (thunlp/OPD's ``union-intersection``); arguments and errors as of :func:`union`."""
+    teacher, other = _pair("symmetric_difference", teacher, other)
     both = union(teacher, other)
     shared = _member(both.ids, teacher.ids) & _member(both.ids, other.ids)
     return keep_slots(both, ~shared)
@@ -108,9 +112,11 @@ def with_sampled(teacher: TopK, target: Tensor, target_logp: Tensor | None = Non
         ValueError: without a ``target_logp``: no teacher's top-K says what lies outside it.
     """
     name = "with_sampled"
+    teacher, target = checked_topk(name, "teacher", teacher), integers(name, "target", target)
     logp = teacher.target_logp if target_logp is None else target_logp
     if logp is None:
         raise ValueError(f"{name}: target_logp is None and teacher.target_logp too; the teacher's log-prob of y is needed")
+    check_tensor(name, "target_logp", logp)
     shape = teacher.ids.shape[:-1]
     if target.shape != shape or logp.shape != shape:
         raise ValueError(
@@ -138,10 +144,15 @@ def probability_band(teacher: TopK, low: float | Tensor, high: float | Tensor, *
         low, high: bounds on the teacher's probability as given (not renormalised), floats or tensors ``(…)``.
         target: ``(…)`` ints; the target's slot stays whatever its probability.
     """
+    name = "probability_band"
+    teacher = checked_topk(name, "teacher", teacher)
+    target = None if target is None else integers(name, "target", target)
     shape = teacher.ids.shape[:-1]
     for argument, bound in (("low", low), ("high", high), ("target", target)):
+        if bound is not None and not isinstance(bound, Tensor) and not is_number(bound):
+            raise ValueError(f"{name}: {argument} must be a number or a tensor {tuple(shape)}, got {bound!r}")
         if isinstance(bound, Tensor) and bound.shape not in (shape, ()):
-            raise ValueError(f"probability_band: {argument} has shape {tuple(bound.shape)}, wanted a number or {tuple(shape)}")
+            raise ValueError(f"{name}: {argument} has shape {tuple(bound.shape)}, wanted a number or {tuple(shape)}")
     low, high = (x.unsqueeze(-1) if isinstance(x, Tensor) else x for x in (low, high))
     p = teacher.logp.exp()
     inside = (p >= low) & (p <= high)
@@ -178,12 +189,11 @@ def _member(ids: Tensor, of: Tensor) -> Tensor:
     return found & (ids >= 0)
 
 
-def _same_shape(name: str, teacher: TopK, other: TopK) -> None:
-    for argument, x in (("teacher", teacher), ("other", other)):
-        if x.ids.shape != x.logp.shape:
-            raise ValueError(f"{name}: {argument}.ids has shape {tuple(x.ids.shape)}, {argument}.logp {tuple(x.logp.shape)}")
+def _pair(name: str, teacher: TopK, other: TopK) -> tuple[TopK, TopK]:
+    teacher, other = checked_topk(name, "teacher", teacher), checked_topk(name, "other", other)
     if teacher.ids.shape[:-1] != other.ids.shape[:-1]:
         raise ValueError(f"{name}: other.ids has shape {tuple(other.ids.shape)}, wanted {tuple(teacher.ids.shape[:-1])} and K")
+    return teacher, other
 
 
 def _agree(name: str, teacher: TopK, other: TopK) -> None:

@@ -11,7 +11,7 @@ from rlad_kernels import sparse
 from rlad_kernels.backward import Cotangents, Gradients, backward_tile
 from rlad_kernels.moments import Stats, add_slots, first_occurrence
 from rlad_kernels.ops import acc_dtype
-from rlad_kernels.rows import Kept, checked_finite, checked_ids, kept_inv_temp, row_mask
+from rlad_kernels.rows import Kept, checked_finite, checked_ids, checked_inv_temp, kept_inv_temp, row_mask
 from rlad_kernels.scoring import fused, statistics
 from rlad_kernels.tiles import Tiles, empty
 
@@ -248,10 +248,15 @@ def _gather_ids(caller: str, ids: Tensor, mask: Tensor | None, vocab_size: int) 
 
 
 def linear_gather(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, mask: Tensor | None, vocab_size: int, caller: str
-) -> Tensor:
-    """Implements ``rlad::linear_gather``: raw logits h·W_v + b_v at ``ids (N, K)``; empty slots and masked rows give 0."""
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, mask: Tensor | None, inv_temp: Tensor, vocab_size: int,
+    caller: str,
+) -> Tensor:  # fmt: skip
+    """Implements ``rlad::linear_gather``: raw logits h·W_v + b_v at ``ids (N, K)``; empty slots and masked rows give 0.
+
+    What comes after, the temperature above all, is left to autograd; here its values can be checked under ``torch.compile`` too.
+    """
     ids = _gather_ids(caller, ids, mask, vocab_size)
+    checked_inv_temp(caller, inv_temp.expand(hidden.shape[0]), row_mask(caller, None, mask))
     raw = torch.ops.rlad.gather_dot(hidden, weight[:vocab_size], ids)
     inside = (ids >= 0) & (ids < vocab_size)
     if bias is not None:

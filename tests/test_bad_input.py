@@ -219,7 +219,7 @@ CASES: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "dtype": {
         "hidden": (SWEEPS, lambda w: {"hidden": w.hidden.bfloat16()}, "hidden", "bfloat16", "weight", "float32"),
-        "integers": (PLAIN, lambda w: {"hidden": w.hidden.int(), "head": rk.LMHead(w.weight.int())}, "hidden", "float32", "int32"),
+        "integers": (PLAIN, lambda w: {"hidden": w.hidden.int()}, "hidden", "float32", "int32"),
         "target_float": (TARGETS, lambda w: {"target": w.target.float()}, "target", "integers", "float32"),
         "target_bool": (TARGETS, lambda w: {"target": w.target > 3}, "target", "integers", "bool"),
         "topk_ids_float": (IDS, lambda w: {"topk_ids": w.ids.float()}, "topk_ids", "integers", "float32"),

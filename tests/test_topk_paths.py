@@ -142,7 +142,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("tail", {"direction": "jsd"}, "topk_sampled_tail_loss: direction"),
     ("pg", {"weight": "both"}, "topk_pg_loss: weight"),
     ("pg", {"dual_clip": 0.5}, "topk_pg_loss: dual_clip"),
-    ("advantage", {"direction": "up"}, "topk_kl_loss: direction"),
+    ("advantage", {"direction": "up"}, "topk_advantage_loss: direction"),
 ]
 
 

@@ -46,7 +46,7 @@ def cases() -> dict[str, tuple[object, ...]]:
             ones, zero, ones, torch.ones(6, 5), ones, True, True, True,
         ),
         "linear_topk": (*plain, p.target, mask, *call, 3, True),
-        "linear_gather": (*tensors, p.ids, mask, 30, "linear_gather"),
+        "linear_gather": (*tensors, p.ids, mask, torch.ones(1), 30, "linear_gather"),
         "linear_gather_bwd": (torch.ones(6, 5), *plain, p.ids, mask, 30, True, True, True),
         "linear_divergence": (*tensors, mask, *call, *teachers, False, "linear_divergence"),
         "linear_divergence frozen": (*frozen, mask, *call, *teachers[:3], "reverse_kl", [], True, "linear_divergence"),

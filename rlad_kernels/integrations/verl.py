@@ -56,7 +56,7 @@ def _tokens(
 
     ``clip_frac`` is of what the weights leave aside, as verl's is.
     """
-    logp = accumulated(log_prob)
+    logp = accumulated(name, log_prob, "log_prob")
     keep = keep_mask(name, mask, logp, "response_mask")
     rows = {_OURS.get(k, k): torch.where(keep, per_token(name, k, x, logp), 0).flatten() for k, x in given.items()}
     advantages = rows.pop("advantages")

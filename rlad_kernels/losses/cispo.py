@@ -6,6 +6,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
+from rlad_kernels.check import needs
 from rlad_kernels.losses.ratio import add_kl, check_clip, times
 from rlad_kernels.losses.reduction import LossOutput
 from rlad_kernels.losses.rollout import weigh
@@ -48,6 +49,7 @@ def cispo_loss(
     Raises:
         ValueError: naming the argument, what came and what was wanted.
     """
+    needs("cispo_loss", old_logp=old_logp, advantages=advantages)
     check_clip("cispo_loss", clip, None)
     tensors = {"old_logp": old_logp, "advantages": advantages}
     return sampled_loss("cispo_loss", cispo_tokens, logp, tensors, mask, {"clip_low": clip[0], "clip_high": clip[1]}, **options)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlad_kernels.check import is_number
 from rlad_kernels.fused import fuse
 from rlad_kernels.head import LMHead
 from rlad_kernels.losses.ratio import per_token
 from rlad_kernels.losses.reduction import LossOutput
 from rlad_kernels.ops import acc_dtype
 from rlad_kernels.registry import add_method, register
-from rlad_kernels.scores import TokenScores, target_shape
+from rlad_kernels.scores import TokenScores, check_states, target_shape
 
 
 @register("cross_entropy")
@@ -50,8 +50,9 @@ def linear_cross_entropy_loss(
         ValueError: naming the argument, what came and what was wanted.
     """
     name = "linear_cross_entropy_loss"
+    check_states(name, hidden, head)
     target_shape(name, hidden, target)
-    if not (math.isfinite(z_loss) and z_loss >= 0):
+    if not (is_number(z_loss) and 0 <= z_loss < torch.inf):
         raise ValueError(f"{name}: z_loss must be finite and at least 0, got {z_loss!r}")
     inputs: dict[str, Any] = {"z_loss": z_loss}
     if weights is not None:

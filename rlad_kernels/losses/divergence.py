@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlad_kernels.check import is_number
 from rlad_kernels.divergence import OnChunk, flat_teachers, run
 from rlad_kernels.fused import FusedLoss
 from rlad_kernels.head import LMHead
@@ -17,7 +18,7 @@ from rlad_kernels.losses.ratio import per_token
 from rlad_kernels.losses.reduction import LossOutput, keep_mask, token_weights
 from rlad_kernels.ops import acc_dtype
 from rlad_kernels.registry import add_method
-from rlad_kernels.scores import Call, flat_call
+from rlad_kernels.scores import Call, check_states, flat_call
 
 Heads = LMHead | Sequence[LMHead]
 Tensors = Tensor | Sequence[Tensor]
@@ -33,13 +34,14 @@ class _Prepared(NamedTuple):
 
 
 def _teachers(name: str, hidden: Tensor, student: Call, teacher_hidden: Tensors, teacher_head: Heads) -> list[Call]:
-    hiddens = [teacher_hidden] if isinstance(teacher_hidden, Tensor) else list(teacher_hidden)
-    heads = [teacher_head] if isinstance(teacher_head, LMHead) else list(teacher_head)
+    hiddens = list(teacher_hidden) if isinstance(teacher_hidden, Sequence) else [teacher_hidden]
+    heads = list(teacher_head) if isinstance(teacher_head, Sequence) else [teacher_head]
     if len(hiddens) != len(heads) or not heads:
         raise ValueError(f"{name}: teacher_hidden holds {len(hiddens)} teachers, teacher_head {len(heads)}; wanted as many")
     found = []
     for i, (h, head) in enumerate(zip(hiddens, heads, strict=True)):
         who = f"{name} (teacher)" if len(heads) == 1 else f"{name} (teacher {i})"
+        check_states(who, h, head)
         call = flat_call(who, h.detach(), head)
         if h.shape[:-1] != hidden.shape[:-1]:
             raise ValueError(f"{who}: teacher_hidden has shape {tuple(h.shape)}, wanted {(*hidden.shape[:-1], 'D')}")
@@ -61,11 +63,15 @@ def _weights(name: str, like: Tensor, teachers: int, teacher_weights: Weights, w
             shape = tuple(like.shape)
             raise ValueError(f"{name}: {teachers} teachers need teacher_weights, a float or a tensor {shape} each, got None")
         teacher_weights = [1.0]
-    if len(teacher_weights) != teachers:
-        raise ValueError(f"{name}: teacher_weights must have one entry a teacher, {teachers}, got {len(teacher_weights)}")
-    if not math.isfinite(scale):
+    if not isinstance(teacher_weights, Sequence) or len(teacher_weights) != teachers:
+        got = len(teacher_weights) if isinstance(teacher_weights, Sequence) else type(teacher_weights).__name__
+        raise ValueError(f"{name}: teacher_weights must have one entry a teacher, {teachers}, got {got}")
+    if not (is_number(scale) and -math.inf < scale < math.inf):
         raise ValueError(f"{name}: scale must be finite, got {scale!r}")
     factor = scale if weights is None else scale * per_token(name, "weights", weights, like)
+    for w in teacher_weights:
+        if not isinstance(w, Tensor) and not is_number(w):
+            raise ValueError(f"{name}: teacher_weights must hold floats or tensors {tuple(like.shape)}, got {w!r}")
     tensors = (w if isinstance(w, Tensor) else torch.full_like(like, w) for w in teacher_weights)
     return torch.stack([(per_token(name, "teacher_weights", w, like) * factor).reshape(-1) for w in tensors])
 

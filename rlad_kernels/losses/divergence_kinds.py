@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlad_kernels.check import is_number
+
 
 class Kind(NamedTuple):
     """What ``rlad::divergence_`` is told, and what is found from a chunk's log-probs (student's, teacher's) before."""
@@ -119,7 +121,7 @@ def parameters(name: str, divergence: str, given: Mapping[str, float | None]) ->
     Raises:
         ValueError: for an unknown divergence, or a parameter that is missing, not its own, or out of range.
     """
-    if divergence not in DIVERGENCES:
+    if not isinstance(divergence, str) or divergence not in DIVERGENCES:
         raise ValueError(f"{name}: divergence must be a callable or one of {[*DIVERGENCES]}, got {divergence!r}")
     wanted = DIVERGENCES[divergence].parameters
     for key, x in given.items():
@@ -130,7 +132,7 @@ def parameters(name: str, divergence: str, given: Mapping[str, float | None]) ->
     for key, parameter in wanted.items():
         x = given.get(key)
         x = parameter.default if x is None else x
-        if isinstance(x, bool) or not isinstance(x, int | float) or not parameter.holds(x):
+        if not is_number(x) or not parameter.holds(x):
             raise ValueError(f"{name}: divergence {divergence!r} wants {key} in {parameter}, got {x!r}")
         values.append(float(x))
     return values

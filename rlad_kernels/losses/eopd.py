@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlad_kernels.check import check_numbers, check_tensor, is_number, needs
 from rlad_kernels.losses.ratio import check_ratio_options, per_token, ratio_loss_tokens
 from rlad_kernels.losses.reduction import LossOutput, keep_mask, reduce, token_weights
 from rlad_kernels.losses.topk_kl import check_support, flat_kept, student_slots, teacher_rows, topk_kl_loss_tokens
@@ -68,6 +69,11 @@ def eopd_loss(
     check_support(name, teacher)
     topk_logp = student_slots(name, "topk_logp", topk_logp, teacher)
     like = topk_logp[..., 0].detach()
+    needs(name, old_logp=old_logp)
+    check_numbers(name, kl_coef=kl_coef)
+    if not is_number(entropy_threshold):
+        raise ValueError(f"{name}: entropy_threshold must be a number, got {entropy_threshold!r}")
+    check_tensor(name, "logp", logp)
     if logp.shape != like.shape:
         raise ValueError(f"{name}: logp has shape {tuple(logp.shape)}, wanted {tuple(like.shape)}")
     rows = teacher_rows(name, teacher, like)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlad_kernels.check import integers
 from rlad_kernels.losses.ratio import per_token
 from rlad_kernels.losses.reduction import keep_mask
 from rlad_kernels.settings import settings
@@ -31,9 +32,7 @@ def wrong_groups(name: str, correct: Tensor, group_ids: Tensor | None) -> Tensor
     """Whether no token of a token's group is ``correct``, bool in its shape; ``group_ids`` ``(B,)`` or in its shape."""
     if group_ids is None:
         raise ValueError(f"{name}: group_ids is None, wanted integers, (B,) or logp's shape: the prompt a response answers")
-    if group_ids.is_floating_point() or group_ids.dtype == torch.bool:
-        raise ValueError(f"{name}: group_ids must be integers, got {group_ids.dtype}")
-    groups = per_token(name, "group_ids", group_ids, correct).flatten()
+    groups = per_token(name, "group_ids", integers(name, "group_ids", group_ids), correct).flatten()
     ids, order = groups.sort(stable=True)
     place = torch.zeros_like(order)
     place[1:] = (ids[1:] != ids[:-1]).cumsum(0)

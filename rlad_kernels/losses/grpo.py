@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rlad_kernels.check import needs
 from rlad_kernels.losses.ratio import ratio_loss_tokens
 from rlad_kernels.losses.reduction import LossOutput
 from rlad_kernels.losses.rollout import ICEPOP, TIS, Rollout
@@ -48,6 +49,7 @@ def grpo_loss(
     Raises:
         ValueError: naming the argument, what came and what was wanted.
     """
+    needs("grpo_loss", old_logp=old_logp, advantages=advantages)
     return clipped_loss(
         "grpo_loss", ratio_loss_tokens, logp, {"old_logp": old_logp, "advantages": advantages}, mask, {},
         clip=clip, dual_clip=dual_clip, ref_logp=ref_logp, kl_coef=kl_coef, kl_estimator=kl_estimator, reduction=reduction,

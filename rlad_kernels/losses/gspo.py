@@ -7,10 +7,11 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from rlad_kernels.check import needs
 from rlad_kernels.losses.ratio import add_kl, ratio_loss_tokens
 from rlad_kernels.losses.reduction import LossOutput, keep_mask, sequence_index
 from rlad_kernels.losses.rollout import weigh
-from rlad_kernels.losses.sampled import ClippedOptions, clipped_loss, on_sampled
+from rlad_kernels.losses.sampled import ClippedOptions, accumulated, clipped_loss, on_sampled
 from rlad_kernels.losses.sequences import sequence_mean
 from rlad_kernels.registry import add_method
 
@@ -60,7 +61,8 @@ def gspo_loss(
     name = "gspo_loss"
     if level not in LEVELS:
         raise ValueError(f"{name}: level must be one of {LEVELS} (token level is grpo_loss), got {level!r}")
-    keep = keep_mask(name, mask, logp)
+    needs(name, old_logp=old_logp, advantages=advantages)
+    keep = keep_mask(name, mask, accumulated(name, logp))
     sequence = sequence_index(name, keep, "the ratio", options.get("seq_ids"))
     options.setdefault("clip", (3e-4, 4e-4))
     options.setdefault("reduction", "seq-mean-token-mean")

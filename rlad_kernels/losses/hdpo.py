@@ -6,9 +6,10 @@ from typing import Unpack
 
 from torch import Tensor
 
+from rlad_kernels.check import check_numbers, needs
 from rlad_kernels.losses.kdrl import kdrl_tokens, taught_tokens
 from rlad_kernels.losses.reduction import LossOutput
-from rlad_kernels.losses.sampled import ClippedOptions, clipped_loss, needs_teacher
+from rlad_kernels.losses.sampled import ClippedOptions, clipped_loss
 from rlad_kernels.registry import add_method
 
 
@@ -32,7 +33,8 @@ def hdpo_loss(
         ValueError: naming the argument, what came and what was wanted.
     """
     name = "hdpo_loss"
-    needs_teacher(name, teacher_logp)
+    needs(name, old_logp=old_logp, teacher_logp=teacher_logp, advantages=advantages)
+    check_numbers(name, kd_coef=kd_coef)
     taught = taught_tokens(name, logp, mask, "wrong-groups", correct, group_ids)
     tensors = {"old_logp": old_logp, "teacher_logp": teacher_logp, "advantages": advantages, "taught": taught}
     return clipped_loss(name, kdrl_tokens, logp, tensors, mask, {"kd_coef": kd_coef, "form": "in-reward"}, **options)

@@ -8,10 +8,11 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from rlad_kernels.check import check_numbers, needs
 from rlad_kernels.losses.groups import correct_tokens, wrong_groups
 from rlad_kernels.losses.ratio import KL_ESTIMATORS, check_kl, ratio_loss_tokens
 from rlad_kernels.losses.reduction import LossOutput
-from rlad_kernels.losses.sampled import ClippedOptions, accumulated, clipped_loss, needs_teacher, on_sampled, teacher_gap
+from rlad_kernels.losses.sampled import ClippedOptions, accumulated, clipped_loss, on_sampled, teacher_gap
 from rlad_kernels.registry import add_method
 
 FORMS = ("joint", "in-reward")
@@ -71,9 +72,10 @@ def kdrl_loss(
         ValueError: naming the argument, what came and what was wanted.
     """
     name = "kdrl_loss"
-    needs_teacher(name, teacher_logp)
+    needs(name, old_logp=old_logp, teacher_logp=teacher_logp, advantages=advantages)
     if form not in FORMS:
         raise ValueError(f"{name}: form must be one of {FORMS}, got {form!r}")
+    check_numbers(name, kd_coef=kd_coef)
     check_kl(name, "kd_estimator", kd_estimator, kd_coef)
     tensors: dict[str, Tensor | None] = {"old_logp": old_logp, "teacher_logp": teacher_logp, "advantages": advantages}
     tensors["taught"] = taught_tokens(name, logp, mask, teach, correct, group_ids)
@@ -90,7 +92,7 @@ def taught_tokens(
         raise ValueError(f"{name}: teach must be one of {TAUGHT}, got {teach!r}")
     if teach == "all":
         return None
-    right = correct_tokens(name, correct, accumulated(logp.detach()), mask)
+    right = correct_tokens(name, correct, accumulated(name, logp).detach(), mask)
     return ~right if teach == "wrong" else wrong_groups(name, right, group_ids)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+from rlad_kernels.check import check_tensor, integers, is_integer, is_number
 from rlad_kernels.losses.groups import wrong_groups
 from rlad_kernels.losses.reduction import keep_mask, sequence_index
 from rlad_kernels.settings import settings
@@ -14,6 +17,14 @@ LEVELS = ("response", "group")
 
 def response_mask(prompt_lengths: Tensor, lengths: Tensor, size: int) -> Tensor:
     """``(B, size)``, True from each row's ``prompt_lengths (B,)`` up to, but not including, its ``lengths (B,)``."""
+    name = "response_mask"
+    prompt_lengths, lengths = integers(name, "prompt_lengths", prompt_lengths), integers(name, "lengths", lengths)
+    if lengths.dim() != 1 or prompt_lengths.shape != lengths.shape:
+        raise ValueError(
+            f"{name}: prompt_lengths has shape {tuple(prompt_lengths.shape)}, lengths {tuple(lengths.shape)}, wanted (B,) both"
+        )
+    if not is_integer(size):
+        raise ValueError(f"{name}: size must be an int, got {size!r}")
     at = torch.arange(size, device=lengths.device)
     return (at >= prompt_lengths.unsqueeze(1)) & (at < lengths.unsqueeze(1))
 
@@ -29,9 +40,10 @@ def special_token_mask(
         mask: the response; occurrences outside it (in the prompt) do not count.
     """
     name = "special_token_mask"
+    tokens = integers(name, "tokens", tokens)
     keep, place = keep_mask(name, mask, tokens), _places(name, tokens, seq_ids)
     out = torch.ones_like(keep)
-    for i in special_ids:
+    for i in _ids(name, "special_ids", special_ids):
         out &= ~_nth(keep & (tokens == i), place, last=False)
     return out
 
@@ -44,9 +56,10 @@ def final_eos_mask(tokens: Tensor, eos_ids: list[int], mask: Tensor | None = Non
         eos_ids: all ids that end a response, ``<|endoftext|>`` and ``<|im_end|>`` for instance.
     """
     name = "final_eos_mask"
+    tokens = integers(name, "tokens", tokens)
     keep, place = keep_mask(name, mask, tokens), _places(name, tokens, seq_ids)
     eos = torch.zeros_like(keep)
-    for i in eos_ids:
+    for i in _ids(name, "eos_ids", eos_ids):
         eos |= tokens == i
     return ~(_nth(keep, place, last=True) & eos)
 
@@ -63,7 +76,8 @@ def top_entropy_mask(entropy: Tensor, fraction: float, mask: Tensor | None = Non
         mask: kept tokens; None is all.
     """
     name = "top_entropy_mask"
-    if not 0 <= fraction <= 1:
+    check_tensor(name, "entropy", entropy)
+    if not (is_number(fraction) and 0 <= fraction <= 1):
         raise ValueError(f"{name}: fraction must be in [0, 1], got {fraction!r}")
     keep = keep_mask(name, mask, entropy).flatten()
     value = torch.where(keep & ~entropy.detach().flatten().isnan(), entropy.detach().flatten(), -torch.inf)
@@ -91,6 +105,7 @@ def reward_mask(correct: Tensor, group_ids: Tensor | None = None, level: str = "
     name = "reward_mask"
     if level not in LEVELS:
         raise ValueError(f"{name}: level must be one of {LEVELS}, got {level!r}")
+    check_tensor(name, "correct", correct)
     if correct.dim() != 1:
         raise ValueError(f"{name}: correct must be (B,), one a response, got shape {tuple(correct.shape)}")
     if correct.dtype != torch.bool and (settings.checks or not correct.is_cuda) and bool(((correct != 0) & (correct != 1)).any()):
@@ -107,12 +122,20 @@ def spread(responses: Tensor, tokens: Tensor, *, seq_ids: Tensor | None = None) 
     Packed: ``responses[i]`` belongs to the i-th run of equal ``seq_ids``. Another number of responses raises a ValueError (on
     CUDA with ``set_checks(True)``).
     """
+    check_tensor("spread", "responses", responses)
+    check_tensor("spread", "tokens", tokens)
     place = _places("spread", tokens, seq_ids)
     if settings.checks or not place.is_cuda:
         count = int(place.max()) + 1 if place.numel() else 0
         if responses.dim() != 1 or responses.shape[0] != count:
             raise ValueError(f"spread: responses has shape {tuple(responses.shape)}, wanted ({count},), one a response of tokens")
     return responses[place]
+
+
+def _ids(name: str, argument: str, ids: list[int]) -> list[int]:
+    if not isinstance(ids, Iterable) or not all(map(is_integer, ids)):
+        raise ValueError(f"{name}: {argument} must be a list of ints, got {ids!r}")
+    return ids
 
 
 def _places(name: str, tokens: Tensor, seq_ids: Tensor | None) -> Tensor:

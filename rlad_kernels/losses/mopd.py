@@ -6,10 +6,11 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
+from rlad_kernels.check import check_numbers, needs
 from rlad_kernels.losses.ratio import add_kl
 from rlad_kernels.losses.reduction import LossOutput
 from rlad_kernels.losses.rollout import ICEPOP, Rollout, check_rollout, weigh
-from rlad_kernels.losses.sampled import TokenOptions, needs_teacher, on_sampled, reinforced, sampled_loss, teacher_gap
+from rlad_kernels.losses.sampled import TokenOptions, on_sampled, reinforced, sampled_loss, teacher_gap
 from rlad_kernels.registry import add_method
 
 MOPD = ICEPOP._replace(policy="current")
@@ -53,9 +54,8 @@ def mopd_loss(
         ValueError: naming the argument, what came and what was wanted.
     """
     name = "mopd_loss"
-    needs_teacher(name, teacher_logp)
-    if rollout_logp is None:
-        raise ValueError(f"{name}: rollout_logp is None, wanted a tensor in logp's shape")
+    needs(name, rollout_logp=rollout_logp, teacher_logp=teacher_logp)
+    check_numbers(name, advantage_coef=advantage_coef)
     check_rollout(name, rollout, rollout_logp)
     if rollout.policy != "current":
         raise ValueError(f"{name}: rollout.policy must be 'current', this loss has no old policy; got {rollout.policy!r}")

@@ -8,9 +8,10 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from rlad_kernels.check import check_numbers, is_number, needs
 from rlad_kernels.losses.ratio import per_token, ratio_loss_tokens
 from rlad_kernels.losses.reduction import LossOutput, keep_mask, sequence_index
-from rlad_kernels.losses.sampled import ClippedOptions, accumulated, clipped_loss, needs_teacher, on_sampled, teacher_gap
+from rlad_kernels.losses.sampled import ClippedOptions, accumulated, clipped_loss, on_sampled, teacher_gap
 from rlad_kernels.losses.sequences import suffix_sums
 from rlad_kernels.registry import add_method
 
@@ -72,17 +73,18 @@ def opd_loss(
         ValueError: naming the argument, what came and what was wanted.
     """
     name = "opd_loss"
-    needs_teacher(name, teacher_logp)
+    needs(name, old_logp=old_logp, teacher_logp=teacher_logp)
+    check_numbers(name, extrapolation=extrapolation, coef=coef)
     if extrapolation != 1 and base_logp is None:
         raise ValueError(f"{name}: extrapolation={extrapolation!r} needs base_logp, got None")
-    if not 0 <= gamma <= 1:
+    if not (is_number(gamma) and 0 <= gamma <= 1):
         raise ValueError(f"{name}: gamma must be in [0, 1], got {gamma!r}")
-    if reward_clamp is not None and not reward_clamp > 0:
+    if reward_clamp is not None and not (is_number(reward_clamp) and reward_clamp > 0):
         raise ValueError(f"{name}: reward_clamp must be positive or None, got {reward_clamp!r}")
     tensors: dict[str, Tensor | None] = {"old_logp": old_logp, "teacher_logp": teacher_logp, "base_logp": base_logp}
     tensors["advantages"] = advantages
     if gamma:
-        like = accumulated(logp.detach())
+        like = accumulated(name, logp).detach()
         keep = keep_mask(name, mask, like)
         sequence = sequence_index(name, keep, "gamma", options.get("seq_ids"))
         given = {k: per_token(name, k, x, like) for k, x in tensors.items() if x is not None and k != "advantages"}

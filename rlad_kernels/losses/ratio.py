@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from rlad_kernels.check import check_numbers, check_tensor, is_number
 from rlad_kernels.losses.rollout import weigh
 from rlad_kernels.ops import autograd_inside, ordinary, transformed
 
@@ -124,22 +125,24 @@ def check_ratio_options(
 
 def check_anchor(name: str, alpha: float, teacher_clamp: float | None) -> None:
     """Raise a ValueError that names the option, what came and what was wanted."""
-    if not 0 <= alpha <= 1:
+    if not (is_number(alpha) and 0 <= alpha <= 1):
         raise ValueError(f"{name}: alpha must be in [0, 1], got {alpha!r}")
-    if teacher_clamp is not None and not teacher_clamp > 0:
+    if teacher_clamp is not None and not (is_number(teacher_clamp) and teacher_clamp > 0):
         raise ValueError(f"{name}: teacher_clamp must be positive or None, got {teacher_clamp!r}")
 
 
 def check_clip(name: str, clip: tuple[float, float], dual_clip: float | None) -> None:
     """Raise a ValueError that names the option, what came and what was wanted."""
-    if not (isinstance(clip, tuple | list) and len(clip) == 2 and 0 <= clip[0] <= 1 and clip[1] >= 0):
+    pair = isinstance(clip, tuple | list) and len(clip) == 2 and all(map(is_number, clip))
+    if not (pair and 0 <= clip[0] <= 1 and clip[1] >= 0):
         raise ValueError(f"{name}: clip must be (low, high) with 0 <= low <= 1 and high >= 0, got {clip!r}")
-    if dual_clip is not None and not dual_clip > 1:
+    if dual_clip is not None and not (is_number(dual_clip) and dual_clip > 1):
         raise ValueError(f"{name}: dual_clip must be greater than 1 or None, got {dual_clip!r}")
 
 
 def check_reference(name: str, ref_logp: Tensor | None, kl_coef: float, kl_estimator: str) -> None:
     """Raise a ValueError that names the option, what came and what was wanted."""
+    check_numbers(name, kl_coef=kl_coef)
     check_kl(name, "kl_estimator", kl_estimator, kl_coef)
     if kl_coef and ref_logp is None:
         raise ValueError(f"{name}: kl_coef={kl_coef!r} needs ref_logp, got None")
@@ -151,7 +154,7 @@ def check_kl(name: str, argument: str, estimator: str, coef: float) -> None:
         raise ValueError(
             f"{name}: {argument} 'k1' has zero expected gradient when backpropagated; use one of {[*KL_ESTIMATORS][1:]}"
         )
-    if estimator not in KL_ESTIMATORS:
+    if not isinstance(estimator, str) or estimator not in KL_ESTIMATORS:
         raise ValueError(f"{name}: {argument} must be one of {[*KL_ESTIMATORS]}, got {estimator!r}")
 
 
@@ -167,6 +170,7 @@ def add_kl(
 
 def per_token(name: str, argument: str, x: Tensor, like: Tensor) -> Tensor:
     """``x`` detached, in the shape of the log-probs ``like``, floats in its dtype; ``(B,)`` of SPREAD over ``(B, T)``."""
+    check_tensor(name, argument, x)
     spread = argument in SPREAD and like.dim() == 2
     if spread and x.dim() == 1 and x.shape[0] == like.shape[0]:
         x = x.unsqueeze(1).expand_as(like)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlad_kernels.check import check_tensor, integers, is_number
 from rlad_kernels.losses.metrics import MetricSums
 from rlad_kernels.ops import ordinary
 from rlad_kernels.settings import settings
@@ -37,6 +38,7 @@ def keep_mask(name: str, mask: Tensor | None, like: Tensor, argument: str = "mas
     """
     if mask is None:
         return torch.ones_like(like, dtype=torch.bool)
+    check_tensor(name, "mask", mask)
     if mask.shape != like.shape:
         raise ValueError(f"{name}: {argument} has shape {tuple(mask.shape)}, wanted {tuple(like.shape)}")
     if mask.device != like.device:
@@ -63,7 +65,7 @@ def token_weights(
         raise ValueError(f"{name}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
     if isinstance(denominator, Tensor):
         denominator = _scalar_denominator(name, denominator.detach())
-    elif denominator is not None and not denominator > 0:
+    elif denominator is not None and not (is_number(denominator) and denominator > 0):
         raise ValueError(f"{name}: denominator must be positive, got {denominator!r}")
     kept = keep.to(dtype)
     if reduction == "token-mean":
@@ -103,10 +105,13 @@ def sequence_index(name: str, keep: Tensor, what: str, seq_ids: Tensor | None) -
         if keep.dim() < 2:
             raise ValueError(f"{name}: {what} of packed (N,) tokens needs seq_ids (N,), got None")
         return torch.arange(keep.shape[:-1].numel(), device=keep.device).repeat_interleave(keep.shape[-1])
-    if seq_ids.shape != keep.shape or seq_ids.is_floating_point() or seq_ids.dtype == torch.bool:
-        raise ValueError(
-            f"{name}: seq_ids must be integers of shape {tuple(keep.shape)}, got {seq_ids.dtype} {tuple(seq_ids.shape)}"
-        )
+    seq_ids = integers(name, "seq_ids", seq_ids)
+    if seq_ids.shape != keep.shape:
+        raise ValueError(f"{name}: seq_ids must be integers of shape {tuple(keep.shape)}, got shape {tuple(seq_ids.shape)}")
+    if seq_ids.device != keep.device:
+        raise ValueError(f"{name}: seq_ids is on {seq_ids.device}, wanted {keep.device}; all tensors must share a device")
+    if not keep.dim():
+        return seq_ids.new_zeros(1, dtype=torch.int64)
     if (settings.checks or not seq_ids.is_cuda) and not torch.compiler.is_compiling() and bool((seq_ids.diff() < 0).any()):
         raise ValueError(f"{name}: seq_ids must be non-decreasing")
     return starts(seq_ids).flatten().cumsum(0) - 1

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlad_kernels.check import check_numbers, needs
 from rlad_kernels.fused import fuse
 from rlad_kernels.head import LMHead
 from rlad_kernels.losses.ratio import check_ratio_options, per_token, ratio_loss_tokens
@@ -15,7 +16,7 @@ from rlad_kernels.losses.topk_kl import check_topk_options, teacher_rows, topk_k
 from rlad_kernels.losses.topk_terms import KLOptions
 from rlad_kernels.ops import acc_dtype
 from rlad_kernels.registry import register
-from rlad_kernels.scores import TokenScores, TopK, target_shape
+from rlad_kernels.scores import TokenScores, TopK, check_states, target_shape
 
 _TOPK_INPUTS = ("ids", "topk_teacher_logp", "teacher_tail", "topk_kl_coef", "scale", *KLOptions._fields)
 
@@ -69,6 +70,8 @@ def rlad_loss(
     """
     name = "rlad_loss"
     check_ratio_options(name, alpha, clip, teacher_clamp, dual_clip, ref_logp, kl_coef, kl_estimator)
+    needs(name, old_logp=old_logp, advantages=advantages)
+    check_states(name, hidden, head)
     target_shape(name, hidden, target)
     like = torch.empty(target.shape, dtype=acc_dtype(hidden.dtype), device=head.weight.device)
     if teacher_logp is None:
@@ -82,6 +85,7 @@ def rlad_loss(
     if teacher is not None:
         if topk_kl_coef is None:
             raise ValueError(f"{name}: topk_kl_coef is required when teacher is given, got None")
+        check_numbers(name, topk_kl_coef=topk_kl_coef, scale=scale)
         options = KLOptions(
             direction, normalize, beta, log_ratio_clamp, logp_floor, clamp_gradient, loss_min, loss_max, outside_logp
         )  # fmt: skip

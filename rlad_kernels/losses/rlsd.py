@@ -6,9 +6,10 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
+from rlad_kernels.check import is_number, needs
 from rlad_kernels.losses.ratio import ratio_loss_tokens
 from rlad_kernels.losses.reduction import LossOutput
-from rlad_kernels.losses.sampled import ClippedOptions, clipped_loss, needs_teacher, on_sampled, teacher_gap
+from rlad_kernels.losses.sampled import ClippedOptions, clipped_loss, on_sampled, teacher_gap
 from rlad_kernels.registry import add_method
 
 
@@ -45,9 +46,9 @@ def rlsd_loss(
         ValueError: naming the argument, what came and what was wanted.
     """
     name = "rlsd_loss"
-    needs_teacher(name, teacher_logp)
+    needs(name, old_logp=old_logp, teacher_logp=teacher_logp, advantages=advantages)
     for option, value in {"mix": mix, "weight_clip": weight_clip}.items():
-        if not 0 <= value <= 1:
+        if not (is_number(value) and 0 <= value <= 1):
             raise ValueError(f"{name}: {option} must be in [0, 1], got {value!r}")
     tensors = {"old_logp": old_logp, "teacher_logp": teacher_logp, "advantages": advantages}
     return clipped_loss(name, rlsd_tokens, logp, tensors, mask, {"mix": mix, "weight_clip": weight_clip}, **options)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlad_kernels.check import is_number
+
 FORMS = ("truncate", "mask")
 POLICIES = ("old", "current")
 
@@ -14,9 +16,9 @@ POLICIES = ("old", "current")
 class Rollout(NamedTuple):
     """How a token is weighed by x = sg[π/μ], π the ``policy`` named, μ the sampling engine's probability.
 
-    ``truncate``: min(x, high) (TIS). ``mask``: x inside [low, high], 0 outside (IcePop with π_old; MOPD with π_θ).
-    The weight multiplies Â, which is the same as multiplying the clipped loss; KL terms are not weighed. A μ that is not finite
-    gives the weight 0. A weight of 0 takes the token's loss, not its place in the reduction.
+    ``truncate``: x clamped to [low, high] (TIS: low 0). ``mask``: x inside [low, high], 0 outside (IcePop with π_old, MOPD with
+    π_θ). The weight multiplies Â, which is the same as multiplying the clipped loss; KL terms are not weighed. A μ that is not
+    finite gives the weight 0. A weight of 0 takes the token's loss, not its place in the reduction.
     """
 
     form: str = "truncate"
@@ -41,7 +43,7 @@ def check_rollout(name: str, rollout: Rollout | None, rollout_logp: Tensor | Non
         raise ValueError(f"{name}: rollout.form must be one of {FORMS}, got {rollout.form!r}")
     if rollout.policy not in POLICIES:
         raise ValueError(f"{name}: rollout.policy must be one of {POLICIES}, got {rollout.policy!r}")
-    if not 0 <= rollout.low <= rollout.high:
+    if not (is_number(rollout.low) and is_number(rollout.high) and 0 <= rollout.low <= rollout.high):
         raise ValueError(f"{name}: rollout must have 0 <= low <= high, got low={rollout.low!r}, high={rollout.high!r}")
 
 
@@ -49,8 +51,8 @@ def rollout_weights(log_x: Tensor, form: str, low: float, high: float) -> tuple[
     """Weights from log x, without gradient, and where the bounds changed them."""
     log_x = log_x.detach()
     x = log_x.exp()
-    inside = (x <= high) & (x >= low) if form == "mask" else x <= high
-    outside = torch.zeros_like(x) if form == "mask" else torch.full_like(x, high)
+    inside = (x <= high) & (x >= low)
+    outside = torch.zeros_like(x) if form == "mask" else x.clamp(low, high)
     return torch.where(log_x.isfinite(), torch.where(inside, x, outside), 0), ~(inside & log_x.isfinite())
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from rlad_kernels.check import check_tensor, refuse_options
 from rlad_kernels.losses.ratio import check_clip, check_reference, per_token
 from rlad_kernels.losses.reduction import LossOutput, keep_mask, reduce, token_weights
 from rlad_kernels.losses.rollout import TIS, Rollout, check_rollout
@@ -61,24 +62,29 @@ def on_sampled(name: str, *, rowwise: bool = True) -> Callable[[Tokens], Tokens]
     return add
 
 
-def accumulated(logp: Tensor) -> Tensor:
+def accumulated(name: str, logp: Tensor, argument: str = "logp") -> Tensor:
     """Log-probs in the dtype that losses are computed in."""
+    check_tensor(name, argument, logp)
+    if not logp.is_floating_point():
+        raise ValueError(f"{name}: {argument} must be floats, got {logp.dtype}")
     return logp if logp.dtype == torch.float64 else logp.float()
 
 
 def sampled_loss(
     name: str, tokens: Tokens, logp: Tensor, tensors: Mapping[str, Tensor | None], mask: Tensor | None, options: Mapping[str, Any],
-    *, ref_logp: Tensor | None = None, kl_coef: float = 0.0, kl_estimator: str = "k3", reduction: str = "token-mean",
+    /, *, ref_logp: Tensor | None = None, kl_coef: float = 0.0, kl_estimator: str = "k3", reduction: str = "token-mean",
     seq_ids: Tensor | None = None, denominator: float | Tensor | None = None, rollout_logp: Tensor | None = None,
-    rollout: Rollout | None = None,
+    rollout: Rollout | None = None, **unknown: Any,
 ) -> LossOutput:  # fmt: skip
     """Reduce ``tokens(logp, **tensors, **options)``, all tensors ``(N,)``, for a public function ``name``.
 
     ``logp`` and ``tensors`` come in one shape ``(…)``, ``options`` as they go. The keywords are :class:`SampledOptions`.
     """
+    if unknown:
+        refuse_options(name, unknown)
     check_reference(name, ref_logp, kl_coef, kl_estimator)
     check_rollout(name, rollout, rollout_logp)
-    logp = accumulated(logp)
+    logp = accumulated(name, logp)
     keep = keep_mask(name, mask, logp)
     tensors = {**tensors, "ref_logp": ref_logp, "rollout_logp": rollout_logp}
     given = {k: per_token(name, k, x, logp) for k, x in tensors.items() if x is not None}
@@ -93,18 +99,13 @@ def sampled_loss(
 
 def clipped_loss(
     name: str, tokens: Tokens, logp: Tensor, tensors: Mapping[str, Tensor | None], mask: Tensor | None, options: Mapping[str, Any],
-    *, clip: tuple[float, float] | None = (0.2, 0.2), dual_clip: float | None = None, **shared: Unpack[SampledOptions],
+    /, *, clip: tuple[float, float] | None = (0.2, 0.2), dual_clip: float | None = None, **shared: Unpack[SampledOptions],
 ) -> LossOutput:  # fmt: skip
     """:func:`sampled_loss` of tokens that have a clip; the keywords are :class:`ClippedOptions`."""
     clip = (1.0, math.inf) if clip is None else clip
     check_clip(name, clip, dual_clip)
     options = {**options, "clip_low": clip[0], "clip_high": clip[1], "dual_clip": dual_clip}
     return sampled_loss(name, tokens, logp, tensors, mask, options, **shared)
-
-
-def needs_teacher(name: str, teacher_logp: Tensor | None) -> None:
-    if teacher_logp is None:
-        raise ValueError(f"{name}: teacher_logp is None, wanted a tensor in logp's shape")
 
 
 def reinforced(logp: Tensor, weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from rlad_kernels.check import is_number, needs
 from rlad_kernels.losses.ratio import add_kl
 from rlad_kernels.losses.reduction import LossOutput
 from rlad_kernels.losses.rollout import weigh
@@ -56,7 +57,9 @@ def sapo_loss(
     Raises:
         ValueError: naming the argument, what came and what was wanted.
     """
-    if not (isinstance(temperatures, tuple | list) and len(temperatures) == 2 and min(temperatures) > 0):
+    needs("sapo_loss", old_logp=old_logp, advantages=advantages)
+    pair = isinstance(temperatures, tuple | list) and len(temperatures) == 2 and all(map(is_number, temperatures))
+    if not (pair and min(temperatures) > 0):
         raise ValueError(f"sapo_loss: temperatures must be (positive Â, other Â), both > 0, got {temperatures!r}")
     tensors, taus = {"old_logp": old_logp, "advantages": advantages}, {"tau_pos": temperatures[0], "tau_neg": temperatures[1]}
     options.setdefault("reduction", "seq-mean-token-mean")

@@ -7,9 +7,10 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from rlad_kernels.check import check_numbers, needs
 from rlad_kernels.losses.ratio import ratio_loss_tokens
 from rlad_kernels.losses.reduction import LossOutput
-from rlad_kernels.losses.sampled import ClippedOptions, clipped_loss, needs_teacher, on_sampled, teacher_gap
+from rlad_kernels.losses.sampled import ClippedOptions, clipped_loss, on_sampled, teacher_gap
 from rlad_kernels.registry import add_method
 
 
@@ -48,7 +49,8 @@ def sdar_loss(
     Raises:
         ValueError: naming the argument, what came and what was wanted.
     """
-    needs_teacher("sdar_loss", teacher_logp)
+    needs("sdar_loss", old_logp=old_logp, teacher_logp=teacher_logp, advantages=advantages)
+    check_numbers("sdar_loss", kd_coef=kd_coef, gate=gate)
     tensors = {"old_logp": old_logp, "teacher_logp": teacher_logp, "advantages": advantages}
     return clipped_loss("sdar_loss", sdar_tokens, logp, tensors, mask, {"kd_coef": kd_coef, "gate": gate}, **options)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlad_kernels.check import check_tensor, integers
 from rlad_kernels.losses.reduction import keep_mask, sequence_index, starts
 
 HOW = ("mean", "min", "max", "sum")
@@ -27,7 +28,8 @@ def span_ids(spans: Tensor, mask: Tensor | None = None, *, seq_ids: Tensor | Non
         ValueError: naming the argument, what came and what was wanted.
     """
     name = "span_ids"
-    if spans.dim() < 1 or spans.is_floating_point() or spans.dtype == torch.bool:
+    spans = integers(name, "spans", spans)
+    if spans.dim() < 1:
         raise ValueError(f"{name}: spans must be integers (B, T) or (N,), got {spans.dtype} {tuple(spans.shape)}")
     keep = keep_mask(name, mask, spans) & (spans >= 0)
     first = starts(spans)
@@ -58,6 +60,9 @@ def sequence_stat(x: Tensor, mask: Tensor | None = None, *, how: str = "mean", s
     name = "sequence_stat"
     if how not in HOW:
         raise ValueError(f"{name}: how must be one of {HOW}, got {how!r}")
+    check_tensor(name, "x", x)
+    if seq_ids is not None:
+        check_tensor(name, "seq_ids", seq_ids)
     if x.dim() not in (1, 2) or not x.is_floating_point():
         raise ValueError(f"{name}: x must be floats (B, T) or (N,), got {x.dtype} {tuple(x.shape)}")
     if (x.dim() == 1) == (seq_ids is None):

@@ -7,10 +7,11 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from rlad_kernels.check import needs
 from rlad_kernels.losses.groups import correct_tokens
 from rlad_kernels.losses.ratio import ratio_loss_tokens
 from rlad_kernels.losses.reduction import LossOutput
-from rlad_kernels.losses.sampled import ClippedOptions, accumulated, clipped_loss, needs_teacher, on_sampled, teacher_gap
+from rlad_kernels.losses.sampled import ClippedOptions, accumulated, clipped_loss, on_sampled, teacher_gap
 from rlad_kernels.registry import add_method
 
 
@@ -43,8 +44,8 @@ def srpo_loss(
         ValueError: naming the argument, what came and what was wanted.
     """
     name = "srpo_loss"
-    needs_teacher(name, teacher_logp)
-    right = correct_tokens(name, correct, accumulated(logp.detach()), mask)
+    needs(name, old_logp=old_logp, teacher_logp=teacher_logp, advantages=advantages)
+    right = correct_tokens(name, correct, accumulated(name, logp).detach(), mask)
     tensors = {"old_logp": old_logp, "teacher_logp": teacher_logp, "advantages": advantages, "right": right}
     return clipped_loss(name, srpo_tokens, logp, tensors, mask, {}, **options)
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rlad_kernels.check import check_tensor
+
 
 def combine_teachers(logps: Tensor | Sequence[Tensor], weights: Tensor) -> Tensor:
     """Σ_m w_m·t_m of M teachers' log-probs, to be passed as ``teacher_logp``; without gradient.
@@ -21,6 +23,9 @@ def combine_teachers(logps: Tensor | Sequence[Tensor], weights: Tensor) -> Tenso
     Raises:
         ValueError: for another shape.
     """
+    for x in [logps] if isinstance(logps, Tensor) else logps:
+        check_tensor("combine_teachers", "logps", x)
+    check_tensor("combine_teachers", "weights", weights)
     stacked = (logps if isinstance(logps, Tensor) else torch.stack(list(logps))).detach()
     weights = weights.detach().to(stacked.dtype)
     if weights.shape == stacked.shape[:1]:

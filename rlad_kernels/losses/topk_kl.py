@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from rlad_kernels.check import check_numbers, check_tensor, integers, is_number
 from rlad_kernels.losses.ratio import per_token
 from rlad_kernels.losses.reduction import LossOutput, keep_mask, reduce, token_weights
 from rlad_kernels.losses.topk_terms import CLAMP_GRADIENT, DIRECTIONS, NORMALIZE, KLOptions, topk_kl_tokens
 from rlad_kernels.ops import autograd_inside, ordinary, transformed
 from rlad_kernels.registry import add_method, register
-from rlad_kernels.scores import LMHead, TokenScores, TopK, check_k, gather, score
+from rlad_kernels.scores import LMHead, TokenScores, TopK, check_k, checked_topk, gather, score
 
 
 def topk_kl_cpu(
@@ -75,10 +76,7 @@ def check_topk_options(name: str, teacher: TopK, options: KLOptions) -> None:
 
 def check_support(name: str, teacher: TopK) -> None:
     """Raise a ValueError unless ids and log-probs are ``(…, K)`` of one shape."""
-    if teacher.ids.shape != teacher.logp.shape:
-        raise ValueError(f"{name}: teacher.ids has shape {tuple(teacher.ids.shape)}, teacher.logp {tuple(teacher.logp.shape)}")
-    if teacher.ids.dim() < 1 or teacher.ids.is_floating_point() or teacher.ids.dtype == torch.bool:
-        raise ValueError(f"{name}: teacher.ids must be integers (…, K), got {teacher.ids.dtype} {tuple(teacher.ids.shape)}")
+    checked_topk(name, "teacher", teacher)
     check_k(name, teacher.ids.shape[-1], None, "teacher.ids (…, K)")
 
 
@@ -90,7 +88,7 @@ def check_kl_options(name: str, options: KLOptions) -> None:
     ):  # fmt: skip
         if value not in known:
             raise ValueError(f"{name}: {argument} must be one of {known}, got {value!r}")
-    if direction in ("mixed", "jsd") and not 0 < beta < 1:
+    if not is_number(beta) or (direction in ("mixed", "jsd") and not 0 < beta < 1):
         raise ValueError(
             f"{name}: beta must be inside (0, 1) for direction={direction!r}, got {beta!r}; for the ends use 'forward' or 'reverse'"
         )
@@ -99,18 +97,22 @@ def check_kl_options(name: str, options: KLOptions) -> None:
             f"{name}: normalize='teacher' has no meaning for direction='jsd', whose mixture would lack the student's tail; wanted "
             "'both', 'tail' or 'none'"
         )
-    if clamp is not None and (not clamp > 0 or direction == "jsd"):
+    if clamp is not None and (not is_number(clamp) or not clamp > 0 or direction == "jsd"):
         raise ValueError(f"{name}: log_ratio_clamp must be positive and goes with a KL, got {clamp!r} for direction={direction!r}")
-    if floor is not None and (not -math.inf < floor < 0 or normalize == "both"):
+    if floor is not None and (not is_number(floor) or not -math.inf < floor < 0 or normalize == "both"):
         raise ValueError(
             f"{name}: logp_floor must be negative and bounds log-probs, which normalize='both' does not need; got {floor!r} with "
             f"normalize={normalize!r}"
         )
+    for argument, bound in (("loss_min", low), ("loss_max", high)):
+        if bound is not None and not (is_number(bound) and -math.inf <= bound <= math.inf):
+            raise ValueError(f"{name}: {argument} must be a number or None, got {bound!r}")
     if low is not None and high is not None and not low < high:
         raise ValueError(f"{name}: loss_min must be below loss_max, got {low!r} and {high!r}")
     if outside is None:
         return
-    if normalize != "teacher" or direction not in ("reverse", "mixed") or floor is not None or not math.isfinite(outside):
+    finite = is_number(outside) and -math.inf < outside < math.inf
+    if normalize != "teacher" or direction not in ("reverse", "mixed") or floor is not None or not finite:
         raise ValueError(
             f"{name}: outside_logp must be finite and goes with normalize='teacher', direction 'reverse' or 'mixed' and no "
             f"logp_floor; got {outside!r} with {normalize!r}, {direction!r} and logp_floor={floor!r}"
@@ -123,7 +125,7 @@ def teacher_rows(name: str, teacher: TopK, like: Tensor) -> dict[str, Tensor]:
         raise ValueError(
             f"{name}: teacher.ids (…, K) has shape {tuple(teacher.ids.shape)}, wanted leading shape {tuple(like.shape)}"
         )
-    rows = {"ids": teacher.ids.to(torch.int32), "teacher_logp": teacher.logp.detach().to(like.dtype)}
+    rows = {"ids": integers(name, "teacher.ids", teacher.ids).to(torch.int32), "teacher_logp": teacher.logp.detach().to(like.dtype)}
     if teacher.tail_logp is not None:
         rows["teacher_tail"] = per_token(name, "teacher.tail_logp", teacher.tail_logp, like)
     return rows
@@ -131,6 +133,7 @@ def teacher_rows(name: str, teacher: TopK, like: Tensor) -> dict[str, Tensor]:
 
 def student_slots(name: str, argument: str, topk_logp: Tensor, teacher: TopK) -> Tensor:
     """Student log-probs at the support, float32 or float64, checked against the teacher's ids."""
+    check_tensor(name, argument, topk_logp)
     if topk_logp.shape != teacher.ids.shape:
         raise ValueError(f"{name}: {argument} has shape {tuple(topk_logp.shape)}, teacher.ids {tuple(teacher.ids.shape)}")
     return topk_logp if topk_logp.dtype == torch.float64 else topk_logp.float()
@@ -138,6 +141,8 @@ def student_slots(name: str, argument: str, topk_logp: Tensor, teacher: TopK) ->
 
 def flat_kept(keep: Tensor, rows: dict[str, Tensor]) -> dict[str, Tensor]:
     """``(…)`` and ``(…, K)`` tensors as ``(N,)`` and ``(N, K)``, 0 at masked tokens, whatever sits there."""
+    if not keep.dim():  # a single token
+        keep, rows = keep.unsqueeze(0), {k: x.unsqueeze(0) for k, x in rows.items()}
     wide = keep.unsqueeze(-1)
     return {k: torch.where(wide if x.dim() > keep.dim() else keep, x, 0).flatten(0, keep.dim() - 1) for k, x in rows.items()}
 
@@ -199,6 +204,7 @@ def kl_on_support(
 ) -> LossOutput:  # fmt: skip
     """:func:`topk_kl_loss` for a public function ``name``."""
     check_topk_options(name, teacher, options)
+    check_numbers(name, scale=scale)
     topk_logp = student_slots(name, "topk_logp", topk_logp, teacher)
     like = topk_logp[..., 0].detach()
     keep = keep_mask(name, mask, like)
@@ -208,6 +214,7 @@ def kl_on_support(
         raise ValueError(f"{name}: outside_logp needs entropy (…), the student's over the whole vocabulary, got None")
     for argument, x in (("tail_logp", tail_logp), ("entropy", entropy)):
         if x is not None:
+            check_tensor(name, argument, x)
             if x.shape != like.shape:
                 raise ValueError(f"{name}: {argument} has shape {tuple(x.shape)}, wanted {tuple(like.shape)}")
             rows[argument] = x.to(like.dtype)
@@ -232,6 +239,7 @@ def linear_topk_kl_loss(
         direction, normalize, beta, log_ratio_clamp, logp_floor, clamp_gradient, loss_min, loss_max, outside_logp
     )  # fmt: skip
     check_topk_options(name, teacher, chosen)
+    check_tensor(name, "hidden", hidden)
     options = (chosen, scale, reduction, seq_ids, denominator)
     if teacher.ids.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(f"{name}: teacher.ids (…, K) has shape {tuple(teacher.ids.shape)}, hidden (…, D) {tuple(hidden.shape)}")

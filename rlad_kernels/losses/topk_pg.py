@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from rlad_kernels.losses.grpo import grpo_loss
+from rlad_kernels.check import needs, refuse_options
 from rlad_kernels.losses.ratio import check_ratio_options, per_token, ratio_loss_tokens
 from rlad_kernels.losses.reduction import LossOutput, keep_mask, reduce, token_weights
-from rlad_kernels.losses.topk_kl import check_support, flat_kept, student_slots, teacher_rows, topk_kl_loss, topk_kl_loss_tokens
-from rlad_kernels.losses.topk_terms import support
+from rlad_kernels.losses.sampled import clipped_loss
+from rlad_kernels.losses.topk_kl import check_support, flat_kept, kl_on_support, student_slots, teacher_rows, topk_kl_loss_tokens
+from rlad_kernels.losses.topk_terms import KLOptions, support
 from rlad_kernels.registry import add_method, register
 from rlad_kernels.scores import TokenScores, TopK
 
 WEIGHTS = ("student", "teacher", "none")
+
+
+class TruncatedOptions(TypedDict, total=False):
+    """Options of a truncated KL that becomes another loss's advantage; meanings and defaults of :func:`topk_kl_loss`."""
+
+    tail_logp: Tensor | None
+    entropy: Tensor | None
+    direction: str
+    normalize: str
+    scale: float
+    beta: float
+    log_ratio_clamp: float | None
+    logp_floor: float | None
+    clamp_gradient: str
+    loss_min: float | None
+    loss_max: float | None
+    outside_logp: float | None
 
 
 def topk_pg_tokens(
@@ -95,6 +113,7 @@ def topk_pg_loss(
     name = "topk_pg_loss"
     check_ratio_options(name, 1.0, clip, None, dual_clip, None, 0.0, "k3")
     check_support(name, teacher)
+    needs(name, old_topk_logp=old_topk_logp)
     if weight not in WEIGHTS:
         raise ValueError(f"{name}: weight must be one of {WEIGHTS}, got {weight!r}")
     topk_logp = student_slots(name, "topk_logp", topk_logp, teacher)
@@ -111,7 +130,7 @@ def topk_pg_loss(
 def topk_advantage_loss(
     logp: Tensor, old_logp: Tensor, topk_logp: Tensor, teacher: TopK, mask: Tensor | None = None, *,
     clip: tuple[float, float] = (0.2, 0.2), dual_clip: float | None = None, reduction: str = "token-mean",
-    seq_ids: Tensor | None = None, denominator: float | Tensor | None = None, **topk: Any,
+    seq_ids: Tensor | None = None, denominator: float | Tensor | None = None, **topk: Unpack[TruncatedOptions],
 ) -> LossOutput:  # fmt: skip
     """PPO's clipped loss on the sampled tokens with Â = −sg(truncated KL of the token) (verl's ``use_policy_gradient``).
 
@@ -126,10 +145,16 @@ def topk_advantage_loss(
     Returns:
         LossOutput. Metrics of both.
     """
-    kl = topk_kl_loss(topk_logp.detach(), teacher, mask, **topk)
-    out = grpo_loss(
-        logp, old_logp, -kl.token_loss, mask, clip=clip, dual_clip=dual_clip, reduction=reduction, seq_ids=seq_ids,
-        denominator=denominator,
+    name = "topk_advantage_loss"
+    needs(name, topk_logp=topk_logp, old_logp=old_logp)
+    refuse_options(name, topk)
+    given: dict[str, Any] = {**topk}
+    tail, entropy, scale = given.pop("tail_logp", None), given.pop("entropy", None), given.pop("scale", 1.0)
+    with torch.no_grad():
+        kl = kl_on_support(name, topk_logp, teacher, mask, tail, entropy, KLOptions(**given), scale, "token-mean", None, None)
+    out = clipped_loss(
+        name, ratio_loss_tokens, logp, {"old_logp": old_logp, "advantages": -kl.token_loss}, mask, {},
+        clip=clip, dual_clip=dual_clip, reduction=reduction, seq_ids=seq_ids, denominator=denominator,
     )  # fmt: skip
     return out._replace(metrics={**kl.metrics, **out.metrics})
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlad_kernels.check import check_numbers, check_tensor, integers, is_number
 from rlad_kernels.losses.ratio import WithSlope, per_token, times
 from rlad_kernels.losses.reduction import LossOutput, keep_mask, reduce, token_weights
 from rlad_kernels.losses.topk_kl import check_topk_options, flat_kept, student_slots, teacher_rows, topk_kl_loss_tokens
@@ -96,14 +97,17 @@ def topk_sampled_tail_loss(
     like = topk_logp[..., 0].detach()
     if teacher.target_logp is None:
         raise ValueError(f"{name}: teacher.target_logp is None; the teacher's log-probs of the sampled tokens are needed")
-    if iw_clip is not None and (old_logp is None or not 0 <= iw_clip[0] < iw_clip[1]):
+    check_numbers(name, scale=scale)
+    pair = isinstance(iw_clip, tuple | list) and len(iw_clip) == 2 and all(map(is_number, iw_clip))
+    if iw_clip is not None and (old_logp is None or not pair or not 0 <= iw_clip[0] < iw_clip[1]):
         got = "None" if old_logp is None else "a tensor"
         raise ValueError(f"{name}: iw_clip must be 0 <= low < high and goes with old_logp, got {iw_clip!r} and {got}")
     for argument, x in (("logp", logp), ("target", target)):
+        check_tensor(name, argument, x)
         if x.shape != like.shape:
             raise ValueError(f"{name}: {argument} has shape {tuple(x.shape)}, wanted {tuple(like.shape)}")
     rows = teacher_rows(name, teacher, like)
-    rows |= {"topk_logp": topk_logp, "logp": logp.to(like.dtype), "target": target.detach()}
+    rows |= {"topk_logp": topk_logp, "logp": logp.to(like.dtype), "target": integers(name, "target", target)}
     rows["target_teacher_logp"] = per_token(name, "teacher.target_logp", teacher.target_logp, like)
     if old_logp is not None:
         rows["old_logp"] = per_token(name, "old_logp", old_logp, like)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rlad_kernels.check import needs
 from rlad_kernels.losses.ratio import check_anchor, ratio_loss_tokens
 from rlad_kernels.losses.reduction import LossOutput
 from rlad_kernels.losses.rollout import Rollout
@@ -47,6 +48,7 @@ def trrd_loss(
     """
     if teacher_logp is None:
         raise ValueError("trrd_loss: teacher_logp is None, wanted a tensor in logp's shape (without a teacher: grpo_loss)")
+    needs("trrd_loss", old_logp=old_logp, advantages=advantages)
     check_anchor("trrd_loss", alpha, teacher_clamp)
     return clipped_loss(
         "trrd_loss", trrd_tokens, logp, {"old_logp": old_logp, "teacher_logp": teacher_logp, "advantages": advantages}, mask,
