@@ -88,7 +88,7 @@ def checked_topk(name: str, argument: str, x: TopK) -> TopK:
     ids = integers(name, f"{argument}.ids", x.ids)
     check_tensor(name, f"{argument}.logp", x.logp)
     if ids.shape != x.logp.shape or not ids.dim():
-        raise ValueError(f"{name}: {argument}.ids has shape {tuple(ids.shape)}, {argument}.logp {tuple(x.logp.shape)}, wanted (…, K)")
+        raise ValueError(f"{name}: {argument}.ids has shape {tuple(ids.shape)}, {argument}.logp {tuple(x.logp.shape)}, not (…, K)")
     return x._replace(ids=ids)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from rlad_kernels.check import integers
 from rlad_kernels.head import LMHead
 from rlad_kernels.integrations.backbone import add_loss, base_model, drop_loss, without_logits
 from rlad_kernels.integrations.wiring import check_head, check_plain_head
@@ -40,8 +41,8 @@ def causal_lm_loss(
     if shift_labels is None:
         if labels is None:
             raise ValueError("causal_lm_loss: labels and shift_labels are None; pass one of them")
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    target = shift_labels.to(hidden.device)
+        shift_labels = F.pad(integers("causal_lm_loss", "labels", labels), (0, 1), value=ignore_index)[..., 1:]
+    target = integers("causal_lm_loss", "shift_labels", shift_labels).to(hidden.device)
     keep = target != ignore_index
     n = num_items_in_batch
     if isinstance(n, Tensor) or n == 0:  # an accumulation window without one label: 0/0 in transformers, here a loss of 0

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlad_kernels.check import check_floats
 from rlad_kernels.head import LMHead
 from rlad_kernels.integrations.wiring import check_head, check_plain_head, check_version, check_vocab
 from rlad_kernels.losses.divergence import linear_divergence
@@ -42,7 +43,7 @@ class ChunkedLogProbFunction:
         known = ("log_probs", "entropy", *EXTRAS)
         if isinstance(outputs, str) or any(x not in known for x in outputs):
             raise ValueError(f"{name}: outputs must be a tuple of names among {known}, got {outputs!r}")
-        head = _head(hidden, weight, bias, temperature, logit_scale, final_logit_softcapping)
+        head = _head(name, hidden, weight, bias, temperature, logit_scale, final_logit_softcapping)
         extras = tuple(x for x in EXTRAS if x in outputs)
         scores = score(name, hidden, head, targets, entropy="entropy" in outputs, extras=extras)
         found = scores.extras
@@ -73,10 +74,10 @@ class ChunkedDivergenceFunction:
             raise ValueError(f"{name}: beta must be in [0, 1], got {beta!r}")
         check_vocab(name, len(student_weight), len(teacher_weight), "cut the larger head to the ids both tokenizers have")
         student = _head(
-            student_hidden, student_weight, student_bias, temperature, student_logit_scale, student_final_logit_softcapping
+            name, student_hidden, student_weight, student_bias, temperature, student_logit_scale, student_final_logit_softcapping
         )
         teacher = _head(
-            teacher_hidden, teacher_weight, teacher_bias, temperature, teacher_logit_scale, teacher_final_logit_softcapping
+            name, teacher_hidden, teacher_weight, teacher_bias, temperature, teacher_logit_scale, teacher_final_logit_softcapping
         )
         value = linear_divergence(student_hidden, student, teacher_hidden, teacher, divergence="jsd", beta=beta)
         with torch.no_grad():
@@ -87,9 +88,11 @@ class ChunkedDivergenceFunction:
 
 
 def _head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, logit_scale: float, softcap: float | None
+    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, logit_scale: float, softcap: float | None
 ) -> LMHead:
     """TRL multiplies in the dtype of the hidden states, whatever the head's."""
+    if bias is not None:
+        check_floats(name, "bias", bias)
     if not torch.is_autocast_enabled(hidden.device.type):
         weight = weight.to(hidden.dtype)
         bias = None if bias is None else bias.to(hidden.dtype)

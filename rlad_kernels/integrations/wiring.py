@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlad_kernels.check import check_floats
 from rlad_kernels.head import LMHead
 from rlad_kernels.scores import flat_rows
 from rlad_kernels.settings import settings
@@ -26,6 +27,7 @@ def check_head(name: str, hidden: Tensor, weight: Tensor) -> None:
         raise ValueError(
             f"{name}: the LM head is partitioned by DeepSpeed ZeRO-3 and would be gone in the backward; use ZeRO-2 or FSDP2"
         )
+    check_floats(name, "weight", weight)
     if weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{name}: weight (V, D) has shape {tuple(weight.shape)}, hidden (…, D) has D={hidden.shape[-1]}; "

@@ -38,7 +38,7 @@ def keep_mask(name: str, mask: Tensor | None, like: Tensor, argument: str = "mas
     """
     if mask is None:
         return torch.ones_like(like, dtype=torch.bool)
-    check_tensor(name, "mask", mask)
+    check_tensor(name, argument, mask)
     if mask.shape != like.shape:
         raise ValueError(f"{name}: {argument} has shape {tuple(mask.shape)}, wanted {tuple(like.shape)}")
     if mask.device != like.device:
