@@ -42,7 +42,7 @@ struct Tile {
 template <class T>
 struct FoldArgs {
   Tile<T> tile;
-  Mat<T> stats;  // (5, R): m, rest, restz, restsq, sumz
+  Mat<T> stats;  // (6, R): m, rest, restz, restsq, sumz, first
   Mat<T> slot_logits;
   bool exclude, entropy, extras;
 };

@@ -31,7 +31,7 @@ void fold_(const Tensor& logits, int64_t col0, const std::optional<Tensor>& bias
     const auto tile = tile_of<T>(check, logits, col0, bias, inv_temp, logit_scale, softcap, slots);
     const int64_t rows = logits.size(0);
     const FoldArgs<T> args{tile,
-                           check.mat<T>("stats", stats, kAcc<T>, 5, rows),
+                           check.mat<T>("stats", stats, kAcc<T>, 6, rows),
                            check.mat<T>("slot_logits", slot_logits, kAcc<T>, rows, tile.num_slots),
                            exclude,
                            entropy,
@@ -53,7 +53,7 @@ void fold_topk_(const Tensor& logits, int64_t col0, const std::optional<Tensor>&
     const int64_t k = top_logits.size(1);
     if (k < 1 || k > kMaxTopK) check.fail("top_logits", "(R, K) with K in [1, " + std::to_string(kMaxTopK) + "]", top_logits);
     const TopkArgs<T> args{tile,
-                           check.mat<T>("stats", stats, kAcc<T>, 5, rows),
+                           check.mat<T>("stats", stats, kAcc<T>, 6, rows),
                            check.mat<T>("slot_logits", slot_logits, kAcc<T>, rows, tile.num_slots),
                            top,
                            check.mat<int32_t>("top_ids", top_ids, ScalarType::Int, rows, k),

@@ -14,13 +14,14 @@ from torch import Tensor
 
 
 class Stats(NamedTuple):
-    """Rows of the ``(5, N)`` statistics tensor that the fold kernels update, over columns seen so far."""
+    """Rows of the ``(6, N)`` statistics tensor that the fold kernels update, over columns seen so far."""
 
     max: Tensor  # m = max z outside the slots, −inf without a column there
     rest: Tensor  # Σ e^{z−m} outside the slots
     restz: Tensor  # Σ e^{z−m}(z−m) outside the slots
     restsq: Tensor  # Σ e^{2(z−m)} outside the slots
     sumz: Tensor  # Σ z, slot columns included
+    first: Tensor  # the lowest column outside the slots whose z is m (exact up to 2^24 columns)
 
 
 class Slots(NamedTuple):
@@ -36,13 +37,14 @@ class Slots(NamedTuple):
 
 
 def merge_tiles(tiles: Tensor) -> Tensor:
-    """Statistics ``(5, N)`` of whole rows from those of T tiles of the vocabulary ``(5, T, N)``, added in a fixed order."""
-    m, rest, restz, restsq, sumz = tiles
+    """Statistics ``(6, N)`` of whole rows from those of T tiles of the vocabulary ``(6, T, N)``, added in a fixed order."""
+    m, rest, restz, restsq, sumz, first = tiles
     top = m.amax(0)
     # e^{-1e4} is 0: an empty tile must give 0·0, not 0·inf
     gap = (m - torch.where(top == -torch.inf, 0, top)).clamp_min(-1e4)
     e = gap.exp()
-    return torch.stack([top, (rest * e).sum(0), (e * (restz + gap * rest)).sum(0), (restsq * e * e).sum(0), sumz.sum(0)])
+    first = torch.where(m == top, first, torch.inf).amin(0)
+    return torch.stack([top, (rest * e).sum(0), (e * (restz + gap * rest)).sum(0), (restsq * e * e).sum(0), sumz.sum(0), first])
 
 
 def first_occurrence(ids: Tensor) -> Tensor:
@@ -53,6 +55,14 @@ def first_occurrence(ids: Tensor) -> Tensor:
     first = torch.ones_like(ids, dtype=torch.bool)
     first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     return torch.zeros_like(first).scatter_(1, order, first) & (ids >= 0)
+
+
+def is_top1(stats: Stats, z: Tensor, slots: Tensor) -> Tensor:
+    """Whether the first slot is the largest of all columns, and among equal ones the lowest, as argmax chooses."""
+    y, at = z[:, 0], slots[:, 0]
+    rest = (stats.max > y) | ((stats.max == y) & (stats.first < at))
+    others = (slots >= 0) & ((z > y[:, None]) | ((z == y[:, None]) & (slots < at[:, None])))
+    return ~(y.isnan() | rest | others.any(1))
 
 
 def add_slots(stats: Stats, z: Tensor, first: Tensor) -> Slots:

@@ -36,7 +36,7 @@ def statistics(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, inv_temp: Tensor, logit_scale: float, softcap: float, slots: Tensor,
     entropy: bool, extras: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Statistics ``(5, N)`` and slot logits ``(N, J)`` of all rows."""
+    """Statistics ``(6, N)`` and slot logits ``(N, J)`` of all rows."""
     bias = None if bias is None else bias.float()
     inv_temp = inv_temp.float().expand(hidden.shape[0]).contiguous()
     stats, z = inv_temp.new_empty(len(Stats._fields), hidden.shape[0]), inv_temp.new_empty(slots.shape)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlad_kernels import sparse
 from rlad_kernels.backward import Cotangents, Gradients, backward_tile
-from rlad_kernels.moments import Stats, add_slots, first_occurrence
+from rlad_kernels.moments import Stats, add_slots, first_occurrence, is_top1
 from rlad_kernels.ops import acc_dtype
 from rlad_kernels.rows import Kept, checked_finite, checked_ids, checked_inv_temp, kept_inv_temp, row_mask
 from rlad_kernels.scoring import fused, statistics
@@ -46,7 +46,7 @@ def outputs(stats: Stats, z: Tensor, slots: Tensor, vocab_size: int, entropy: bo
         (done.lse - done.max) - done.log_total,
     ]
     results = [torch.where(bad if x.dim() == 1 else bad[:, None], torch.nan, x) if x.numel() else x for x in results]
-    results.insert(6, z[:, 0] >= done.max if extras else torch.empty(0, dtype=torch.bool, device=z.device))
+    results.insert(6, is_top1(stats, z, slots) if extras else torch.empty(0, dtype=torch.bool, device=z.device))
     return tuple(results)
 
 

@@ -143,7 +143,7 @@ class Tiles:
             self.fold(self.logits(r0, r1, w, x[:, c0:c1]), c0, r0, r1, slots, stats, z, entropy=entropy, extras=extras)
 
     def new_stats(self, slots: int) -> tuple[Tensor, Tensor]:
-        """Statistics ``(5, N)`` and slot logits ``(N, J)`` of no columns yet."""
+        """Statistics ``(6, N)`` and slot logits ``(N, J)`` of no columns yet."""
         stats = self.inv_temp.new_zeros(len(Stats._fields), self.n)
         stats[0] = -torch.inf
         return stats, self.inv_temp.new_full((self.n, slots), -torch.inf)

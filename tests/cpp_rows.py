@@ -93,7 +93,7 @@ class Head:
             c0 += w
 
     def new_stats(self):
-        stats = torch.zeros(5, self.rows + 3, dtype=self.dtype)[:, 1:-2]  # a slice, as in the driver
+        stats = torch.zeros(6, self.rows + 3, dtype=self.dtype)[:, 1:-2]  # a slice, as in the driver
         stats[0] = -INF
         return stats
 
@@ -156,6 +156,8 @@ def check_stats(head, stats, kept, *, entropy=True, extras=True):
     if extras:
         within(stats[3], (e * e).sum(1), 2 * rel * (e * e).sum(1) + 1e-30)
         within(stats[4], z.sum(1), z.shape[1] * err + head.sum_error * finite(z).abs().sum(1))
+        some = stats[0] > -INF
+        within(z[torch.arange(head.rows), stats[5].long()][some], m[some], err[some])
 
 
 def some_slots(head, count):

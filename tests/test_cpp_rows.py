@@ -73,7 +73,7 @@ def test_no_slots_no_rows(isa, dtype):
     within(head.dlogits(none, torch.empty(3, 0, dtype=dtype), None, rows, entropy=True, tail=False), want, budget)
     empty = Head(0, (50,), dtype)
     for op in (empty.fold, lambda slots: empty.topk(slots, 4)):
-        assert op(torch.empty(0, 2, dtype=I32))[0].shape == (5, 0)
+        assert op(torch.empty(0, 2, dtype=I32))[0].shape == (6, 0)
     case = torch.empty(0, 2, dtype=I32), torch.empty(0, 2, dtype=dtype), None, torch.empty(6, 0, dtype=dtype)
     assert empty.dlogits(*case, entropy=True, tail=False).shape == (0, 50)
 
@@ -155,9 +155,9 @@ def test_bitwise_equal_for_any_thread_count(isa, dtype):
 
 
 def test_bad_arguments_name_the_op_and_the_argument(isa):
-    x, t, stats, rows = torch.zeros(2, 8), torch.ones(2), torch.zeros(5, 2), torch.zeros(6, 2)
+    x, t, stats, rows = torch.zeros(2, 8), torch.ones(2), torch.zeros(6, 2), torch.zeros(6, 2)
     none, z, top, order = torch.empty(2, 0, dtype=I32), torch.empty(2, 0), torch.empty(2, 1025), torch.tensor([0, 2])
-    with pytest.raises(RuntimeError, match=r"fold_: stats must be float32 \(5, 2\).*got float64 \(5, 2\)"):
+    with pytest.raises(RuntimeError, match=r"fold_: stats must be float32 \(6, 2\).*got float64 \(6, 2\)"):
         rlad.fold_(x, 0, None, t, 1.0, 0.0, none, True, stats.double(), z, False, False)
     with pytest.raises(RuntimeError, match=r"fold_: logits must be .*stride 1.*strides \(1, 2\)"):
         rlad.fold_(x.t().contiguous().t(), 0, None, t, 1.0, 0.0, none, True, stats, z, False, False)

@@ -125,7 +125,7 @@ def test_nothing_but_minus_infinity_and_no_rows() -> None:
     args = (torch.randn(70, 8), bias, torch.ones(2), 1.0, 0.0, slots, True, True, False)
     parts, z, _ = torch.ops.rlad.score_partials(torch.randn(2, 8), *args)
     stats = merge_tiles(parts)
-    assert stats.tolist() == [[-torch.inf] * 2, [0, 0], [0, 0], [0, 0], [-torch.inf] * 2]
+    assert stats.tolist() == [[-torch.inf] * 2, [0, 0], [0, 0], [0, 0], [-torch.inf] * 2, [0, 0]]
     assert (z == -torch.inf).all()
     settings.fused_scoring = True
     assert rk.linear_logp(torch.randn(0, 8), rk.LMHead(torch.randn(70, 8)), torch.zeros(0, dtype=torch.long)).logp.shape == (0,)

@@ -82,7 +82,7 @@ def plain(x: torch.Tensor, c0: int = 0) -> tuple[object, ...]:
 
 
 def fresh_stats(rows: int) -> torch.Tensor:
-    stats = torch.zeros(5, rows + 2)[:, 1:-1]
+    stats = torch.zeros(6, rows + 2)[:, 1:-1]
     stats[0] = -INF
     return stats
 
@@ -143,6 +143,8 @@ def test_fold(tile, flags, head):
     z, inside = p.z, membership(slots, cols)
     assert_stats(stats, expected_stats(z, ~(inside & exclude)), p.slack, entropy, extras)
     near(stats[4], z.sum(1) * extras if extras else stats[4] * 0, p.slack[:, 0] * cols)
+    some = stats[0] > -INF
+    near(stats[0][some], (z[torch.arange(p.rows), stats[5].long()] if extras else stats[0])[some], p.slack[some, 0])
     at = slots.clamp(min=0).long()
     near(torch.where(slots < 0, 0, slot_logits), torch.where(slots < 0, 0, z.gather(1, at)), p.slack_each.gather(1, at))
 
@@ -151,7 +153,7 @@ def test_fold_of_nothing_but_minus_infinity():
     stats, slots = fresh_stats(2), torch.tensor([[4], [-1]], dtype=I32)
     for c0 in (0, 9):
         fold_(*plain(torch.full((2, 9), -INF), c0), slots, True, stats, torch.zeros(2, 1), True, True)
-    assert stats.tolist() == [[-INF, -INF], [0, 0], [0, 0], [0, 0], [-INF, -INF]]
+    assert stats.tolist() == [[-INF, -INF], [0, 0], [0, 0], [0, 0], [-INF, -INF], [0, 0]]
 
 
 def test_fold_keeps_a_small_tail_and_repeats_bit_by_bit():

@@ -23,6 +23,7 @@ void fold_rows(const FoldArgs<T>& a, int64_t begin, int64_t end) {
         });
         if (held) top = max_of(z, round_up(n, kBlock<T>));
       }
+      if (EXTRAS && top > stats.m) stats.first = T(tile.col0 + j0 + place_of(top, z));
       stats.raise_max(top, ENTROPY, EXTRAS);
       stats.add(exp_sums<ENTROPY, EXTRAS>(z, round_up(n, kBlock<T>), stats.shift()), ENTROPY, EXTRAS);
       if (EXTRAS) stats.sumz = T(stats.sumz + t.sum);

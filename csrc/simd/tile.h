@@ -57,6 +57,14 @@ RLAD_INLINE T max_of(const T* z, int64_t n) {
   return max_lanes<T>(top);
 }
 
+// Where `value`, which is there, stands first.
+template <class T>
+int64_t place_of(T value, const T* z) {
+  int64_t j = 0;
+  while (z[j] != value) ++j;
+  return j;
+}
+
 struct Sums {
   double e = 0, ez = 0, ee = 0;  // Σ e^d, Σ e^d·d, Σ e^2d, d = z − m
 };
@@ -85,9 +93,14 @@ RLAD_INLINE Sums exp_sums(const T* z, int64_t n, T m) {
 // A row's running statistics; m is the maximum of the columns that the sums are over.
 template <class T>
 struct RowStats {
-  T &m, &rest, &restz, &restsq, &sumz;
+  T &m, &rest, &restz, &restsq, &sumz, &first;
   RowStats(const Mat<T>& s, int64_t i)
-      : m(s.row(0)[i]), rest(s.row(1)[i]), restz(s.row(2)[i]), restsq(s.row(3)[i]), sumz(s.row(4)[i]) {}
+      : m(s.row(0)[i]),
+        rest(s.row(1)[i]),
+        restz(s.row(2)[i]),
+        restsq(s.row(3)[i]),
+        sumz(s.row(4)[i]),
+        first(s.row(5)[i]) {}
 
   // What to subtract from z. A row of −inf so far subtracts 0: its sums stay 0, and a NaN still shows.
   T shift() const { return m == -kInf<T> ? T(0) : m; }

@@ -40,7 +40,7 @@ def _load_z(p_logits, p_bias, o_c, C, logit_scale, softcap, inv_temp, MASKED: tl
 
 @triton.jit
 def _step(
-    p_logits, p_bias, o_c, C, logit_scale, softcap, inv_temp, b_m, b_rest, b_restz, b_restsq, b_sumz,
+    p_logits, p_bias, o_c, C, logit_scale, softcap, inv_temp, b_m, b_rest, b_restz, b_restsq, b_sumz, b_first,
     MASKED: tl.constexpr, MARKED: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, EXTRAS: tl.constexpr,
 ):  # fmt: skip
     """Absorb one block of columns; marked and masked columns count as z = −inf."""
@@ -51,8 +51,10 @@ def _step(
         b_z = tl.where(b_bits == MARK, -float("inf"), b_z)
     elif EXTRAS:
         b_sumz += tl.where(o_c < C, b_z, 0.0) if MASKED else b_z
+    if EXTRAS:
+        b_first = tl.where(b_z > b_m, o_c, b_first)
     b_m, b_rest, b_restz, b_restsq = _absorb(b_z, b_m, b_rest, b_restz, b_restsq, ENTROPY, EXTRAS)
-    return b_m, b_rest, b_restz, b_restsq, b_sumz
+    return b_m, b_rest, b_restz, b_restsq, b_sumz, b_first
 
 
 @triton.jit(do_not_specialize=["col0", "J"])
@@ -103,15 +105,16 @@ def fold_kernel(
     b_rest = tl.zeros([BLOCK], tl.float32)
     b_restz = tl.zeros([BLOCK], tl.float32)
     b_restsq = tl.zeros([BLOCK], tl.float32)
+    b_first = o_b  # of each lane, the column of its maximum
     # full blocks without a mask: an odd C would otherwise cost every load its width
     full = C // BLOCK * BLOCK
     for c0 in range(0, full, BLOCK):
-        b_m, b_rest, b_restz, b_restsq, b_sumz = _step(
-            p_x, bias, c0 + o_b, C, logit_scale, softcap, it, b_m, b_rest, b_restz, b_restsq, b_sumz,
+        b_m, b_rest, b_restz, b_restsq, b_sumz, b_first = _step(
+            p_x, bias, c0 + o_b, C, logit_scale, softcap, it, b_m, b_rest, b_restz, b_restsq, b_sumz, b_first,
             False, MARKED, SOFTCAP, ENTROPY, EXTRAS)  # fmt: skip
     if full < C:
-        b_m, b_rest, b_restz, b_restsq, b_sumz = _step(
-            p_x, bias, full + o_b, C, logit_scale, softcap, it, b_m, b_rest, b_restz, b_restsq, b_sumz,
+        b_m, b_rest, b_restz, b_restsq, b_sumz, b_first = _step(
+            p_x, bias, full + o_b, C, logit_scale, softcap, it, b_m, b_rest, b_restz, b_restsq, b_sumz, b_first,
             True, MARKED, SOFTCAP, ENTROPY, EXTRAS)  # fmt: skip
 
     if MARKED:
@@ -125,7 +128,9 @@ def fold_kernel(
             tl.store(p_out + j0 + o_j, tempered(b_x, logit_scale, softcap, it, SOFTCAP)[0], mask=m_c)
 
     # a lane that saw nothing but −inf still holds LOWEST and must not pass for a maximum
-    m_new = tl.maximum(m_old, tl.max(tl.where(b_rest > 0, b_m, -float("inf")), 0))
+    b_m_seen = tl.where(b_rest > 0, b_m, -float("inf"))
+    m_tile = tl.max(b_m_seen, 0)
+    m_new = tl.maximum(m_old, m_tile)
     ref = tl.where(m_new == -float("inf"), 0.0, m_new)
     gap_old = bounded(m_old - ref)
     e_old = tl.exp(gap_old)
@@ -143,6 +148,8 @@ def fold_kernel(
         if not MARKED:
             sumz = tl.sum(b_sumz, 0)
         tl.store(p_s + 4 * stride_s, tl.load(p_s + 4 * stride_s) + sumz)
+        first = col0 + tl.min(tl.where(b_m_seen == m_tile, b_first, C), 0)
+        tl.store(p_s + 5 * stride_s, first.to(tl.float32), mask=m_tile > m_old)
 
 
 def fold_(
@@ -150,7 +157,7 @@ def fold_(
     softcap: float, slots: torch.Tensor, exclude: bool, stats: torch.Tensor, slot_logits: torch.Tensor,
     entropy: bool, extras: bool,
 ) -> None:  # fmt: skip
-    """Fold the tile `logits (R, C)` into `stats (5, R)` and read the tempered logits of `slots` out of it, in place."""
+    """Fold the tile `logits (R, C)` into `stats (6, R)` and read the tempered logits of `slots` out of it, in place."""
     require_dtype("fold_", logits=logits, bias=bias, inv_temp=inv_temp, stats=stats, slot_logits=slot_logits)
     rows, cols = logits.shape
     launch(

@@ -73,7 +73,7 @@ def fold_cases() -> Iterator[Case]:
         cols = tile.shape[1]
         for f in _flag_sets("bias", "softcap", "slots", "exclude", "entropy", "extras", single=tile is tiles[1]):
             j = J if f & {"slots", "exclude"} else 0
-            args = (tile, 0, *_sweep_args(f, cols), _ids(R, j), "exclude" in f, _f32(5, R), _f32(R, j))
+            args = (tile, 0, *_sweep_args(f, cols), _ids(R, j), "exclude" in f, _f32(6, R), _f32(R, j))
             flags = ("entropy" in f, "extras" in f)
             yield Case(f"C={cols} {'+'.join(sorted(f))}", lambda a=args, b=flags: fold_(*a, *b), cols > 1)
 
@@ -81,7 +81,7 @@ def fold_cases() -> Iterator[Case]:
 def topk_cases() -> Iterator[Case]:
     for k in _sizes("fold_topk_kernel", 1024):
         for f in _flag_sets("bias", "softcap", "entropy", single=k == 128):
-            state = (_ids(R, J), _f32(5, R), _f32(R, J), _f32(R, k), _ids(R, k))
+            state = (_ids(R, J), _f32(6, R), _f32(R, J), _f32(R, k), _ids(R, k))
             args = (_f32(R, C), 0, *_sweep_args(f, C), *state, "entropy" in f)
             yield Case(f"K={k} {'+'.join(sorted(f))}", lambda a=args: fold_topk_(*a))
 

@@ -37,8 +37,8 @@ def _store_slots(p_out, p_slots, m_r, J, b_col, b_value, BLOCK_J: tl.constexpr):
 
 @triton.jit
 def _absorb(
-    b_x, b_m, b_rest, b_restz, b_restsq, b_sumz, o_r, c0, i_b, bias, b_it, logit_scale, softcap, slots, J, slot_logits, column_max,
-    N, V, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, EXTRAS: tl.constexpr, BLOCK_J: tl.constexpr,
+    b_x, b_m, b_rest, b_restz, b_restsq, b_sumz, b_first, o_r, c0, i_b, bias, b_it, logit_scale, softcap, slots, J, slot_logits,
+    column_max, N, V, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, EXTRAS: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Add a stretch of columns, as it leaves the accumulator, to the rows' statistics; write its slot logits and column maxima."""
     o_c = c0 + tl.arange(0, b_x.shape[1])
@@ -64,6 +64,9 @@ def _absorb(
         b_col = _next_column(p_slots, m_r, J, b_col, end, BLOCK_J)
 
     b_new = tl.maximum(b_m, tl.max(b_z, 1))
+    if EXTRAS:
+        b_here = tl.min(tl.where(b_z == b_new[:, None], o_c[None, :], NO_COLUMN), 1)
+        b_first = tl.where(b_new > b_m, b_here, b_first)
     b_ref = tl.where(b_new == -float("inf"), 0.0, b_new)
     b_gap_old = bounded(b_m - b_ref)
     b_old = tl.exp(b_gap_old)
@@ -73,7 +76,7 @@ def _absorb(
         b_restz = b_old * (b_restz + b_gap_old * b_rest) + tl.sum(b_e * b_gap, 1)
     if EXTRAS:
         b_restsq = b_restsq * b_old * b_old + tl.sum(b_e * b_e, 1)
-    return b_new, b_rest * b_old + tl.sum(b_e, 1), b_restz, b_restsq, b_sumz
+    return b_new, b_rest * b_old + tl.sum(b_e, 1), b_restz, b_restsq, b_sumz, b_first
 
 
 @triton.jit
@@ -141,10 +144,11 @@ def score_kernel(
         b_restz = tl.zeros([BLOCK_N], tl.float32)
         b_restsq = tl.zeros([BLOCK_N], tl.float32)
         b_sumz = tl.zeros([BLOCK_N], tl.float32)
+        b_first = tl.zeros([BLOCK_N], tl.int32)
         stretches = _stretches(b_x, PARTS)
         for i in tl.static_range(PARTS):
-            b_m, b_rest, b_restz, b_restsq, b_sumz = _absorb(
-                stretches[i], b_m, b_rest, b_restz, b_restsq, b_sumz, o_r, v0 + i * (BLOCK_V // PARTS), i_b, bias, b_it,
+            b_m, b_rest, b_restz, b_restsq, b_sumz, b_first = _absorb(
+                stretches[i], b_m, b_rest, b_restz, b_restsq, b_sumz, b_first, o_r, v0 + i * (BLOCK_V // PARTS), i_b, bias, b_it,
                 logit_scale, softcap, slots, J, slot_logits, column_max, N, V, SOFTCAP, ENTROPY, EXTRAS, BLOCK_J)  # fmt: skip
         p_s = stats + i_v.to(tl.int64) * N + o_r
         tl.store(p_s, b_m, mask=m_r)
@@ -154,6 +158,7 @@ def score_kernel(
         if EXTRAS:
             tl.store(p_s + 3 * stride_s, b_restsq, mask=m_r)
             tl.store(p_s + 4 * stride_s, b_sumz, mask=m_r)
+            tl.store(p_s + 5 * stride_s, b_first.to(tl.float32), mask=m_r)
 
 
 def score_partials(
@@ -167,7 +172,7 @@ def score_partials(
         slots: `(N, J)` int32 columns, negative or ≥ V for none; they are left out of the sums, duplicates allowed.
 
     Returns:
-        `(5, T, N)`: the rows of `moments.Stats` over each of T tiles (those not asked for are 0), for `moments.merge_tiles`.
+        `(6, T, N)`: the rows of `moments.Stats` over each of T tiles (those not asked for are 0), for `moments.merge_tiles`.
         `(N, J)`: tempered logits of the slots, −inf at those that name no column.
         `(⌈N/128⌉, V)` if `column_max`, else empty: z's maximum over each block of 128 rows. A probability there is at most
         exp(column_max − the smallest lse of the block).
@@ -180,7 +185,7 @@ def score_partials(
     config = pick("score_kernel", 0 if hidden.dtype == torch.float32 else architecture(hidden.device))
     blocks = dict(config.blocks)
     tiles_n, tiles_v = triton.cdiv(n, blocks["BLOCK_N"]), triton.cdiv(v, blocks["BLOCK_V"])
-    stats = inv_temp.new_zeros(5, tiles_v, n)
+    stats = inv_temp.new_zeros(6, tiles_v, n)
     slot_logits = inv_temp.new_full((n, j), -torch.inf)
     tops = inv_temp.new_empty((tiles_n, v) if column_max else 0)
     if n == 0:

@@ -105,7 +105,7 @@ def fold_topk_(
     softcap: float, slots: torch.Tensor, stats: torch.Tensor, slot_logits: torch.Tensor, top_logits: torch.Tensor,
     top_ids: torch.Tensor, entropy: bool,
 ) -> None:  # fmt: skip
-    """Fold the tile `logits (R, C)` into `stats (5, R)`, `top_logits (R, K)` and `top_ids (R, K)`, in place; tiles come in
+    """Fold the tile `logits (R, C)` into `stats (6, R)`, `top_logits (R, K)` and `top_ids (R, K)`, in place; tiles come in
     ascending `col0`. The top-K is kept in ascending id order."""
     require_dtype(
         "fold_topk_", logits=logits, bias=bias, inv_temp=inv_temp, stats=stats, slot_logits=slot_logits, top_logits=top_logits
