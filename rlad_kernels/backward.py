@@ -120,8 +120,9 @@ class Gradients:
     """The gradients asked for, accumulated in the accumulation dtype and cast once.
 
     ``whole`` keeps all of d_weight in the accumulation dtype, for loops with tokens outermost, and leaves float16 gradients in
-    it, for a loss scale that is not known yet; otherwise one vocabulary tile's slab at a time is enough. ``scattered`` starts it from zero, for :meth:`add_columns` instead of :meth:`add`, which
-    leaves in ``rest (N,)`` the part of each row's dlogits that no column has taken.
+    it, for a loss scale that is not known yet; otherwise one vocabulary tile's slab at a time is enough. ``scattered`` starts
+    it from zero, for :meth:`add_columns` instead of :meth:`add`, which leaves in ``rest (N,)`` the part of each row's dlogits
+    that no column has taken.
     """
 
     def __init__(

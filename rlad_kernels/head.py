@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from rlad_kernels.check import check_floats, is_integer, is_number
-
 from rlad_kernels.headmap import refused
 from rlad_kernels.probe import head_map, output_layer, unwrapped
 

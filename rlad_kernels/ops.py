@@ -218,14 +218,14 @@ def _(
 
 def _gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, need: Sequence[bool], dtype: torch.dtype | None = None
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     given = zip((hidden, weight, bias), need, strict=True)
-    return [weight.new_empty(0) if x is None or not n else x.new_empty(x.shape, dtype=dtype) for x, n in given]
+    return tuple(weight.new_empty(0) if x is None or not n else x.new_empty(x.shape, dtype=dtype) for x, n in given)
 
 
 @torch.library.register_fake("rlad::linear_logp_bwd")
 def _(hidden, weight, bias, *args):
-    return *_gradients(hidden, weight, bias, args[-3:]),
+    return _gradients(hidden, weight, bias, args[-3:])
 
 
 @torch.library.register_fake("rlad::linear_topk")
@@ -248,7 +248,7 @@ def _(hidden, weight, bias, ids, mask, inv_temp, vocab_size, caller):
 
 @torch.library.register_fake("rlad::linear_gather_bwd")
 def _(grad, hidden, weight, bias, ids, mask, vocab_size, *need):
-    return *_gradients(hidden, weight, bias, need),
+    return _gradients(hidden, weight, bias, need)
 
 
 @torch.library.register_fake("rlad::clipped_ratio")
@@ -277,7 +277,7 @@ def _(hidden, weight, bias, mask, inv_temp, scale, softcap, vocab_size, *args):
 
 @torch.library.register_fake("rlad::linear_divergence_bwd")
 def _(hidden, weight, bias, *args):
-    return *_gradients(hidden, weight, bias, args[-3:]),
+    return _gradients(hidden, weight, bias, args[-3:])
 
 
 @torch.library.register_fake("rlad::linear_divergence_loss")

@@ -79,7 +79,7 @@ def checked_ids(name: str, argument: str, ids: Tensor, low: int, vocab_size: int
 
 
 def kept_inv_temp(name: str, kept: Kept, inv_temp: Tensor, rows: int) -> Tensor:
-    """1/temperature of the kept rows, checked, and 1 in rows that are computed only to be zeroed: 0 times a bias of −∞ would be NaN."""
+    """1/temperature of the kept rows, checked; 1 in rows that are computed only to be zeroed: 0 times a bias of −∞ would be NaN."""
     inv_temp = kept.take(inv_temp.expand(rows), 1)
     checked_inv_temp(name, inv_temp, None)
     return inv_temp

@@ -122,8 +122,8 @@ def flat_call(name: str, hidden: Tensor, head: LMHead) -> Call:
     weight, bias = head.weight, head.bias
     if _ops.transformed(hidden, weight, bias):
         raise NotImplementedError(
-            f"{name}: hidden or the head is followed by forward-mode AD or a torch.func transform (jvp, grad, vmap), which this call "
-            "does not support; use reverse-mode autograd on ordinary tensors, with the batch as leading dimensions"
+            f"{name}: hidden or the head is followed by forward-mode AD or a torch.func transform (jvp, grad, vmap), which this "
+            "call does not support; use reverse-mode autograd on ordinary tensors, with the batch as leading dimensions"
         )
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         got = tuple(hidden.shape)[-1:] or "no dimension"

@@ -147,7 +147,8 @@ def check_stats(head, stats, kept, *, entropy=True, extras=True):
     d = torch.where(kept & (z > -INF), z - m.clamp(min=-1e300)[:, None], -INF)
     e = d.exp()
     # z and m, the exp (1.2 ulps) of a rounded difference, the sum, and three roundings of the rescaling in each tile
-    equal = torch.stack([row[k].unique(return_counts=True)[1].max() if k.any() else k.sum() for row, k in zip(z, kept, strict=True)])
+    rows = zip(z, kept, strict=True)
+    equal = torch.stack([row[k].unique(return_counts=True)[1].max() if k.any() else k.sum() for row, k in rows])
     rel = 2 * err + head.sum_error + head.u * (equal.clamp(max=4096) // head.lanes + 3 * len(head.widths))
     within(stats[0], m, err)
     within(stats[1], e.sum(1), rel * e.sum(1) + 1e-30)

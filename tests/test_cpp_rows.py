@@ -126,7 +126,7 @@ def test_tiny_tail_keeps_its_relative_accuracy(isa, dtype):
     head.raw[:, 1500:1510] += 300
     stats, _, _, ids = head.topk(torch.empty(2, 0, dtype=I32), 10)
     assert torch.equal(ids.sort(1).values, torch.arange(1500, 1510, dtype=I32).repeat(2, 1))
-    assert (1 <= stats[1]).all()
+    assert (stats[1] >= 1).all()
     check_stats(head, stats, head.outside(ids), extras=False)
 
 
