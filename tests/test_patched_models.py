@@ -119,6 +119,20 @@ def test_head_call_outlives_a_loss_around_it():
     assert model(ids(), head_call=lambda hidden, model: hidden.shape).result == (2, 9, 32)
 
 
+def test_a_factor_before_the_head_is_in_the_hidden_states_already():
+    from rlad_kernels import LMHead, linear_logp
+    from rlad_kernels.integrations.backbone import head_of
+    from tests.test_transformers import build
+
+    model = build("MiniCPM3").eval()
+    assert LMHead.from_model(model).logit_scale == 10 / 32 and head_of(model).logit_scale == 1
+    add_head_call(model)
+    target = ids().flip(1)
+    out = model(ids(), head_call=lambda hidden, model: linear_logp(hidden, head_of(model), target).logp)
+    wanted = model(ids()).logits.log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(out.result, wanted, atol=2e-6, rtol=0)
+
+
 def test_another_patch_below_and_above():
     """As accelerate, TRL and PEFT do: a forward of the instance, around the one that it found."""
     model, calls = tiny.model(), []

@@ -17,12 +17,14 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers not installed"),
 ]
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "output_router_logits": True}
+MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3": ("Qwen3", {}),
     "Llama": ("Llama", {"tie_word_embeddings": True, "mlp_bias": True}),
     "Gemma 2": ("Gemma2", {"final_logit_softcapping": 2.0, "layer_types": ["full_attention"] * 2}),
     "Gemma 3": ("Gemma3", {"final_logit_softcapping": 3.0, "layer_types": ["sliding_attention", "full_attention"]}),
     "Granite": ("Granite", {"logits_scaling": 3.0}),
+    "MiniCPM3": ("MiniCPM3", {**MLA, "num_key_value_heads": 2, "dim_model_base": 10}),
     "Cohere": ("Cohere", {"logit_scale": 0.25}),
     "Qwen3 MoE": ("Qwen3Moe", {**MOE, "router_aux_loss_coef": 0.3}),
     "Mixtral": ("Mixtral", {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.3}),

@@ -9,11 +9,14 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from rlad_kernels.head import LMHead
 from rlad_kernels.integrations.wiring import check_plain_head
+from rlad_kernels.probe import head_map, unwrapped
 
 
 class HeadOutput(NamedTuple):
@@ -26,10 +29,11 @@ class HeadOutput(NamedTuple):
 HeadCall = Callable[[Tensor, Any], Any]  # (hidden (B, T, D), model) → anything
 
 
-def base_model(model: Any) -> Any:
-    """The transformers model inside a PEFT model or ``torch.compile``; any other model itself."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+def head_of(model: Any, *, temperature: float | Tensor = 1.0, vocab_size: int | None = None) -> LMHead:
+    """``LMHead.from_model``, of what the head is given: MiniCPM3 has scaled its last hidden state by then."""
+    head = LMHead.from_model(model, temperature=temperature, vocab_size=vocab_size)
+    factor = head_map(unwrapped(model), model.get_output_embeddings()).factor
+    return head if factor == 1 else replace(head, logit_scale=head.logit_scale / factor)
 
 
 def add_head_call(name: str, model: Any) -> None:
@@ -40,7 +44,7 @@ def add_head_call(name: str, model: Any) -> None:
     Raises:
         ValueError: if the model's head is not one plain linear layer.
     """
-    model = base_model(model)
+    model = unwrapped(model)
     check_plain_head(name, model)
     patch(model)
     model._rlad_head_call = True

@@ -13,11 +13,12 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from rlad_kernels.head import LMHead
-from rlad_kernels.integrations.backbone import HeadOutput, add_head_call, base_model
+from rlad_kernels.integrations.backbone import HeadOutput, add_head_call, head_of
 from rlad_kernels.integrations.trl import SUPPORTED
 from rlad_kernels.integrations.wiring import check_head, check_version, check_vocab
 from rlad_kernels.losses.reduction import LossOutput
 from rlad_kernels.losses.rlad import rlad_loss
+from rlad_kernels.probe import unwrapped
 from rlad_kernels.scores import TopK, linear_logp, linear_topk
 
 Teacher = Callable[[Tensor, Tensor, int], TopK]
@@ -75,11 +76,11 @@ class RLADTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args=args, **kwargs)
         for policy in (self.model, self.ref_model):
             if policy is not None:
-                _without_fused_head(base_model(policy))
+                _without_fused_head(unwrapped(policy))
                 add_head_call("RLADTrainer", policy)
         self.teacher = teacher
         if isinstance(teacher, torch.nn.Module):
-            if base_model(teacher) is base_model(self.model):
+            if unwrapped(teacher) is unwrapped(self.model):
                 raise ValueError("RLADTrainer: teacher is the student itself, which would be frozen; pass copy.deepcopy(model)")
             check_vocab("RLADTrainer", self._ids(self.model), self._ids(teacher), _VOCAB_FIX)
             add_head_call("RLADTrainer", teacher)
@@ -88,7 +89,7 @@ class RLADTrainer(GRPOTrainer):
             raise ValueError(f"RLADTrainer: teacher must be a causal LM or a callable giving TopK, got {type(teacher).__name__}")
 
     def _head(self, model: Any) -> LMHead:
-        return LMHead.from_model(model, temperature=self.temperature, vocab_size=self.args.vocab_size)
+        return head_of(model, temperature=self.temperature, vocab_size=self.args.vocab_size)
 
     def _ids(self, model: Any) -> int:
         return self._head(model).vocab_size or 0

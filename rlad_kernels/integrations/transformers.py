@@ -13,9 +13,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from rlad_kernels.check import integers
 from rlad_kernels.head import LMHead
-from rlad_kernels.integrations.backbone import add_loss, base_model, drop_loss, without_logits
+from rlad_kernels.integrations.backbone import add_loss, drop_loss, head_of, without_logits
 from rlad_kernels.integrations.wiring import check_head, check_plain_head
 from rlad_kernels.losses.cross_entropy import linear_cross_entropy_loss
+from rlad_kernels.probe import unwrapped
 
 NAME = "use_rlad_loss"
 
@@ -92,7 +93,7 @@ def use_rlad_loss(model: Any, *, filter_eps: float = 0.0, check: bool = True) ->
         ValueError: if the head is not one plain linear layer, the model computes its loss by itself (Qwen2-Audio), or the losses
             differ.
     """
-    model = base_model(model)
+    model = unwrapped(model)
     check_plain_head(NAME, model)
     if check:
         _compare(model)
@@ -108,7 +109,7 @@ def _train_forward(model: Any, forward: Callable[..., Any], given: Mapping[str, 
             f"{NAME}: {type(model).__name__}.loss_function is {model.loss_function!r}, wanted transformers' ForCausalLMLoss; keep "
             "the model's own loss"
         )
-    head = LMHead.from_model(model)
+    head = head_of(model)
 
     def loss(
         hidden: Tensor, labels: Tensor | None = None, vocab_size: int | None = None, num_items_in_batch: Tensor | int | None = None,
