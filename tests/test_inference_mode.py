@@ -60,8 +60,8 @@ def teacher_of(p: Problem, weight: Tensor) -> rk.TopK:
 
 def _rlad(p: Problem, weight: Tensor, old: Tensor, teacher: rk.TopK, mask: Tensor) -> Any:
     return rk.rlad_loss(
-        p.hidden, p.head, p.target, old_logp=old, advantages=old + 2, teacher=teacher, topk_kl_coef=0.5, normalize="tail", mask=mask,
-        reduction="token-mean", denominator=old.new_full((), 7.0),
+        p.hidden, p.head, p.target, old_logp=old, advantages=old + 2, teacher=teacher, topk_kl_coef=0.5, normalize="tail",
+        mask=mask, reduction="token-mean", denominator=old.new_full((), 7.0),
     )  # fmt: skip
 
 
@@ -69,12 +69,12 @@ CALLS: dict[str, Callable[..., Any]] = {
     "linear_logp": lambda p, weight, old, teacher, mask: rk.linear_logp(
         p.hidden, p.head, p.target, topk_ids=teacher.ids, entropy=True, tail=True, mask=mask
     ),
-    "linear_logp frozen": lambda p, weight, old, teacher, mask: rk.linear_logp(
-        p.hidden, rk.LMHead(p.weight.detach()), p.target, mask=mask
-    ).logp,
-    "linear_logp sparse": lambda p, weight, old, teacher, mask: rk.linear_logp(
-        p.hidden, p.head, p.target, mask=mask, filter_eps=1e-9
-    ).logp,
+    "linear_logp frozen": lambda p, weight, old, teacher, mask: (
+        rk.linear_logp(p.hidden, rk.LMHead(p.weight.detach()), p.target, mask=mask).logp
+    ),
+    "linear_logp sparse": lambda p, weight, old, teacher, mask: (
+        rk.linear_logp(p.hidden, p.head, p.target, mask=mask, filter_eps=1e-9).logp
+    ),
     "linear_topk": lambda p, weight, old, teacher, mask: rk.linear_topk(p.hidden, p.head, 3, target=p.target, mask=mask),
     "linear_gather": lambda p, weight, old, teacher, mask: rk.linear_gather(p.hidden, p.head, teacher.ids, mask=mask),
     "linear_support": lambda p, weight, old, teacher, mask: rk.linear_support(p.hidden, p.head, teacher.ids, mask=mask),
@@ -87,13 +87,18 @@ CALLS: dict[str, Callable[..., Any]] = {
         p.hidden, p.head, p.target, lambda s, w: s.logp.exp() * w + s.entropy, inputs={"w": old}, mask=mask
     ),
     "callable divergence": lambda p, weight, old, teacher, mask: rk.linear_divergence_loss(
-        p.hidden, p.head, p.hidden.detach(), rk.LMHead(weight), divergence=lambda q, p: (q.exp() * (q - p)).sum(1), mask=mask,
+        p.hidden,
+        p.head,
+        p.hidden.detach(),
+        rk.LMHead(weight),
+        divergence=lambda q, p: (q.exp() * (q - p)).sum(1),
+        mask=mask,
         weights=old.abs(),
-    ),  # fmt: skip
+    ),
     "sequence_stat": lambda p, weight, old, teacher, mask: rk.sequence_stat(
         rk.linear_logp(p.hidden, p.head, p.target).logp, mask, how="min", seq_ids=torch.arange(9) // 3
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CALLS)
