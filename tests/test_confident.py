@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
+from tests.conftest import INTERPRET
 from tests.sweeps import Problem, leaf, relative
 
-N, D, V = 9, 8, 101
+N, D, V = 5, 8, 61
 RAW = 12.0  # of a row's confident column: z is 20 at a temperature of 0.6
 HEADS: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.6},
@@ -20,7 +21,8 @@ HEADS: dict[str, dict[str, Any]] = {
     "softcap": {"temperature": 0.6, "softcap": 30.0},
     "bias": {"temperature": 0.6, "bias": True},
 }
-any_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+DTYPES = [torch.float32] if INTERPRET else [torch.float32, torch.bfloat16]
+any_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 any_path = pytest.mark.parametrize("path", ["linear_logp", "frozen", "sparse", "fused", "fused sparse"])
 OWN, OTHER = torch.arange(N), N + torch.arange(N)
 # whether the target is the confident column, whether the support holds it, the loss
@@ -37,9 +39,9 @@ CASES: dict[str, tuple[bool, bool, Callable[[Any], Tensor]]] = {
 
 
 def confident(dtype: torch.dtype = torch.float32, target: bool = True, support: bool = True, **options: Any) -> Problem:
-    """Row i is sure of column i. Every raw logit is a multiple of 1/16: all dtypes and all orders of its sum have it exactly."""
+    """Row i is sure of column i. Every raw logit is a multiple of 1/32: all dtypes and all orders of its sum have it exactly."""
     with_bias = options.pop("bias", False)
-    weight = torch.cat([torch.eye(V, N), torch.randint(-4, 5, (V, D)) / 4 * (torch.arange(V) >= N).unsqueeze(1)], 1)
+    weight = torch.cat([torch.eye(V, N), torch.randint(-4, 5, (V, D)) / 8 * (torch.arange(V) >= N).unsqueeze(1)], 1)
     hidden = torch.cat([RAW * torch.eye(N), torch.randint(-2, 3, (N, D)) / 4], 1)
     bias = leaf((torch.randint(-2, 3, (V,)) / 4 * (torch.arange(V) >= N)).to(dtype)) if with_bias else None
     ids = torch.stack([OWN if support else OTHER + N, OTHER + 2 * N, OTHER + 3 * N, torch.full((N,), -1)], 1)
@@ -76,7 +78,7 @@ def check(dtype: torch.dtype, head: str, case: str, path: str) -> None:
     # z has up to 3 roundings, 10 with a softcap, and its error is p's relative one; then a few of p, lse and the sums
     bound = 2.0**-24 * (2 * z.max().item() * (10 if "softcap" in HEADS[head] else 3) + 32)
     if dtype == torch.bfloat16:
-        bound = 3e-3  # of gradients in bfloat16, which alone are 1.7e-3 off
+        bound = 2.0**-7  # half an ulp of dlogits and half an ulp of the gradient; equal logits are all rounded alike
     for g, e in zip(found, exact, strict=False):
         assert relative(g, e) <= bound, f"{relative(g, e):.2e} > {bound:.2e}"
 
@@ -84,7 +86,7 @@ def check(dtype: torch.dtype, head: str, case: str, path: str) -> None:
 @any_dtype
 @any_path
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", ["softcap"] if INTERPRET else HEADS)
 def test_gradients_to_the_rounding_of_the_logits(head: str, case: str, path: str, dtype: torch.dtype) -> None:
     check(dtype, head, case, path)
 
@@ -117,13 +119,13 @@ def test_columns_left_out_by_filter_eps_take_what_the_targets_leave(path: str) -
 @pytest.mark.parametrize("v", [1, 40])
 def test_certain_tokens_have_no_gradient(v: int, softcap: float | None, path: str, dtype: torch.dtype) -> None:
     """Logits of 250 in a vocabulary of one token, or 150 above the others: 1 − p is 0, whatever way the logits are rounded."""
-    hidden, weight = torch.randn(70, 24), torch.randn(v, 24)
+    hidden, weight = torch.randn(20, 16), torch.randn(v, 16)
     with torch.no_grad():
         hidden *= 250 / (hidden @ weight[0]).unsqueeze(1)
         weight[1:] *= 0.01 / hidden.abs().max()
-    target = torch.zeros(70, dtype=torch.long)
+    target = torch.zeros(20, dtype=torch.long)
     p = Problem(leaf(hidden.to(dtype)), leaf(weight.to(dtype)), None, target, target[:, None], None, {"softcap": softcap})
-    with rk.set_tile(32, 8):
+    with rk.set_tile(*((None, None) if INTERPRET else (12, 16))):
         assert not any(g.any() for g in gradients(p, lambda s: -s.logp, path))
 
 
