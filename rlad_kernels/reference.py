@@ -112,12 +112,22 @@ def _times(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(x > 0, x * torch.where(x > 0, y, 0), 0)
 
 
+def _excess(x: Tensor) -> Tensor:
+    """e^x − 1 − x for |x| not large; its series near 0, where the difference would cancel."""
+    near = x.abs() < 0.05
+    small = torch.where(near, x, 0)
+    series = torch.ones_like(x)
+    for k in range(10, 2, -1):
+        series = 1 + small / k * series
+    return torch.where(near, small * small / 2 * series, torch.expm1(x) - x)
+
+
 def _kl_terms(lx: Tensor, ly: Tensor) -> Tensor:
     """x·log(x/y) + y − x ≥ 0; Σ of them is KL(x‖y) where both sum to one."""
     x, r = lx.exp(), lx - ly
     near = r.abs() < 1
     small = torch.where(near, r, 0)
-    return torch.where(near, x * (small + torch.expm1(-small)), _times(x, torch.where(near, 0, r)) + ly.exp() - x)
+    return torch.where(near, x * _excess(-small), _times(x, torch.where(near, 0, r)) + ly.exp() - x)
 
 
 def _alpha_beta_terms(lq: Tensor, lp: Tensor, a: float, b: float) -> Tensor:
@@ -126,17 +136,14 @@ def _alpha_beta_terms(lq: Tensor, lp: Tensor, a: float, b: float) -> Tensor:
     near = w.abs() < 1
     small, wide = torch.where(near, w, 0), torch.where(near, 0, w)
 
-    def excess(x: Tensor) -> Tensor:
-        return torch.expm1(x) - x
-
     qs, ps = (torch.ones_like(x) if s == 0 else (s * x).exp() for x in (lq, lp))
     if s == 0:
-        close, far = excess(a * small) / a**2, excess(a * wide) / a**2
+        close, far = _excess(a * small) / a**2, _excess(a * wide) / a**2
     elif a == 0:
-        close, far = qs * excess(b * small) / b**2, (ps - qs - b * _times(qs, wide)) / b**2
+        close, far = qs * _excess(b * small) / b**2, (ps - qs - b * _times(qs, wide)) / b**2
     elif b == 0:
-        close, far = ps * excess(-a * small) / a**2, (a * _times(ps, wide) - ps + qs) / a**2
+        close, far = ps * _excess(-a * small) / a**2, (a * _times(ps, wide) - ps + qs) / a**2
     else:
-        close = qs * (excess(s * small) / (b * s) - excess(a * small) / (a * b))
+        close = qs * (_excess(s * small) / (b * s) - _excess(a * small) / (a * b))
         far = -((a * lp + b * lq).exp() - a / s * ps - b / s * qs) / (a * b)
     return torch.where(near, close, far)
