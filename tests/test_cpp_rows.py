@@ -68,13 +68,13 @@ def test_soft_cap_is_accurate_relative_to_small_logits(isa, dtype):
 def test_no_slots_no_rows(isa, dtype):
     head, none = Head(3, (50,), dtype), torch.empty(3, 0, dtype=I32)
     check_stats(head, head.fold(none)[0], torch.ones(3, 50, dtype=torch.bool))
-    rows = cotangents(head, 1)[3]
-    want, budget = dlogits_oracle(head, none, torch.empty(3, 0, dtype=dtype), None, rows, entropy=True, tail=False)
-    within(head.dlogits(none, torch.empty(3, 0, dtype=dtype), None, rows, entropy=True, tail=False), want, budget)
+    rows = cotangents(head, 1)[2]
+    want, budget = dlogits_oracle(head, none, torch.empty(3, 0, dtype=dtype), rows, entropy=True, tail=False)
+    within(head.dlogits(none, torch.empty(3, 0, dtype=dtype), rows, entropy=True, tail=False), want, budget)
     empty = Head(0, (50,), dtype)
     for op in (empty.fold, lambda slots: empty.topk(slots, 4)):
         assert op(torch.empty(0, 2, dtype=I32))[0].shape == (6, 0)
-    case = torch.empty(0, 2, dtype=I32), torch.empty(0, 2, dtype=dtype), None, torch.empty(6, 0, dtype=dtype)
+    case = torch.empty(0, 2, dtype=I32), torch.empty(0, 2, dtype=dtype), torch.empty(6, 0, dtype=dtype)
     assert empty.dlogits(*case, entropy=True, tail=False).shape == (0, 50)
 
 
@@ -164,7 +164,7 @@ def test_bad_arguments_name_the_op_and_the_argument(isa):
     with pytest.raises(RuntimeError, match=r"fold_topk_: top_logits must be \(R, K\) with K in \[1, 1024\]"):
         rlad.fold_topk_(x, 0, None, t, 1.0, 0.0, none, stats, z, top, top.to(I32), False)
     with pytest.raises(RuntimeError, match=r"dlogits_: bias must be float32 \(8\).*got float32 \(9\)"):
-        rlad.dlogits_(x, x, 0, torch.zeros(9), t, 1.0, 0.0, none, z, None, rows, False, False)
+        rlad.dlogits_(x, x, 0, torch.zeros(9), t, 1.0, 0.0, none, z, rows, False, False)
     with pytest.raises(RuntimeError, match=r"gather_dweight_: order must be a permutation of \[0, 2\), got 2"):
         rlad.gather_dweight_(torch.zeros(4, 3), torch.zeros(2, 1), torch.zeros(2, 3), order, order.to(I32), False)
 

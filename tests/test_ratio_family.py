@@ -11,7 +11,7 @@ from torch import Tensor
 
 import rlad_kernels as rk
 from rlad_kernels.losses.rollout import ICEPOP, TIS
-from rlad_kernels.losses.sequences import SequenceMean, suffix_sums
+from rlad_kernels.losses.sequences import sequence_mean, suffix_sums
 from rlad_kernels.ops import INTERPRET
 from rlad_kernels.registry import METHODS, TOKEN_LOSSES
 from tests.methods import ratio
@@ -221,7 +221,7 @@ def test_sums_over_packed_sequences(n: int) -> None:
         assert torch.allclose(suffix_sums(x, sequence, gamma).double(), torch.tensor(want).double(), atol=n * EPS)
     means = [x[keep & (sequence == i)].sum() / max(int((keep & (sequence == i)).sum()), 1) for i in sequence]
     x.requires_grad_()
-    got = SequenceMean.apply(x, keep, sequence)
+    got = sequence_mean(x, keep, sequence)
     assert torch.allclose(got, torch.tensor(means), atol=n * EPS)
     cotangent = torch.randn(n)
     got.backward(cotangent)

@@ -101,7 +101,7 @@ def test_every_other_argument_with_an_offset(offset: int) -> None:
     ("options", "message"),
     [
         ({"vocab_size": 0}, "vocab_size must be a positive int or None, got 0"),
-        ({"k": 2.0}, "k must be positive or None, got 2.0"),
+        ({"k": 2.0}, "k must be a positive int or None, got 2.0"),
         ({"offset": 0.5}, "offset must be an int, got 0.5"),
         ({"tolerance": -1e-3}, "tolerance must be at least 0, got -0.001"),
         ({"target": [1.5]}, "target must be integers, got torch.float32"),

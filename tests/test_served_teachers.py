@@ -200,7 +200,7 @@ def test_tail_where_the_mass_reaches_one() -> None:
         ([[{1: -1.0}], [None, None]], torch.tensor([[1, 2], [1, 2]]), {}, "served sequence 0 has 1 positions, target 2"),
         ({"prompt_logprobs": []}, None, {}, r"wanted a list with an element a position \(choice\['prompt_logprobs'\]"),
         ([3.5], None, {}, "a position must be None, a dict of ids or a list of entries, got 3.5"),
-        ([{1: -1.0}], None, {"k": 0}, "k must be positive"),
+        ([{1: -1.0}], None, {"k": 0}, "k must be a positive int"),
         ([{1: -1.0}], None, {"out_of_range": "drop"}, "out_of_range must be one of"),
         ([{1: -1.0}], None, {"token_logprobs": [-1.0]}, "token_logprobs needs target"),
         ([{1: -1.0}], [1], {"token_logprobs": [[-1.0, 4, None]]}, r"token_logprobs scores id 4 at \(0, 0\), target is 1"),

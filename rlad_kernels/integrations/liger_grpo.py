@@ -18,7 +18,7 @@ from rlad_kernels.losses.ratio import WithSlope, add_kl, per_token, ratio_loss_t
 from rlad_kernels.losses.reduction import LossOutput, reduce, sequence_index, token_weights
 from rlad_kernels.losses.sampled import ratio_metrics, reinforced
 from rlad_kernels.losses.sapo import sapo_tokens
-from rlad_kernels.losses.sequences import SequenceMean
+from rlad_kernels.losses.sequences import sequence_mean
 
 NAME = "LigerFusedLinearGRPOLoss"
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -150,7 +150,7 @@ def corrected_kl(s: Tensor, ref: Tensor, old: Tensor, keep: Tensor, sequence: Te
     Of the token its derivative is r·(s − ref): added up from its two factors' it would be ∞ − ∞ where either overflows.
     """
     x = (s - ref).detach()
-    log_r = s - old if sequence is None else SequenceMean.apply(s - old, keep, sequence)
+    log_r = s - old if sequence is None else sequence_mean(s - old, keep, sequence)
     log_k3 = torch.where(x < -_LARGE, -x, (torch.expm1(-x) + x).log())
     value, r = (log_r.detach() + log_k3).exp(), log_r.detach().exp()
     if sequence is None:

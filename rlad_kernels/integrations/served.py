@@ -28,7 +28,7 @@ def from_logprobs(
     if out_of_range not in OUT_OF_RANGE:
         raise ValueError(f"{NAME}: out_of_range must be one of {OUT_OF_RANGE}, got {out_of_range!r}")
     if k is not None and not (_is_int(k) and k > 0):
-        raise ValueError(f"{NAME}: k must be positive or None, got {k!r}")
+        raise ValueError(f"{NAME}: k must be a positive int or None, got {k!r}")
     if vocab_size is not None and not (_is_int(vocab_size) and vocab_size > 0):
         raise ValueError(f"{NAME}: vocab_size must be a positive int or None, got {vocab_size!r}")
     if not _is_int(offset):
