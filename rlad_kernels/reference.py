@@ -89,7 +89,8 @@ def divergence(
         pairs = ((lp, lq), (lq, lp))
         terms = sum(torch.where(k != 0, k * _kl_terms(x, y), 0) for k, (x, y) in zip(on, pairs, strict=True))
     elif family == "mix":
-        m = torch.logaddexp(lp + math.log(c), lq + math.log1p(-c))
+        far = torch.logaddexp(lp + math.log(c), lq + math.log1p(-c))
+        m = torch.where(w.abs() < 1, lq + torch.log1p(c * torch.expm1(w.clamp(-1, 1))), far)  # m = q exactly where p = q
         terms = a * _kl_terms(lp, m) + b * _kl_terms(lq, m)
     elif family == "todi":
         sigma = torch.sigmoid(a * w).detach()
