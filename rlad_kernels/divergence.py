@@ -206,19 +206,19 @@ def flat_teachers(teachers: Sequence[Call]) -> tuple[list[Tensor], list[float]]:
 
 def linear_divergence(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, inv_temp: Tensor, logit_scale: float, softcap: float,
-    vocab_size: int, teachers: list[Tensor], teacher_heads: list[float], weights: Tensor, divergence: str, params: list[float],
+    vocab_size: int, teachers: list[Tensor], teacher_heads: list[float], weights: Tensor, divergence: str, params: Tensor,
     ahead: bool, caller: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Implements ``rlad::linear_divergence``; with ``ahead`` also ∂value/∂hidden, from which the backward needs no product."""
     calls = _calls(hidden, weight, bias, (inv_temp, logit_scale, softcap, vocab_size), teachers, teacher_heads)
     one = weights.new_ones(hidden.shape[0])
-    out = run(caller, *calls, weights, DIVERGENCES[divergence].kind(*params), mask, one, (ahead, False, False), slope=True)
+    out = run(caller, *calls, weights, DIVERGENCES[divergence].kind(*params.tolist()), mask, one, (ahead, False, False), slope=True)
     return out.token_loss, out.d_hidden if ahead else weights.new_empty(0)
 
 
 def linear_divergence_bwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, inv_temp: Tensor, logit_scale: float, softcap: float,
-    vocab_size: int, teachers: list[Tensor], teacher_heads: list[float], weights: Tensor, divergence: str, params: list[float],
+    vocab_size: int, teachers: list[Tensor], teacher_heads: list[float], weights: Tensor, divergence: str, params: Tensor,
     slope: Tensor, g: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Implements ``rlad::linear_divergence_bwd``: both sides' logits again, chunk by chunk, for the rows that have a cotangent."""
@@ -227,18 +227,18 @@ def linear_divergence_bwd(
         d_hidden = torch.where(live.unsqueeze(1), g.unsqueeze(1) * slope, 0).to(hidden.dtype)
         return d_hidden, weight.new_empty(0), weight.new_empty(0)
     calls = _calls(hidden, weight, bias, (inv_temp, logit_scale, softcap, vocab_size), teachers, teacher_heads)
-    kind, need = DIVERGENCES[divergence].kind(*params), (need_hidden, need_weight, need_bias)
+    kind, need = DIVERGENCES[divergence].kind(*params.tolist()), (need_hidden, need_weight, need_bias)
     out = run("linear_divergence", *calls, weights, kind, live, g, need)
     return out.d_hidden.to(hidden.dtype), out.d_weight.to(weight.dtype), out.d_bias.to(weight.dtype)
 
 
 def linear_divergence_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, inv_temp: Tensor, logit_scale: float, softcap: float,
-    vocab_size: int, teachers: list[Tensor], teacher_heads: list[float], weights: Tensor, divergence: str, params: list[float],
+    vocab_size: int, teachers: list[Tensor], teacher_heads: list[float], weights: Tensor, divergence: str, params: Tensor,
     row_weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool, caller: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Implements ``rlad::linear_divergence_loss``: the loss with its gradients finished in one sweep, for ``torch.compile``."""
     calls = _calls(hidden, weight, bias, (inv_temp, logit_scale, softcap, vocab_size), teachers, teacher_heads)
-    kind, need = DIVERGENCES[divergence].kind(*params), (need_hidden, need_weight, need_bias)
+    kind, need = DIVERGENCES[divergence].kind(*params.tolist()), (need_hidden, need_weight, need_bias)
     out = run(caller, *calls, weights, kind, mask, row_weight, need)
     return out.loss, out.token_loss, *out[3:]

@@ -20,6 +20,7 @@ from rlad_kernels.losses.metrics import METRICS, MetricSums
 from rlad_kernels.losses.reduction import LossOutput, keep_mask, token_weights
 from rlad_kernels.moments import Stats
 from rlad_kernels.ops import autograd_inside, ordinary, without_autocast
+from rlad_kernels.ops import numbers as _numbers
 from rlad_kernels.registry import TOKEN_LOSSES
 from rlad_kernels.rows import IGNORE, Kept, checked_finite, kept_inv_temp
 from rlad_kernels.scores import Call, TokenScores, check_eps, check_k, flat, flat_call, flat_rows, maybe_rows, target_shape
@@ -188,12 +189,12 @@ class FusedLoss(torch.autograd.Function):
 def fused_linear_loss_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, topk_ids: Tensor | None, mask: Tensor | None,
     inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int, row_weight: Tensor, filter_eps: float, caller: str,
-    loss: str, names: list[str], tensors: list[Tensor], numbers: list[float], words: list[str],
+    loss: str, names: list[str], tensors: list[Tensor], numbers: Tensor, words: list[str],
     need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Implements ``rlad::fused_linear_loss``, for registered losses under ``torch.compile``."""
     call = Call(hidden, weight, bias, inv_temp, logit_scale, softcap, vocab_size)
-    given = dict(zip(names, [*tensors, *numbers, *words], strict=True))
+    given = dict(zip(names, [*tensors, *numbers.tolist(), *words], strict=True))
     keep = torch.ones_like(target, dtype=torch.bool) if mask is None else mask
     need = (need_hidden, need_weight, need_bias)
     out = run(caller, call, target, topk_ids, keep, row_weight, TOKEN_LOSSES[loss], given, filter_eps, need)
@@ -288,7 +289,7 @@ def _compiled(
     names = [*tensors, *numbers, *words]
     total, token, metrics, *_ = torch.ops.rlad.fused_linear_loss(
         *call[:3], target, ids, keep, *call[3:], weights, filter_eps, name, loss, names,
-        [*tensors.values()], [*numbers.values()], [*words.values()], *need,
+        [*tensors.values()], _numbers(*numbers.values()), [*words.values()], *need,
     )  # fmt: skip
     found = _no_tokens(name, TOKEN_LOSSES[loss], weights, None if ids is None else ids.shape[1], {**tensors, **numbers, **words})
     made = _made(any(need), filter_eps)

@@ -24,7 +24,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
 _CALL = "Tensor inv_temp, float logit_scale, float softcap, int vocab_size"
 _TILE = "Tensor logits, int col0, Tensor? bias, Tensor inv_temp, float logit_scale, float softcap, Tensor slots"
-_TEACHERS = "Tensor[] teachers, float[] teacher_heads, Tensor weights, str divergence, float[] params"
+_TEACHERS = "Tensor[] teachers, float[] teacher_heads, Tensor weights, str divergence, Tensor params"
 _DIVERGENCE = f"{_HEAD}, Tensor? mask, {_CALL}, {_TEACHERS}"
 
 ROW_OPS = {
@@ -44,9 +44,8 @@ ROW_OPS = {
     "bool column_max) -> (Tensor, Tensor, Tensor)",
 }
 LOSS_OPS = {
-    "clipped_ratio": "(Tensor logp, Tensor old_logp, Tensor? teacher_logp, Tensor advantages, Tensor? ref_logp, float alpha, "
-    "float clip_low, float clip_high, float teacher_clamp, float dual_clip, float kl_coef, str kl_estimator) "
-    "-> (Tensor, Tensor, Tensor)",
+    "clipped_ratio": "(Tensor logp, Tensor old_logp, Tensor? teacher_logp, Tensor advantages, Tensor? ref_logp, "
+    "Tensor numbers, str kl_estimator) -> (Tensor, Tensor, Tensor)",  # numbers: those of losses.ratio.ratio_tokens
     "topk_kl": "(Tensor topk_logp, Tensor ids, Tensor teacher_logp, Tensor? tail_logp, Tensor? teacher_tail, str direction, "
     "str normalize) -> (Tensor, Tensor, Tensor, Tensor)",
 }
@@ -69,7 +68,7 @@ SWEEP_OPS = {
     "linear_divergence_loss": f"({_DIVERGENCE}, Tensor row_weight, bool need_hidden, bool need_weight, bool need_bias, str caller) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "fused_linear_loss": f"({_HEAD}, Tensor target, Tensor? topk_ids, Tensor? mask, {_CALL}, Tensor row_weight, float filter_eps, "
-    "str caller, str loss, str[] names, Tensor[] tensors, float[] numbers, str[] words, bool need_hidden, bool need_weight, "
+    "str caller, str loss, str[] names, Tensor[] tensors, Tensor numbers, str[] words, bool need_hidden, bool need_weight, "
     "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
@@ -119,6 +118,7 @@ def _register() -> None:
     torch.library.define("rlad::cpu_isa", "() -> str")
     torch.library.define("rlad::has_bf16_mm", "() -> bool")
     torch.library.define("rlad::huge_pages_", "(Tensor(a!) x) -> ()")
+    torch.library.define("rlad::checked", "(Tensor x, str rule, str what) -> Tensor")
     torch.library.define("rlad::bf16_mm_", "(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()")  # C++ only
     for name, schema in {**ROW_OPS, **LOSS_OPS, **SWEEP_OPS}.items():
         torch.library.define(f"rlad::{name}", schema)
@@ -129,6 +129,7 @@ def _register() -> None:
         module = "divergence" if name.startswith("linear_divergence") else "sweep"
         where = ("fused", "fused_linear_loss_op") if name == "fused_linear_loss" else (module, name)
         torch.library.impl(f"rlad::{name}", ("cpu", "cuda"), _late(*where))
+    torch.library.impl("rlad::checked", ("cpu", "cuda"), _late("rows", "checked"))
     if INTERPRET:
         return
     torch.library.impl("rlad::clipped_ratio", "cpu", _late("losses.ratio", "clipped_ratio_cpu"))
@@ -136,6 +137,17 @@ def _register() -> None:
     if not has_cpp():
         for name in (*ROW_OPS, "huge_pages_"):
             torch.library.impl(f"rlad::{name}", "cpu", _missing(name))
+
+
+def numbers(*values: float) -> Tensor:
+    """An op's numbers, float64 on the CPU. An op that took a float would be compiled anew for each value of it.
+
+    Under ``torch.compile`` by arithmetic on a tensor: what fills one with a number is compiled for its value, too.
+    """
+    if not torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return torch.stack([x.to(one) if isinstance(x, Tensor) else one * x for x in values]) if values else torch.empty(0, dtype=torch.float64, device="cpu")
 
 
 def ordinary(x: Tensor) -> Tensor:
@@ -239,6 +251,11 @@ def _(hidden, weight, bias, target, mask, inv_temp, scale, softcap, vocab_size, 
         _empty(hidden, (n,), target is not None),
         _empty(hidden, (n,), entropy),
     )
+
+
+@torch.library.register_fake("rlad::checked")
+def _(x, rule, what):
+    return torch.empty_like(x)
 
 
 @torch.library.register_fake("rlad::linear_gather")
@@ -346,7 +363,7 @@ def _ratio_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 @once_differentiable
 def _ratio_backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> Any:
-    return g_loss * ctx.saved_tensors[0], *[None] * 11
+    return g_loss * ctx.saved_tensors[0], *[None] * 6
 
 
 def _topk_kl_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -365,41 +382,40 @@ torch.library.register_autograd("rlad::topk_kl", _topk_kl_backward, setup_contex
 
 def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.dtype, ctx.need, ctx.tensors = inputs[0].dtype, tuple(inputs[-3:]), len(inputs[15])
-    ctx.lists = [None if x else [] for x in inputs[14:18]]  # autograd takes an empty list for one of tensors, and wants it back
+    ctx.lists = [None if x else [] for x in (inputs[14], inputs[17])]  # an empty list counts as one of tensors: it wants one back
     ctx.save_for_backward(*output[3:])
 
 
 def _fused_backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> Any:
     grads = [(g_loss * d).to(ctx.dtype) if need else None for need, d in zip(ctx.need, ctx.saved_tensors, strict=True)]
-    names, _, numbers, words = ctx.lists
-    return *grads, *[None] * 11, names, [None] * ctx.tensors, numbers, words, *[None] * 3
+    names, words = ctx.lists
+    return *grads, *[None] * 11, names, [None] * ctx.tensors, None, words, *[None] * 3
 
 
 torch.library.register_autograd("rlad::fused_linear_loss", _fused_backward, setup_context=_fused_setup)
 
 
 def _no_gradient(ctx: Any) -> list[Any]:
-    """For mask, call and teachers' arguments; an empty list of numbers, too, counts as one of tensors."""
-    return [*[None] * 5, [None] * ctx.teachers, None, None, None, None if ctx.params else []]
+    """For mask, call and teachers' arguments."""
+    return [*[None] * 5, [None] * ctx.teachers, *[None] * 4]
 
 
 def _divergence_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *head, teachers, ctx.teacher_heads, weights, ctx.divergence, ctx.params, _, _ = inputs
+    *head, teachers, ctx.teacher_heads, weights, ctx.divergence, params, _, _ = inputs
     ctx.head, ctx.teachers = head[5:], len(teachers)
-    ctx.save_for_backward(*head[:5], weights, output[1], *teachers)
+    ctx.save_for_backward(*head[:5], weights, params, output[1], *teachers)
 
 
 def _divergence_backward(ctx: Any, g: Tensor, _: Tensor) -> Any:
-    hidden, weight, bias, mask, inv_temp, weights, slope, *teachers = ctx.saved_tensors
+    hidden, weight, bias, mask, inv_temp, weights, params, slope, *teachers = ctx.saved_tensors
     need = _wanted(ctx, bias)
-    given = (teachers, ctx.teacher_heads, weights, ctx.divergence, ctx.params)
+    given = (teachers, ctx.teacher_heads, weights, ctx.divergence, params)
     grads = _rlad.linear_divergence_bwd(hidden, weight, bias, mask, inv_temp, *ctx.head, *given, slope, g, *need)
     return *_given(grads, need), *_no_gradient(ctx), None, None
 
 
 def _divergence_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.dtype, ctx.need = inputs[0].dtype, tuple(inputs[-4:-1])
-    ctx.teachers, ctx.params = len(inputs[8]), inputs[12]
+    ctx.dtype, ctx.need, ctx.teachers = inputs[0].dtype, tuple(inputs[-4:-1]), len(inputs[8])
     ctx.save_for_backward(*output[2:])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,28 @@ def _may_read(x: Tensor) -> bool:
     return settings.checks or not x.is_cuda
 
 
+RULES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "binary": (lambda x: x[(x != 0) & (x != 1)], "must hold bools, or numbers equal to 0 or 1, got {}"),
+    "ordered": (lambda x: x.diff()[x.diff() < 0], "must be non-decreasing, got a step of {}"),
+    "positive": (lambda x: x[~(x > 0)], "must be positive, got {}"),
+}
+
+
+def checked(x: Tensor, rule: str, what: str) -> Tensor:
+    """Implements ``rlad::checked``: a copy of ``x`` whose values obey the rule; an op, so that compiled calls check as well.
+
+    Raises:
+        ValueError: ``what`` (the public function and its argument) and the first value that does not (on CUDA with
+            ``set_checks(True)``).
+    """
+    if _may_read(x):
+        find, text = RULES[rule]
+        wrong = find(x)
+        if wrong.numel():
+            raise ValueError(f"{what} {text.format(wrong.flatten()[0].item())}")
+    return x.clone()
+
+
 def row_mask(name: str, target: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """Rows to keep, bool ``(N,)``: the mask's ones whose target is not −100; None keeps all.
 
@@ -24,10 +48,7 @@ def row_mask(name: str, target: Tensor | None, mask: Tensor | None) -> Tensor | 
     if mask is None:
         return keep
     if mask.dtype != torch.bool:
-        wrong = (mask != 0) & (mask != 1)
-        if _may_read(mask) and bool(wrong.any()):
-            raise ValueError(f"{name}: mask must hold bools, or numbers equal to 0 or 1, got {mask[wrong][0].item()}")
-        mask = mask != 0
+        mask = checked(mask, "binary", f"{name}: mask") != 0
     return mask if keep is None else keep & mask
 
 

@@ -149,7 +149,7 @@ def flat_call(name: str, hidden: Tensor, head: LMHead) -> Call:
 def _inv_temp(hidden: Tensor, head: LMHead) -> Tensor:
     dtype = _ops.acc_dtype(hidden.dtype)
     if not isinstance(head.temperature, Tensor):
-        return torch.full((1,), 1.0 / head.temperature, dtype=dtype, device=hidden.device)
+        return torch.ones(1, dtype=dtype, device=hidden.device) * (1.0 / head.temperature)
     temperature = head.temperature.detach().to(hidden.device, dtype).reshape(-1)
     return 1 / temperature
 

@@ -79,7 +79,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "linear_gather": lambda p, weight, old, teacher, mask: rk.linear_gather(p.hidden, p.head, teacher.ids, mask=mask),
     "linear_support": lambda p, weight, old, teacher, mask: rk.linear_support(p.hidden, p.head, teacher.ids, mask=mask),
     "linear_divergence": lambda p, weight, old, teacher, mask: rk.linear_divergence(
-        p.hidden, p.head, p.hidden.detach() if not p.hidden.is_inference() else p.hidden, rk.LMHead(weight), mask=mask
+        p.hidden, p.head, p.hidden.detach(), rk.LMHead(weight), mask=mask
     ),
     "linear_topk_kl_loss": lambda p, weight, old, teacher, mask: rk.linear_topk_kl_loss(p.hidden, p.head, teacher, mask),
     "rlad_loss": _rlad,

@@ -32,11 +32,11 @@ def cases() -> dict[str, tuple[object, ...]]:
     frozen = (p.hidden, *plain[1:])
     ones, zero = torch.ones(6), torch.zeros(6)
     saved = (*R.linear_logp(*plain, p.target, p.ids, mask, *call, True, True, False, 0.0, False, "linear_logp"),)
-    ratio = (zero.clone().requires_grad_(), ones * 0.1, ones * 0.2, torch.randn(6), ones * 0.1, 0.5, 0.2, 0.2, 1.0, 3.0, 0.1, "k3")
+    ratio = (zero.clone().requires_grad_(), ones * 0.1, ones * 0.2, torch.randn(6), ones * 0.1, ops.numbers(0.5, 0.2, 0.2, 1.0, 3.0, 0.1), "k3")
     topk = torch.randn(6, 5).requires_grad_(), p.ids.int(), -torch.rand(6, 5), (-ones).requires_grad_(), -ones, "reverse", "tail"
     names = ["old_logp", "advantages", "alpha", "kl_estimator"]
     other = [torch.randn(6, 7), torch.randn(30, 7), torch.randn(30), torch.ones(1)]
-    teachers = (other, [1.0, 5.0], torch.rand(1, 6), "jsd", [0.3])
+    teachers = (other, [1.0, 5.0], torch.rand(1, 6), "jsd", ops.numbers(0.3))
     return {
         "linear_logp": (*tensors, p.target, p.ids, mask, *call, True, True, True, 0.0, False, "linear_logp"),
         "linear_logp sparse": (*tensors, p.target, p.ids, mask, *call, True, True, True, 0.1, False, "linear_logp"),
@@ -49,13 +49,13 @@ def cases() -> dict[str, tuple[object, ...]]:
         "linear_gather": (*tensors, p.ids, mask, torch.ones(1), 30, "linear_gather"),
         "linear_gather_bwd": (torch.ones(6, 5), *plain, p.ids, mask, 30, True, True, True),
         "linear_divergence": (*tensors, mask, *call, *teachers, False, "linear_divergence"),
-        "linear_divergence frozen": (*frozen, mask, *call, *teachers[:3], "reverse_kl", [], True, "linear_divergence"),
+        "linear_divergence frozen": (*frozen, mask, *call, *teachers[:3], "reverse_kl", ops.numbers(), True, "linear_divergence"),
         "linear_divergence_bwd": (*plain, mask, *call, *teachers, torch.empty(0), ones, True, True, True),
         "linear_divergence_loss": (*tensors, mask, *call, *teachers, ones / 6, True, True, True, "linear_divergence_loss"),
         "clipped_ratio": ratio,
         "topk_kl": topk,
         "fused_linear_loss": (
-            *tensors, p.target, p.ids, mask, *call, ones / 6, 0.0, "rlad_loss", "rlad", names, [zero, ones], [0.5], ["k3"],
+            *tensors, p.target, p.ids, mask, *call, ones / 6, 0.0, "rlad_loss", "rlad", names, [zero, ones], ops.numbers(0.5), ["k3"],
             True, True, True,
         ),
     }  # fmt: skip

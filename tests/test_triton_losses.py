@@ -5,6 +5,7 @@ import torch
 
 from rlad_kernels.kernels import topk_kl
 from rlad_kernels.kernels.clipped_ratio import ESTIMATORS, clipped_ratio
+from rlad_kernels.ops import numbers
 from tests.oracles import gradient, hold, kl_estimate, surrogate, truncated_kl
 from tests.test_triton_rows import I32, INF, ULP, near
 from tests.test_triton_rows import pytestmark as pytestmark
@@ -16,7 +17,8 @@ def test_clipped_ratio(teacher, dual, estimator):
     s = -3 * torch.rand(300)
     o, t, b, a = s + 0.4 * torch.randn(300), s + 0.8 * torch.randn(300), s + 0.3 * torch.randn(300), torch.randn(300)
     coef = 0.0 if estimator == "k1" else 0.7
-    loss, grad, rows = clipped_ratio(s, o, t if teacher else None, a, b, 0.3, 0.1, 0.28, teacher or INF, dual, coef, estimator)
+    given = numbers(0.3, 0.1, 0.28, teacher or INF, dual, coef)
+    loss, grad, rows = clipped_ratio(s, o, t if teacher else None, a, b, given, estimator)
 
     def formula(s, o, t, a, b):
         anchor = {"t": t, "alpha": 0.3, "clamp": teacher} if teacher else {}

@@ -14,6 +14,7 @@ from rlad_kernels import kernels
 from rlad_kernels.kernels import dlogits_, fold_, fold_topk_, gather_dhidden, gather_dot, gather_dweight_, score_partials, topk_kl
 from rlad_kernels.kernels._launch import LAUNCHES
 from rlad_kernels.kernels.clipped_ratio import clipped_ratio
+from rlad_kernels.ops import numbers
 from rlad_kernels.kernels.registry import REGISTRY
 
 INTERPRET, DEVICE = os.environ.get("TRITON_INTERPRET") == "1", os.environ.get("RLAD_TEST_DEVICE", "cpu")
@@ -289,7 +290,7 @@ def test_every_kernel_runs_is_counted_and_refuses_float64():
     fold_topk_(*plain(one), ids, fresh_stats(1), one.clone(), -INF * one, ids - 1, True)
     dlogits_(one.clone(), *plain(one), none.to(I32), none, torch.ones(6, 1), True, True)
     gather_dweight_(one.clone(), gather_dot(one, one, ids), gather_dhidden(one, one, ids), ids[0].long(), ids[0], False)
-    clipped_ratio(one[0], one[0], None, one[0], None, 1.0, 0.2, 0.2, INF, 0.0, 0.0, "k3")
+    clipped_ratio(one[0], one[0], None, one[0], None, numbers(1.0, 0.2, 0.2, INF, 0.0, 0.0), "k3")
     topk_kl(one, ids, one, None, None, "reverse", "both")
     score_partials(four, four, None, one[0], 1.0, 0.0, ids, True, True, False)
     kernels.column_stats_(torch.empty(2, 1, 1), one, None, one[0], 1.0, 0.0, one[0], 1)

@@ -91,10 +91,13 @@ def clipped_ratio_kernel(
 
 def clipped_ratio(
     logp: torch.Tensor, old_logp: torch.Tensor, teacher_logp: torch.Tensor | None, advantages: torch.Tensor,
-    ref_logp: torch.Tensor | None, alpha: float, clip_low: float, clip_high: float, teacher_clamp: float,
-    dual_clip: float, kl_coef: float, kl_estimator: str,
+    ref_logp: torch.Tensor | None, numbers: torch.Tensor, kl_estimator: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(loss (N,), d loss/d logp (N,), metrics (7, N) in the order of METRICS). teacher_clamp inf and dual_clip 0 are none."""
+    """(loss (N,), d loss/d logp (N,), metrics (7, N) in the order of METRICS).
+
+    `numbers`, on the CPU: alpha, clip_low, clip_high, teacher_clamp (inf is none), dual_clip (0 is none), kl_coef.
+    """
+    alpha, clip_low, clip_high, teacher_clamp, dual_clip, kl_coef = numbers.tolist()
     require_dtype(
         "clipped_ratio", logp=logp, old_logp=old_logp, teacher_logp=teacher_logp, advantages=advantages, ref_logp=ref_logp
     )

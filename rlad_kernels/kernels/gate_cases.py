@@ -160,8 +160,8 @@ def clipped_ratio_cases() -> Iterator[Case]:
     plain = [(teacher, None, dual) for teacher in (False, True) for dual in (0.0, 3.0)]
     for teacher, estimator, dual in (*plain, *((True, name, 3.0) for name in ESTIMATORS)):
         args = (_f32(R), _f32(R), _f32(R) if teacher else None, _f32(R), _f32(R) if estimator else None)
-        scalars = (0.5, 0.2, 0.2, inf, dual, 0.1, estimator or "k3")
-        yield Case(f"teacher={teacher} {estimator} dual={dual}", lambda a=args, b=scalars: clipped_ratio(*a, *b))
+        rest = (torch.tensor([0.5, 0.2, 0.2, inf, dual, 0.1]), estimator or "k3")
+        yield Case(f"teacher={teacher} {estimator} dual={dual}", lambda a=args, b=rest: clipped_ratio(*a, *b))
 
 
 def topk_kl_cases() -> Iterator[Case]:

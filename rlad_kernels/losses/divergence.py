@@ -16,7 +16,7 @@ from rlad_kernels.head import LMHead
 from rlad_kernels.losses.divergence_kinds import DIVERGENCES, parameters
 from rlad_kernels.losses.ratio import per_token
 from rlad_kernels.losses.reduction import LossOutput, keep_mask, token_weights
-from rlad_kernels.ops import acc_dtype
+from rlad_kernels.ops import acc_dtype, numbers
 from rlad_kernels.registry import add_method
 from rlad_kernels.scores import Call, check_states, flat_call
 
@@ -72,7 +72,7 @@ def _weights(name: str, like: Tensor, teachers: int, teacher_weights: Weights, w
     for w in teacher_weights:
         if not isinstance(w, Tensor) and not is_number(w):
             raise ValueError(f"{name}: teacher_weights must hold floats or tensors {tuple(like.shape)}, got {w!r}")
-    tensors = (w if isinstance(w, Tensor) else torch.full_like(like, w) for w in teacher_weights)
+    tensors = (w if isinstance(w, Tensor) else torch.ones_like(like) * w for w in teacher_weights)
     return torch.stack([(per_token(name, "teacher_weights", w, like) * factor).reshape(-1) for w in tensors])
 
 
@@ -153,7 +153,7 @@ def linear_divergence(
     need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in ready.student[:3]]
     ahead = need == [True, False, False]
     value, _ = torch.ops.rlad.linear_divergence(
-        *ready.student[:3], ready.keep, *ready.student[3:], *flat_teachers(ready.teachers), ready.weights, divergence, values,
+        *ready.student[:3], ready.keep, *ready.student[3:], *flat_teachers(ready.teachers), ready.weights, divergence, numbers(*values),
         ahead, name,
     )  # fmt: skip
     return value.view(hidden.shape[:-1])
@@ -186,11 +186,9 @@ def linear_divergence_loss(
     """
     name = "linear_divergence_loss"
     given = {"alpha": alpha, "beta": beta, "lam": lam, "mu": mu, "tau": tau}
-    kind = divergence
     values: list[float] = []
     if isinstance(divergence, str) or not callable(divergence):
         values = parameters(name, divergence, given)
-        kind = DIVERGENCES[divergence].kind(*values)
     elif any(x is not None for x in given.values()):
         raise ValueError(f"{name}: alpha, beta, lam, mu and tau belong to a named divergence, got a callable")
     ready = _prepare(name, hidden, head, teacher_hidden, teacher_head, teacher_weights, weights, scale, mask)
@@ -200,14 +198,16 @@ def linear_divergence_loss(
     student, teachers = ready.student, ready.teachers
     if isinstance(divergence, str) and torch.compiler.is_compiling():
         loss, token, *_ = torch.ops.rlad.linear_divergence_loss(
-            *student[:3], ready.keep, *student[3:], *flat_teachers(teachers), ready.weights, divergence, values, row_weight,
+            *student[:3], ready.keep, *student[3:], *flat_teachers(teachers), ready.weights, divergence, numbers(*values), row_weight,
             *need, name,
         )  # fmt: skip
         return _output(loss, token.detach().view(shape), ready.mask)
 
+    kind = DIVERGENCES[divergence].kind(*values) if isinstance(divergence, str) else divergence
+
     def sweep(h: Tensor, w: Tensor, b: Tensor | None, need: tuple[bool, bool, bool]):
         call = student._replace(hidden=h, weight=w, bias=b)
-        return run(name, call, teachers, ready.weights, kind, ready.keep, row_weight, need)  # type: ignore[arg-type]
+        return run(name, call, teachers, ready.weights, kind, ready.keep, row_weight, need)
 
     if any(need):
         loss, token, *_ = FusedLoss.apply(*student[:3], name, sweep)

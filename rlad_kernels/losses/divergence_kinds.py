@@ -41,7 +41,7 @@ class Parameter:
 
     def holds(self, x: float) -> bool:
         above = x >= self.low if self.closed[0] == "[" else x > self.low
-        return math.isfinite(x) and above and (x <= self.high if self.closed[1] == "]" else x < self.high)
+        return -math.inf < x < math.inf and above and (x <= self.high if self.closed[1] == "]" else x < self.high)
 
 
 @dataclass(frozen=True)

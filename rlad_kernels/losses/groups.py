@@ -8,7 +8,6 @@ from torch import Tensor
 from rlad_kernels.check import integers
 from rlad_kernels.losses.ratio import per_token
 from rlad_kernels.losses.reduction import keep_mask
-from rlad_kernels.settings import settings
 
 
 def correct_tokens(name: str, correct: Tensor | None, logp: Tensor, mask: Tensor | None) -> Tensor:
@@ -21,11 +20,7 @@ def correct_tokens(name: str, correct: Tensor | None, logp: Tensor, mask: Tensor
         raise ValueError(f"{name}: correct is None, wanted bools, (B,) or logp's shape: whether a response is right")
     keep = keep_mask(name, mask, logp)
     flags = torch.where(keep, per_token(name, "correct", correct, logp), 0)
-    if (settings.checks or not flags.is_cuda) and not torch.compiler.is_compiling():
-        wrong = (flags != 0) & (flags != 1)
-        if bool(wrong.any()):
-            raise ValueError(f"{name}: correct must hold bools, or numbers equal to 0 or 1, got {flags[wrong][0].item()}")
-    return flags != 0
+    return torch.ops.rlad.checked(flags, "binary", f"{name}: correct") != 0
 
 
 def wrong_groups(name: str, correct: Tensor, group_ids: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from rlad_kernels.check import check_numbers, check_tensor, is_number
 from rlad_kernels.losses.rollout import weigh
-from rlad_kernels.ops import autograd_inside, ordinary, transformed
+from rlad_kernels.ops import autograd_inside, numbers, ordinary, transformed
 
 # Estimators of KL(π_θ‖π_ref) on a sampled token, x = s − ref. Value and gradient as they are backpropagated, expected on-policy:
 # k2, k3+, k3++ and k4 have the reverse KL's gradient, k3 and k5 the *forward* KL's; k1's is 0, so it is a metric only.
@@ -80,15 +80,19 @@ def ratio_tokens(
     return loss, torch.stack(rows)
 
 
-def clipped_ratio_cpu(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def clipped_ratio_cpu(
+    logp: Tensor, old_logp: Tensor, teacher_logp: Tensor | None, advantages: Tensor, ref_logp: Tensor | None, numbers: Tensor,
+    kl_estimator: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Implements ``rlad::clipped_ratio`` on CPU: the per-token loss, its derivative (0 in inference mode) and the metrics."""
+    options = (*numbers.tolist(), kl_estimator)
     if torch.is_inference_mode_enabled():
-        loss, metrics = ratio_tokens(logp, *args)  # type: ignore[arg-type]
+        loss, metrics = ratio_tokens(logp, old_logp, teacher_logp, advantages, ref_logp, *options)
         return loss, torch.zeros_like(logp), metrics
-    logp, *args = tree_map_only(Tensor, ordinary, (logp, *args))
+    logp, *rest = tree_map_only(Tensor, ordinary, (logp, old_logp, teacher_logp, advantages, ref_logp))
     with autograd_inside():
         s = logp.detach().requires_grad_()
-        loss, metrics = ratio_tokens(s, *args)
+        loss, metrics = ratio_tokens(s, *rest, *options)
         (d_logp,) = torch.autograd.grad(loss.sum(), s)
     return loss.detach(), d_logp, metrics
 
@@ -102,11 +106,11 @@ def ratio_loss_tokens(
     advantages, found = weigh(logp, old_logp, advantages, **rollout)
     tensors = (logp, old_logp, teacher_logp, advantages, ref_logp)
     clamp = math.inf if teacher_clamp is None else teacher_clamp
-    options = (alpha, clip_low, clip_high, clamp, dual_clip or 0.0, kl_coef, kl_estimator)
+    options = (alpha, clip_low, clip_high, clamp, dual_clip or 0.0, kl_coef)
     if transformed(*tensors):
-        loss, rows = ratio_tokens(*tensors, *options)
+        loss, rows = ratio_tokens(*tensors, *options, kl_estimator)
     else:
-        loss, _, rows = torch.ops.rlad.clipped_ratio(*tensors, *options)
+        loss, _, rows = torch.ops.rlad.clipped_ratio(*tensors, numbers(*options), kl_estimator)
     absent = {"kl_teacher", "invalid_teacher"} if teacher_logp is None else set()
     absent |= {"kl_ref"} if ref_logp is None else set()
     metrics = {name: row for name, row in zip(RATIO_METRICS, rows, strict=True) if name not in absent}

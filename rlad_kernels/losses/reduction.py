@@ -11,7 +11,6 @@ from torch import Tensor
 from rlad_kernels.check import check_tensor, integers, is_number
 from rlad_kernels.losses.metrics import MetricSums
 from rlad_kernels.ops import ordinary
-from rlad_kernels.settings import settings
 
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
 
@@ -45,11 +44,7 @@ def keep_mask(name: str, mask: Tensor | None, like: Tensor, argument: str = "mas
         raise ValueError(f"{name}: {argument} is on {mask.device}, wanted {like.device}; all tensors must share a device")
     if mask.dtype == torch.bool:
         return ordinary(mask)
-    if (settings.checks or not mask.is_cuda) and not torch.compiler.is_compiling():
-        wrong = (mask != 0) & (mask != 1)
-        if bool(wrong.any()):
-            raise ValueError(f"{name}: {argument} must hold bools, or numbers equal to 0 or 1, got {mask[wrong][0].item()}")
-    return mask != 0
+    return torch.ops.rlad.checked(mask.detach(), "binary", f"{name}: {argument}") != 0
 
 
 def token_weights(
@@ -80,9 +75,7 @@ def token_weights(
 def _scalar_denominator(name: str, denominator: Tensor) -> Tensor:
     if denominator.numel() != 1:
         raise ValueError(f"{name}: denominator must be a positive number or a 0-dim tensor, got shape {tuple(denominator.shape)}")
-    if (settings.checks or not denominator.is_cuda) and not torch.compiler.is_compiling() and not bool((denominator > 0).all()):
-        raise ValueError(f"{name}: denominator must be positive, got {denominator.item()}")
-    return denominator.reshape(())
+    return torch.ops.rlad.checked(denominator, "positive", f"{name}: denominator").reshape(())
 
 
 def _sequence_counts(name: str, keep: Tensor, reduction: str, seq_ids: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -112,8 +105,7 @@ def sequence_index(name: str, keep: Tensor, what: str, seq_ids: Tensor | None) -
         raise ValueError(f"{name}: seq_ids is on {seq_ids.device}, wanted {keep.device}; all tensors must share a device")
     if not keep.dim():
         return seq_ids.new_zeros(1, dtype=torch.int64)
-    if (settings.checks or not seq_ids.is_cuda) and not torch.compiler.is_compiling() and bool((seq_ids.diff() < 0).any()):
-        raise ValueError(f"{name}: seq_ids must be non-decreasing")
+    seq_ids = torch.ops.rlad.checked(seq_ids, "ordered", f"{name}: seq_ids")
     return starts(seq_ids).flatten().cumsum(0) - 1
 
 
