@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,9 +19,8 @@ N = 6
 
 
 @pytest.fixture(autouse=True)
-def _no_graphs_of_other_tests() -> Iterator[None]:
+def _no_graphs_of_other_tests() -> None:
     torch._dynamo.reset()
-    yield
 
 
 class Compiled:

@@ -32,7 +32,15 @@ def cases() -> dict[str, tuple[object, ...]]:
     frozen = (p.hidden, *plain[1:])
     ones, zero = torch.ones(6), torch.zeros(6)
     saved = (*R.linear_logp(*plain, p.target, p.ids, mask, *call, True, True, False, 0.0, False, "linear_logp"),)
-    ratio = (zero.clone().requires_grad_(), ones * 0.1, ones * 0.2, torch.randn(6), ones * 0.1, ops.numbers(0.5, 0.2, 0.2, 1.0, 3.0, 0.1), "k3")
+    ratio = (
+        zero.clone().requires_grad_(),
+        ones * 0.1,
+        ones * 0.2,
+        torch.randn(6),
+        ones * 0.1,
+        ops.numbers(0.5, 0.2, 0.2, 1.0, 3.0, 0.1),
+        "k3",
+    )
     topk = torch.randn(6, 5).requires_grad_(), p.ids.int(), -torch.rand(6, 5), (-ones).requires_grad_(), -ones, "reverse", "tail"
     names = ["old_logp", "advantages", "alpha", "kl_estimator"]
     other = [torch.randn(6, 7), torch.randn(30, 7), torch.randn(30), torch.ones(1)]
@@ -55,8 +63,8 @@ def cases() -> dict[str, tuple[object, ...]]:
         "clipped_ratio": ratio,
         "topk_kl": topk,
         "fused_linear_loss": (
-            *tensors, p.target, p.ids, mask, *call, ones / 6, 0.0, "rlad_loss", "rlad", names, [zero, ones], ops.numbers(0.5), ["k3"],
-            True, True, True,
+            *tensors, p.target, p.ids, mask, *call, ones / 6, 0.0, "rlad_loss", "rlad", names, [zero, ones], ops.numbers(0.5),
+            ["k3"], True, True, True,
         ),
     }  # fmt: skip
 

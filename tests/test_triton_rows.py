@@ -14,8 +14,8 @@ from rlad_kernels import kernels
 from rlad_kernels.kernels import dlogits_, fold_, fold_topk_, gather_dhidden, gather_dot, gather_dweight_, score_partials, topk_kl
 from rlad_kernels.kernels._launch import LAUNCHES
 from rlad_kernels.kernels.clipped_ratio import clipped_ratio
-from rlad_kernels.ops import numbers
 from rlad_kernels.kernels.registry import REGISTRY
+from rlad_kernels.ops import numbers
 
 INTERPRET, DEVICE = os.environ.get("TRITON_INTERPRET") == "1", os.environ.get("RLAD_TEST_DEVICE", "cpu")
 pytestmark = [

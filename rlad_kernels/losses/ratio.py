@@ -85,11 +85,12 @@ def clipped_ratio_cpu(
     kl_estimator: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Implements ``rlad::clipped_ratio`` on CPU: the per-token loss, its derivative (0 in inference mode) and the metrics."""
-    options = (*numbers.tolist(), kl_estimator)
+    options: tuple[Any, ...] = (*numbers.tolist(), kl_estimator)
+    tensors = (logp, old_logp, teacher_logp, advantages, ref_logp)
     if torch.is_inference_mode_enabled():
-        loss, metrics = ratio_tokens(logp, old_logp, teacher_logp, advantages, ref_logp, *options)
+        loss, metrics = ratio_tokens(*tensors, *options)
         return loss, torch.zeros_like(logp), metrics
-    logp, *rest = tree_map_only(Tensor, ordinary, (logp, old_logp, teacher_logp, advantages, ref_logp))
+    logp, *rest = tree_map_only(Tensor, ordinary, tensors)
     with autograd_inside():
         s = logp.detach().requires_grad_()
         loss, metrics = ratio_tokens(s, *rest, *options)

@@ -105,8 +105,8 @@ def sequence_index(name: str, keep: Tensor, what: str, seq_ids: Tensor | None) -
         raise ValueError(f"{name}: seq_ids is on {seq_ids.device}, wanted {keep.device}; all tensors must share a device")
     if not keep.dim():
         return seq_ids.new_zeros(1, dtype=torch.int64)
-    seq_ids = torch.ops.rlad.checked(seq_ids, "ordered", f"{name}: seq_ids")
-    return starts(seq_ids).flatten().cumsum(0) - 1
+    ordered: Tensor = torch.ops.rlad.checked(seq_ids, "ordered", f"{name}: seq_ids")
+    return starts(ordered).flatten().cumsum(0) - 1
 
 
 def starts(ids: Tensor) -> Tensor:
