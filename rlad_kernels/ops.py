@@ -144,10 +144,10 @@ def numbers(*values: float) -> Tensor:
 
     Under ``torch.compile`` by arithmetic on a tensor: what fills one with a number is compiled for its value, too.
     """
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() and values):
         return torch.tensor(values, dtype=torch.float64, device="cpu")
     one = torch.ones((), dtype=torch.float64, device="cpu")
-    return torch.stack([x.to(one) if isinstance(x, Tensor) else one * x for x in values]) if values else one.new_empty(0)
+    return torch.stack([x.to(one) if isinstance(x, Tensor) else one * x for x in values])
 
 
 def ordinary(x: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def transformed(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():  # which cannot ask a tensor
         return forward_ad._current_level >= 0
     given = [x for x in tensors if x is not None]
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in given):  # pyright: ignore[reportAttributeAccessIssue]
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in given):
         return True
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given)
 

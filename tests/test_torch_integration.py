@@ -29,18 +29,12 @@ def cases() -> dict[str, tuple[object, ...]]:
     p, mask, call = sweep_args()
     tensors = (p.hidden, p.weight, p.bias)
     plain = tuple(x.detach() for x in tensors)
+    half = tuple(x.detach().half().requires_grad_() for x in tensors)
     frozen = (p.hidden, *plain[1:])
     ones, zero = torch.ones(6), torch.zeros(6)
     saved = (*R.linear_logp(*plain, p.target, p.ids, mask, *call, True, True, False, 0.0, False, "linear_logp"),)
-    ratio = (
-        zero.clone().requires_grad_(),
-        ones * 0.1,
-        ones * 0.2,
-        torch.randn(6),
-        ones * 0.1,
-        ops.numbers(0.5, 0.2, 0.2, 1.0, 3.0, 0.1),
-        "k3",
-    )
+    numbers = ops.numbers(0.5, 0.2, 0.2, 1.0, 3.0, 0.1)
+    ratio = (zero.clone().requires_grad_(), ones * 0.1, ones * 0.2, torch.randn(6), ones * 0.1, numbers, "k3")
     topk = torch.randn(6, 5).requires_grad_(), p.ids.int(), -torch.rand(6, 5), (-ones).requires_grad_(), -ones, "reverse", "tail"
     names = ["old_logp", "advantages", "alpha", "kl_estimator"]
     other = [torch.randn(6, 7), torch.randn(30, 7), torch.randn(30), torch.ones(1)]
@@ -66,10 +60,18 @@ def cases() -> dict[str, tuple[object, ...]]:
             *tensors, p.target, p.ids, mask, *call, ones / 6, 0.0, "rlad_loss", "rlad", names, [zero, ones], ops.numbers(0.5),
             ["k3"], True, True, True,
         ),
+        "fused_linear_loss float16": (
+            *half, p.target, None, mask, *call, ones / 6, 0.0, "rlad_loss", "cross_entropy", ["z_loss"], [], ops.numbers(0.5), [],
+            True, True, True,
+        ),
+        "linear_divergence_loss float16": (*half, mask, *call, *teachers, ones / 6, True, True, True, "linear_divergence_loss"),
+        "checked": (ones, "binary", "grpo_loss: mask"),
     }  # fmt: skip
 
 
-ALL = (*ops.SWEEP_OPS, *ops.LOSS_OPS, "linear_logp sparse", "linear_logp frozen", "linear_divergence frozen")
+VARIANTS = ("linear_logp sparse", "linear_logp frozen", "linear_divergence frozen")
+HALVES = ("fused_linear_loss float16", "linear_divergence_loss float16")
+ALL = (*ops.SWEEP_OPS, *ops.LOSS_OPS, "checked", *VARIANTS, *HALVES)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -198,8 +198,8 @@ def linear_divergence_loss(
     student, teachers = ready.student, ready.teachers
     if isinstance(divergence, str) and torch.compiler.is_compiling():
         loss, token, *_ = torch.ops.rlad.linear_divergence_loss(
-            *student[:3], ready.keep, *student[3:], *flat_teachers(teachers), ready.weights, divergence,
-            numbers(*values), row_weight, *need, name,
+            *student[:3], ready.keep, *student[3:], *flat_teachers(teachers), ready.weights, divergence, numbers(*values),
+            row_weight, *need, name,
         )  # fmt: skip
         return _output(loss, token.detach().view(shape), ready.mask)
 
