@@ -12,6 +12,7 @@
 #include "columns.h"
 #include "gather.h"
 #include "special.h"
+#include "divergence_terms.h"
 #include "divergence.h"
 
 namespace rlad::RLAD_ISA {
