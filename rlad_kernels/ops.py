@@ -162,7 +162,7 @@ def transformed(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():  # which cannot ask a tensor
         return forward_ad._current_level >= 0
     given = [x for x in tensors if x is not None]
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in given):
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in given):  # pyright: ignore[reportAttributeAccessIssue]
         return True
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given)
 
