@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
 from numbers import Integral, Real
@@ -75,7 +75,7 @@ def needs(name: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name}: {argument} is None, wanted a tensor in logp's shape")
 
 
-def refuse_options(name: str, options: Mapping[str, Any], function: Any = None) -> None:
+def refuse_options(name: str, options: Iterable[str], function: Any = None) -> None:
     """Raise a TypeError, as Python does, for an option that ``function``, of the public name ``name``, does not have."""
     function = function or getattr(import_module("rlad_kernels"), name, None)
     known = [] if function is None else options_of(function)

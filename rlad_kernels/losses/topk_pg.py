@@ -147,7 +147,9 @@ def topk_advantage_loss(
     """
     name = "topk_advantage_loss"
     needs(name, topk_logp=topk_logp, old_logp=old_logp)
-    refuse_options(name, topk)
+    unknown = [k for k in topk if k not in TruncatedOptions.__annotations__]
+    if unknown:  # a look at signatures does not compile
+        refuse_options(name, unknown)
     given: dict[str, Any] = {**topk}
     tail, entropy, scale = given.pop("tail_logp", None), given.pop("entropy", None), given.pop("scale", 1.0)
     with torch.no_grad():
