@@ -25,6 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cpu") and (INTERPRET or DEVICE != "cpu"):
             item.add_marker(pytest.mark.skip(reason="needs the C++ CPU backend, or float64, or its full size"))
+        if item.get_closest_marker("slow_interpreted") and INTERPRET:
+            item.add_marker(pytest.mark.skip(reason="too slow under the Triton interpreter; C++ and CUDA run it"))
         if item.get_closest_marker("interpreted") and not INTERPRET:
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1"))
         if item.nodeid in done:

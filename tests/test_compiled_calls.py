@@ -36,6 +36,7 @@ class Compiled:
         self.call = torch.compile(f, backend=count, fullgraph=True, **options)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_compile_with_dynamic_shapes(name: str) -> None:
     call, leaves, given = method_case(name)
