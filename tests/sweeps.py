@@ -83,3 +83,11 @@ def weighted_sum(scores: tuple[Tensor, ...], cotangents: list[Tensor]) -> Tensor
         finite = x.isfinite()
         total = total + (torch.where(finite, x, 0) * torch.where(finite, c.to(x.dtype), 0)).sum()
     return total
+
+
+def tensors_of(x: Any) -> list[Tensor]:
+    """The tensors of a result, in order: of a tensor, a NamedTuple or a dict."""
+    if isinstance(x, Tensor):
+        return [x]
+    parts = list(x.values()) if isinstance(x, dict) else list(x) if isinstance(x, tuple) else []
+    return [t for part in parts for t in tensors_of(part)]

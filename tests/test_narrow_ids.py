@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
+from tests.sweeps import tensors_of
 
 B, T, D, V, K = 2, 3, 8, 300, 4
 NAMES = {str(d).removeprefix("torch."): d for d in (torch.int8, torch.uint8, torch.uint16, torch.uint64)}
@@ -68,13 +69,6 @@ def calls() -> dict[str, Callable[[dict[str, Tensor]], Any]]:
         "span_ids": lambda w: rk.span_ids(w["spans"], seq_ids=w["seq_ids"]),
         "sequence_stat": lambda w: rk.sequence_stat(s.flatten(), seq_ids=w["seq_ids"].flatten()),
     }  # fmt: skip
-
-
-def tensors_of(x: Any) -> list[Tensor]:
-    if isinstance(x, Tensor):
-        return [x]
-    parts = list(x.values()) if isinstance(x, dict) else list(x) if isinstance(x, tuple) else []
-    return [t for part in parts for t in tensors_of(part)]
 
 
 @pytest.mark.parametrize("dtype", NAMES)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
+from tests.sweeps import tensors_of
 
 D, V, K = 8, 17, 5
 Arguments = dict[str, Any]
@@ -90,13 +91,6 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[str, ...], Arguments]] = {
     "final_eos_mask": (rk.final_eos_mask, ("tokens", "mask", "seq_ids"), {"eos_ids": list(range(V))}),
     "top_entropy_mask": (rk.top_entropy_mask, ("entropy", "mask"), {"fraction": 1.0}),
 }  # fmt: skip
-
-
-def tensors_of(x: Any) -> list[Tensor]:
-    if isinstance(x, Tensor):
-        return [x]
-    parts = list(x.values()) if isinstance(x, dict) else list(x) if isinstance(x, tuple) else []
-    return [t for part in parts for t in tensors_of(part)]
 
 
 @pytest.mark.parametrize("name", CALLS)
