@@ -39,7 +39,7 @@ def test_clipped_ratio_at_the_edges():
     t = torch.tensor([-1.0, -INF, float("nan"), INF, -1.0])
     a = torch.tensor([0.0, -1.0, -1.0, -1.0, 1.0])
     for teacher, alpha in ((None, 1.0), (t, 0.5), (t, 1.0)):
-        loss, grad, rows = clipped_ratio(s, o, teacher, a, None, alpha, 0.2, 0.2, INF, 0.0, 0.0, "k3")
+        loss, grad, rows = clipped_ratio(s, o, teacher, a, None, numbers(alpha, 0.2, 0.2, INF, 0.0, 0.0), "k3")
         r = (s - o).exp()[1]
         near(loss, torch.stack([r * 0, r, r, r, r * 0]), 4 * ULP)
         near(grad, loss.double(), 0)
@@ -50,7 +50,7 @@ def test_clipped_ratio_at_the_edges():
 def test_small_kl_estimates_keep_their_digits():
     w = torch.logspace(-6, 1, 200).repeat(2) * torch.tensor([[1.0], [-1.0]]).repeat(1, 200).flatten()
     zero = torch.zeros(400)
-    _, grad, rows = clipped_ratio(-w, zero, None, zero, zero, 1.0, 0.2, 0.2, INF, 0.0, 1.0, "k3")
+    _, grad, rows = clipped_ratio(-w, zero, None, zero, zero, numbers(1.0, 0.2, 0.2, INF, 0.0, 1.0), "k3")
     w = w.double()
     value = torch.where(w.abs() < 1e-4, w**2 / 2 + w**3 / 6, torch.expm1(w) - w)
     near(rows[5], value, value * 8 * ULP)

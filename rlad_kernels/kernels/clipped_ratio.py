@@ -97,10 +97,10 @@ def clipped_ratio(
 
     `numbers`, on the CPU: alpha, clip_low, clip_high, teacher_clamp (inf is none), dual_clip (0 is none), kl_coef.
     """
-    alpha, clip_low, clip_high, teacher_clamp, dual_clip, kl_coef = numbers.tolist()
     require_dtype(
         "clipped_ratio", logp=logp, old_logp=old_logp, teacher_logp=teacher_logp, advantages=advantages, ref_logp=ref_logp
     )
+    alpha, clip_low, clip_high, teacher_clamp, dual_clip, kl_coef = numbers.tolist()
     if ref_logp is not None and kl_estimator not in ESTIMATORS:
         raise ValueError(f"clipped_ratio: kl_estimator={kl_estimator!r}, want one of {', '.join(ESTIMATORS)}")
     n = logp.numel()
