@@ -9,10 +9,14 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = os.environ.get("RLAD_TEST_DEVICE", "cpu")
 DONE = os.environ.get("RLAD_TEST_DONE")  # a file of finished tests: a run that was cut off goes on where it stopped
+
+# inductor's cache does not tell capabilities apart: it would serve one the code of another, which does not compile there
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{default_cache_dir()}_{torch.backends.cpu.get_cpu_capability()}")
 
 hypothesis.settings.register_profile(
     "suite", deadline=None, derandomize=True, database=None, max_examples=8 if INTERPRET else 40, print_blob=False
