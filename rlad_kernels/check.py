@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+K_MAX = 1024
 
 
 def check_tensor(name: str, argument: str, x: Any) -> None:
@@ -66,6 +67,21 @@ def check_numbers(name: str, **numbers: Any) -> None:
     for argument, x in numbers.items():
         if not is_number(x) or not (isinstance(x, Tensor) or -torch.inf < x < torch.inf):
             raise ValueError(f"{name}: {argument} must be a finite number, got {x!r}")
+
+
+def check_eps(name: str, filter_eps: float) -> None:
+    """Raise a ValueError unless 0 ≤ filter_eps < 1."""
+    if not (is_number(filter_eps) and 0 <= filter_eps < 1):
+        raise ValueError(f"{name}: filter_eps must be a probability in [0, 1), 0.0 for the exact backward; got {filter_eps!r}")
+
+
+def check_k(name: str, k: int, vocab_size: int | None, argument: str = "k") -> None:
+    """Raise a ValueError unless 1 ≤ K ≤ min(1024, vocab_size)."""
+    if not is_integer(k):
+        raise ValueError(f"{name}: {argument} must be an int, got {k!r}")
+    if not 1 <= k <= min(K_MAX, vocab_size or K_MAX):
+        bound = f"min({K_MAX}, vocab_size={vocab_size})" if vocab_size else f"{K_MAX}"
+        raise ValueError(f"{name}: {argument} must have 1 <= K <= {bound}, got K={k}")
 
 
 def needs(name: str, **tensors: Tensor | None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from rlad_kernels.backward import Gradients
 from rlad_kernels.fused import Fused
 from rlad_kernels.losses.divergence_kinds import DIVERGENCES, Kind
-from rlad_kernels.ops import autograd_inside, without_autocast
+from rlad_kernels.modes import autograd_inside, without_autocast
 from rlad_kernels.rows import Kept, checked_finite, kept_inv_temp
 from rlad_kernels.scores import Call
 from rlad_kernels.tiles import Tiles, empty

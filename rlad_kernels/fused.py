@@ -15,15 +15,16 @@ from torch.utils._pytree import tree_map_only
 
 from rlad_kernels import sparse
 from rlad_kernels.backward import Cotangents, Gradients, backward_tile
+from rlad_kernels.check import check_eps, check_k
 from rlad_kernels.head import LMHead
 from rlad_kernels.losses.metrics import METRICS, MetricSums
 from rlad_kernels.losses.reduction import LossOutput, keep_mask, token_weights
+from rlad_kernels.modes import autograd_inside, ordinary, without_autocast
 from rlad_kernels.moments import Stats
-from rlad_kernels.ops import autograd_inside, ordinary, without_autocast
 from rlad_kernels.ops import numbers as _numbers
 from rlad_kernels.registry import TOKEN_LOSSES
 from rlad_kernels.rows import IGNORE, Kept, checked_finite, kept_inv_temp
-from rlad_kernels.scores import Call, TokenScores, check_eps, check_k, flat, flat_call, flat_rows, maybe_rows, target_shape
+from rlad_kernels.scores import Call, TokenScores, flat, flat_call, flat_rows, maybe_rows, target_shape
 from rlad_kernels.sweep import outputs, row_slots
 from rlad_kernels.tiles import Tiles, empty
 

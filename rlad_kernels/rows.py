@@ -18,8 +18,9 @@ def _may_read(x: Tensor) -> bool:
 
 RULES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "binary": (lambda x: x[(x != 0) & (x != 1)], "must hold bools, or numbers equal to 0 or 1, got {}"),
-    "ordered": (lambda x: x.diff()[x.diff() < 0], "must be non-decreasing, got a step of {}"),
+    "ordered": (lambda x: (step := x.diff())[step < 0], "must be non-decreasing, got a step of {}"),
     "positive": (lambda x: x[~(x > 0)], "must be positive, got {}"),
+    "weight": (lambda x: x[x < 0], "must be at least 0, got {:g}"),
 }
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from rlad_kernels import ops as _ops
-from rlad_kernels.check import check_floats, check_tensor, integers, is_integer, is_number
+from rlad_kernels.check import check_eps, check_floats, check_k, check_tensor, integers
 from rlad_kernels.head import LMHead
+from rlad_kernels.modes import ordinary, transformed
 
 EXTRAS = ("mean_logits", "is_top1", "log_sum_sq_probs")
-K_MAX = 1024
 
 
 class TokenScores(NamedTuple):
@@ -120,7 +120,7 @@ def flat_call(name: str, hidden: Tensor, head: LMHead) -> Call:
     """
     check_states(name, hidden, head)
     weight, bias = head.weight, head.bias
-    if _ops.transformed(hidden, weight, bias):
+    if transformed(hidden, weight, bias):
         raise NotImplementedError(
             f"{name}: hidden or the head is followed by forward-mode AD or a torch.func transform (jvp, grad, vmap), which this "
             "call does not support; use reverse-mode autograd on ordinary tensors, with the batch as leading dimensions"
@@ -138,7 +138,7 @@ def flat_call(name: str, hidden: Tensor, head: LMHead) -> Call:
         raise ValueError(f"{name}: hidden has dtype {hidden.dtype}, weight {weight.dtype}; they must match (or use autocast)")
     if bias is not None and bias.dtype != weight.dtype:
         raise ValueError(f"{name}: bias has dtype {bias.dtype}, weight {weight.dtype}; they must match (or use autocast)")
-    hidden, shape, t = _ops.ordinary(hidden), hidden.shape[:-1], head.temperature
+    hidden, shape, t = ordinary(hidden), hidden.shape[:-1], head.temperature
     if isinstance(t, Tensor) and t.numel() != 1 and t.shape != shape:
         raise ValueError(f"{name}: temperature has shape {tuple(t.shape)}, wanted the target's shape {tuple(shape)}")
     hidden = hidden.flatten(0, -2) if shape else hidden.unsqueeze(0)
@@ -174,7 +174,7 @@ def flat_rows(
 
 def flat(x: Tensor, dims: int) -> Tensor:
     """``x``, detached, with its first ``dims`` dimensions flattened to one: a single token's has none, and gets it."""
-    x = _ops.ordinary(x.detach())
+    x = ordinary(x.detach())
     return x.flatten(0, dims - 1) if dims else x.unsqueeze(0)
 
 
@@ -183,21 +183,6 @@ def maybe_rows(
 ) -> Tensor | None:
     """:func:`flat_rows` of an optional argument."""
     return None if x is None else flat_rows(name, argument, x, shape, device, ids=ids, extra=extra)
-
-
-def check_eps(name: str, filter_eps: float) -> None:
-    """Raise a ValueError unless 0 ≤ filter_eps < 1."""
-    if not (is_number(filter_eps) and 0 <= filter_eps < 1):
-        raise ValueError(f"{name}: filter_eps must be a probability in [0, 1), 0.0 for the exact backward; got {filter_eps!r}")
-
-
-def check_k(name: str, k: int, vocab_size: int | None, argument: str = "k") -> None:
-    """Raise a ValueError unless 1 ≤ K ≤ min(1024, vocab_size)."""
-    if not is_integer(k):
-        raise ValueError(f"{name}: {argument} must be an int, got {k!r}")
-    if not 1 <= k <= min(K_MAX, vocab_size or K_MAX):
-        bound = f"min({K_MAX}, vocab_size={vocab_size})" if vocab_size else f"{K_MAX}"
-        raise ValueError(f"{name}: {argument} must have 1 <= K <= {bound}, got K={k}")
 
 
 def linear_logp(

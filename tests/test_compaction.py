@@ -14,6 +14,7 @@ from tests.conftest import INTERPRET
 from tests.sweeps import Problem, leaf, problem, relative
 
 N, V, K = 12, 47, 3
+EPS = torch.finfo(torch.float32).eps
 Call = Callable[[Problem, dict[str, Any]], dict[str, Tensor]]
 
 
@@ -118,7 +119,8 @@ def compare(name: str, garbage: float | None, divergence: str = "jsd", side: str
     with rk.set_compaction(False):
         found, grads = run(CALLS[name], *case(garbage, divergence, side))
     for key, value in want.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+        # a product of other rows may round otherwise: a few ulps of a logit, and of 1 where a mass is 1 − Σ
+        torch.testing.assert_close(found[key], value, rtol=32 * EPS, atol=8 * EPS, msg=lambda m, key=key: f"{key}: {m}")
     for g, e in zip(grads, exact, strict=True):
         assert g is None if e is None else relative(g, e) <= 2e-6
 

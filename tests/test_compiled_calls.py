@@ -75,9 +75,9 @@ def test_any_number_of_tokens_in_one_graph(name: str) -> None:
     for n in (N, 2 * N, N + 3):
         p = problem(n=n, v=31)
         got, want = f.call(p.hidden, p.weight, p.target), call(p.hidden, rk.LMHead(p.weight), p.target, 0.25)
-        assert torch.allclose(got, want, rtol=1e-5)
-        grads = [torch.autograd.grad(x, (p.hidden, p.weight)) for x in (got, want)]
-        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*grads, strict=True))
+        given = [(x, *torch.autograd.grad(x, (p.hidden, p.weight))) for x in (got, want)]
+        for a, b in zip(*given, strict=True):  # the same operations in the same order
+            assert (a - b).abs().max() <= 4 * torch.finfo(torch.float32).eps * b.abs().max()
     assert f.graphs == 1
 
 

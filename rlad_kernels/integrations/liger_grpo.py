@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlad_kernels.integrations.wiring import check_weights
 from rlad_kernels.losses.cispo import cispo_tokens
 from rlad_kernels.losses.gspo import gspo_tokens
 from rlad_kernels.losses.ratio import WithSlope, add_kl, per_token, ratio_loss_tokens, times
@@ -101,8 +100,7 @@ def _is_ratio(ratio: Tensor | None, keep: Tensor, like: Tensor) -> Tensor | None
         raise ValueError(f"{NAME}: vllm_is_ratio is on {wide.device}, wanted {keep.device}; all tensors must share a device")
     if wide.shape[1] == t:
         wide = torch.where(keep, wide, 1)
-    check_weights(NAME, "vllm_is_ratio", wide)
-    return wide
+    return torch.ops.rlad.checked(wide, "weight", f"{NAME}: vllm_is_ratio")
 
 
 def _tokens(

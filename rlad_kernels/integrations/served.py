@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rlad_kernels.check import integers
 from rlad_kernels.integrations.served_formats import NAME, Served, entry_of, parse
 from rlad_kernels.scores import TopK
 
@@ -63,9 +64,7 @@ def _is_int(x: Any) -> bool:
 
 def _integers(target: Any, device: torch.device | str) -> Tensor:
     target = torch.as_tensor(target, device=device)
-    if target.numel() and (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool):
-        raise ValueError(f"{NAME}: target must be integers, got {target.dtype}")
-    return target.long()
+    return integers(NAME, "target", target).long() if target.numel() else target.long()
 
 
 def _at(bad: Tensor) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlad_kernels.head import LMHead
-from rlad_kernels.integrations.wiring import check_head, check_weights
+from rlad_kernels.integrations.wiring import check_head
 from rlad_kernels.losses.ratio import check_ratio_options, per_token, ratio_loss_tokens, times
 from rlad_kernels.losses.reduction import keep_mask
 from rlad_kernels.losses.sampled import accumulated
@@ -63,8 +63,7 @@ def _tokens(
     weighted = advantages
     if weights is not None:  # on the advantage, where a weight of 0 takes a ratio of inf with it
         w = torch.where(keep, per_token(name, "rollout_is_weights", weights, logp), 0).flatten()
-        check_weights(name, "rollout_is_weights", w)
-        weighted = times(advantages, w)
+        weighted = times(advantages, torch.ops.rlad.checked(w, "weight", f"{name}: rollout_is_weights"))
     loss, found = ratio_loss_tokens(torch.where(keep, logp, 0).flatten(), advantages=weighted, **rows, **options)
     r = found["ratio_mean"]
     clipped = ((r < 1 - options["clip_low"]) & (advantages < 0)) | ((r > 1 + options["clip_high"]) & (advantages > 0))

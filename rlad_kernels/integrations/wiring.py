@@ -49,12 +49,6 @@ def check_plain_head(name: str, model: Any) -> None:
         raise ValueError(f"{name}: {str(error).removeprefix('LMHead.from_model: ')}") from error
 
 
-def check_weights(name: str, argument: str, weights: Tensor) -> None:
-    """Raise a ValueError for a negative importance weight (on CUDA with ``set_checks(True)``)."""
-    if (settings.checks or not weights.is_cuda) and not torch.compiler.is_compiling() and bool((weights < 0).any()):
-        raise ValueError(f"{name}: {argument} must be at least 0, got {weights[weights < 0][0].item():g}")
-
-
 def kept_ids(name: str, argument: str, ids: Tensor, keep: Tensor, size: int, *, slots: bool = False) -> Tensor:
     """``ids`` as int64 in ``keep``'s shape, 0 where masked; −100 is no mask here, but an id that the head does not have.
 

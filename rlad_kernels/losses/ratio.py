@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_map_only
 
 from rlad_kernels.check import check_numbers, check_tensor, is_number
 from rlad_kernels.losses.rollout import weigh
-from rlad_kernels.ops import autograd_inside, numbers, ordinary, transformed
+from rlad_kernels.modes import autograd_inside, ordinary, transformed
+from rlad_kernels.ops import numbers
 
 # Estimators of KL(π_θ‖π_ref) on a sampled token, x = s − ref. Value and gradient as they are backpropagated, expected on-policy:
 # k2, k3+, k3++ and k4 have the reverse KL's gradient, k3 and k5 the *forward* KL's; k1's is 0, so it is a metric only.

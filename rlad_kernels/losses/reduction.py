@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlad_kernels.check import check_tensor, integers, is_number
 from rlad_kernels.losses.metrics import MetricSums
-from rlad_kernels.ops import ordinary
+from rlad_kernels.modes import ordinary
 
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
 

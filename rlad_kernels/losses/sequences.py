@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlad_kernels.ops import transformed
+from rlad_kernels.modes import transformed
 
 
 def suffix_sums(x: Tensor, sequence: Tensor, gamma: float = 1.0) -> Tensor:

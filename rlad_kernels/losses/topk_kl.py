@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from rlad_kernels.check import check_numbers, check_tensor, integers, is_number
+from rlad_kernels.check import check_k, check_numbers, check_tensor, integers, is_number
 from rlad_kernels.losses.ratio import per_token
 from rlad_kernels.losses.reduction import LossOutput, keep_mask, reduce, token_weights
 from rlad_kernels.losses.topk_terms import CLAMP_GRADIENT, DIRECTIONS, NORMALIZE, KLOptions, topk_kl_tokens
-from rlad_kernels.ops import autograd_inside, ordinary, transformed
+from rlad_kernels.modes import autograd_inside, ordinary, transformed
 from rlad_kernels.registry import add_method, register
-from rlad_kernels.scores import LMHead, TokenScores, TopK, check_k, checked_topk, gather, score
+from rlad_kernels.scores import LMHead, TokenScores, TopK, checked_topk, gather, score
 
 
 def topk_kl_cpu(
