@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlad_kernels.losses.cispo import cispo_tokens
 from rlad_kernels.losses.gspo import gspo_tokens
-from rlad_kernels.losses.ratio import WithSlope, add_kl, per_token, ratio_loss_tokens, times
+from rlad_kernels.losses.ratio import WithSlope, add_kl, per_token, ratio_loss_tokens, times, weighted_slope
 from rlad_kernels.losses.reduction import LossOutput, reduce, sequence_index, token_weights
 from rlad_kernels.losses.sampled import ratio_metrics, reinforced
 from rlad_kernels.losses.sapo import sapo_tokens
@@ -150,12 +150,10 @@ def corrected_kl(s: Tensor, ref: Tensor, old: Tensor, keep: Tensor, sequence: Te
     x = (s - ref).detach()
     log_r = s - old if sequence is None else sequence_mean(s - old, keep, sequence)
     log_k3 = torch.where(x < -_LARGE, -x, (torch.expm1(-x) + x).log())
-    value, r = (log_r.detach() + log_k3).exp(), log_r.detach().exp()
+    value = (log_r.detach() + log_k3).exp()
     if sequence is None:
-        return WithSlope.apply(s, value, times(r, x))
-    odds = (log_r.detach() - x).exp()
-    slope = torch.where(x >= 0, times(r, -torch.expm1(-x)), times(odds, torch.expm1(x)))  # r·k3'
-    return WithSlope.apply(s, value, slope) + WithSlope.apply(log_r, torch.zeros_like(value), value)
+        return WithSlope.apply(s, value, times(log_r.detach().exp(), x))
+    return WithSlope.apply(s, value, weighted_slope(log_r.detach(), x)) + WithSlope.apply(log_r, torch.zeros_like(value), value)
 
 
 def vespo_weights(o: Options, log_ratio: Tensor, advantages: Tensor, is_ratio: Tensor | None) -> Tensor:

@@ -50,6 +50,11 @@ def times(a: Tensor, b: Tensor) -> Tensor:
     return torch.where((a == 0) | (b == 0), 0, a * b)
 
 
+def weighted_slope(log_w: Tensor, x: Tensor) -> Tensor:
+    """w·(1 − e^{−x}), the slope of w·k3(x), from log w: w and e^{−x} alone may leave float32 where their product does not."""
+    return torch.where(x >= 0, times(log_w.exp(), -torch.expm1(-x)), times((log_w - x).exp(), torch.expm1(x)))
+
+
 def ratio_tokens(
     logp: Tensor, old_logp: Tensor, teacher_logp: Tensor | None, advantages: Tensor, ref_logp: Tensor | None, alpha: float,
     clip_low: float, clip_high: float, teacher_clamp: float, dual_clip: float, kl_coef: float, kl_estimator: str,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlad_kernels.check import check_numbers, check_tensor, integers, is_number
-from rlad_kernels.losses.ratio import WithSlope, per_token, times
+from rlad_kernels.losses.ratio import WithSlope, per_token, times, weighted_slope
 from rlad_kernels.losses.reduction import LossOutput, keep_mask, reduce, token_weights
 from rlad_kernels.losses.topk_kl import check_topk_options, flat_kept, student_slots, teacher_rows, topk_kl_loss_tokens
 from rlad_kernels.losses.topk_terms import KLOptions
@@ -45,8 +45,7 @@ def sampled_kl(s: Tensor, t: Tensor, log_w: Tensor, direction: str, unbiased: bo
     if direction == "reverse":
         return WithSlope.apply(s, times(w, x), times(w, 1 + x if unbiased else x))
     odds = (log_w - x).exp()  # w·p/q
-    centred = torch.where(x >= 0, times(w, -torch.expm1(-x)), times(odds, torch.expm1(x)))  # w(1 − p/q)
-    return WithSlope.apply(s, times(odds, -x), -odds if unbiased else centred)
+    return WithSlope.apply(s, times(odds, -x), -odds if unbiased else weighted_slope(log_w, x))
 
 
 @register("topk_sampled_tail")
