@@ -16,7 +16,7 @@ DEVICE = os.environ.get("RLAD_TEST_DEVICE", "cpu")
 DONE = os.environ.get("RLAD_TEST_DONE")  # a file of finished tests: a run that was cut off goes on where it stopped
 
 # inductor's cache does not tell capabilities apart: it would serve one the code of another, which does not compile there
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{default_cache_dir()}_{torch.backends.cpu.get_cpu_capability()}")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{default_cache_dir()}_{torch.backends.cpu.get_cpu_capability()}"
 
 hypothesis.settings.register_profile(
     "suite", deadline=None, derandomize=True, database=None, max_examples=8 if INTERPRET else 40, print_blob=False
