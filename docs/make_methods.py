@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels.registry import FAMILIES, METHODS, Method
+from rlad_kernels.core.registry import FAMILIES, METHODS, Method
 
 DOCS = Path(__file__).parent
 PICTURES = DOCS / "img" / "methods"

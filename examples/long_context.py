@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels.plan import Model, Plan, parse_bytes
+from rlad_kernels.tools.plan import Model, Plan, parse_bytes
 
 WAYS = {"naive": "naive", "ours": "linear_logp"}
 SMALL = Model(hidden=128, vocab=151_936, blocks=2, heads=4, kv_heads=2, head_dim=32, mlp=384, tied=True)

@@ -28,6 +28,7 @@ from local_server import serve
 from torch import Tensor
 
 import rlad_kernels as rk
+from rlad_kernels.integrations.served import from_logprobs
 
 
 def options() -> argparse.Namespace:
@@ -67,9 +68,7 @@ def ask(url: str, teacher: str, sequences: Tensor, prompt: int, k: int, vocab_si
     except urllib.error.HTTPError as error:
         raise SystemExit(f"{url} says {error.code}: {error.read().decode()}") from None
     served = [c["prompt_logprobs"][prompt:] for c in sorted(choices, key=lambda c: c["index"])]
-    return rk.TopK.from_logprobs(
-        served, sequences[:, prompt:], k=k, vocab_size=vocab_size, out_of_range="tail", device=sequences.device
-    )
+    return from_logprobs(served, sequences[:, prompt:], k=k, vocab_size=vocab_size, out_of_range="tail", device=sequences.device)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from smollm2_loss import TOPICS
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels.sparse import BLOCK
+from rlad_kernels.engine.sparse import BLOCK
 
 POWERS = (12, 14, 16)
 NEW_TOKENS = 64

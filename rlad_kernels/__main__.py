@@ -1,83 +1,8 @@
-"""``python -m rlad_kernels``: the doctor. Says what is here, what is missing and the command that fixes it.
+"""``python -m rlad_kernels``: the doctor; ``python -m rlad_kernels plan --help``: how many tokens fit into how much memory."""
 
-``python -m rlad_kernels plan --help``: how many tokens fit into how much memory.
-"""
-
-from __future__ import annotations
-
-import importlib.metadata
-import os
-import platform
 import sys
-from pathlib import Path
 
-import torch
-
-import rlad_kernels
-from rlad_kernels import ops
-
-PACKAGES = ("torch", "triton", "transformers", "numpy")
-ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_flags() -> list[str]:
-    info = Path("/proc/cpuinfo")
-    words = set(info.read_text().split()) if info.exists() else set()
-    return [flag for flag in ISA_FLAGS if flag in words]
-
-
-def _cpu_backend() -> tuple[str, str | None]:
-    if ops.INTERPRET:
-        return "Triton interpreter (TRITON_INTERPRET=1): right but slow", None
-    if not ops.has_cpp():
-        return "missing", "pip install --no-build-isolation -e .   (needs g++; RLAD_SKIP_CPP must not be 1)"
-    probe = torch.zeros(1, 2)
-    head = rlad_kernels.LMHead(torch.zeros(3, 2))
-    worked = rlad_kernels.linear_logp(probe, head, torch.zeros(1, dtype=torch.int64)).logp.isfinite().all()
-    products = "bfloat16 products native" if ops.has_bf16_mm() else "bfloat16 products widened to float32"
-    return f"C++, instruction set {torch.ops.rlad.cpu_isa()}, {products}, {'works' if worked else 'BROKEN'}", None
-
-
-def _cuda_backend() -> tuple[str, str | None]:
-    if not torch.cuda.is_available():
-        return "no CUDA device visible to torch", None
-    name = torch.cuda.get_device_name()
-    if _version("triton") is None:
-        return f"{name}, but Triton is missing", "pip install 'triton>=3.6'"
-    return f"Triton on {name}, sm_{''.join(map(str, torch.cuda.get_device_capability()))}", None
-
-
-def main() -> int:
-    """Print the report; the exit status is 1 if something needs fixing."""
-    print(f"rlad_kernels {rlad_kernels.__version__} on Python {platform.python_version()}, {platform.machine()}")
-    for package in PACKAGES:
-        print(f"  {package:<13} {_version(package) or 'not installed'}")
-    forced = os.environ.get("RLAD_CPU_ISA")
-    print(f"  CPU           {', '.join(_cpu_flags()) or 'no vector flags found'}; {torch.get_num_threads()} threads" + (
-        f"; RLAD_CPU_ISA={forced}" if forced else ""
-    ))  # fmt: skip
-    fixes = []
-    for label, (state, fix) in (("CPU tensors", _cpu_backend()), ("CUDA tensors", _cuda_backend())):
-        print(f"  {label:<13} {state}")
-        fixes += [fix] if fix else []
-    major, minor = (int(x) for x in torch.__version__.split(".")[:2])
-    if (major, minor) < (2, 11):
-        fixes.append("pip install 'torch>=2.11'")
-    for fix in fixes:
-        print(f"  fix: {fix}")
-    return 1 if fixes else 0
-
+from rlad_kernels.tools import doctor, plan
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["plan"]:
-        from rlad_kernels import plan
-
-        sys.exit(plan.main(sys.argv[2:]))
-    sys.exit(main())
+    sys.exit(plan.main(sys.argv[2:]) if sys.argv[1:2] == ["plan"] else doctor.main())

@@ -46,7 +46,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 @pytest.fixture(autouse=True)
 def _world() -> Iterator[None]:
     """Every test: the device under test, a fixed seed, and settings as they were."""
-    from rlad_kernels.settings import settings
+    from rlad_kernels.core.config import settings
 
     before = dict(vars(settings))
     torch.manual_seed(0)

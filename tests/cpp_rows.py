@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from rlad_kernels.ops import INTERPRET, has_cpp
+from rlad_kernels.backends.contract import INTERPRET, has_cpp
 
 if INTERPRET or not has_cpp():
     pytest.skip("the C++ backend is not loaded", allow_module_level=True)

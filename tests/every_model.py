@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels.probe import backbone_of
+from rlad_kernels.core.probe import backbone_of
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 PAGE = Path(__file__).parent.parent / "docs" / "wiring.md"

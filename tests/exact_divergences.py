@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlad_kernels import reference
+from rlad_kernels.backends import reference
 from rlad_kernels.losses.divergence_kinds import Kind
 
 DIGITS = 150  # 1 − e^-200 still has 60 of its own

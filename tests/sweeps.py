@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels import reference
+from rlad_kernels.backends import reference
 
 EPS32 = 2.0**-23
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import rlad_kernels as rk
+from rlad_kernels.integrations.served import from_logprobs
 from tests.test_bad_input import CALLS, MASKS, RATIOS, SAMPLED, SWEEPS, TARGETS, TOPK_KL, B, D, K, T, V, world
 
 Spoil = Callable[[Any], dict[str, Any]]
@@ -245,7 +246,7 @@ OTHERS: dict[str, Callable[[Any], Any]] = {
     "spread: responses must be a torch.Tensor, got list": lambda w: rk.spread([1.0, 2.0], w.target),
     "sequence_stat: x must be a torch.Tensor, got list": lambda w: rk.sequence_stat([1.0]),
     "combine_teachers: weights must be a torch.Tensor, got list": lambda w: rk.combine_teachers([w.s, w.t], [0.5, 0.5]),
-    "TopK.from_logprobs: k must be a positive int or None, got 2.0": lambda w: rk.TopK.from_logprobs((w.ids, w.lq), k=2.0),
+    "from_logprobs: k must be a positive int or None, got 2.0": lambda w: from_logprobs((w.ids, w.lq), k=2.0),
 }
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import rlad_kernels as rk
-from rlad_kernels.ops import INTERPRET, has_cpp
+from rlad_kernels.backends.contract import INTERPRET, has_cpp
 from tests.sweeps import problem, relative
 
 if INTERPRET or not has_cpp():

@@ -15,16 +15,16 @@ if INTERPRET:
 if DEVICE != "cpu":
     pytest.skip("compiles on the CPU, for minutes: `make gate` is that run", allow_module_level=True)
 
-from rlad_kernels import kernels  # noqa: E402
-from rlad_kernels.kernels import compile_gate  # noqa: E402
-from rlad_kernels.kernels._launch import Launch  # noqa: E402
-from rlad_kernels.kernels._math import product  # noqa: E402
-from rlad_kernels.kernels.clipped_ratio import ESTIMATORS  # noqa: E402
-from rlad_kernels.kernels.configs import TABLES, Config  # noqa: E402
-from rlad_kernels.kernels.divergence import FAMILIES  # noqa: E402
-from rlad_kernels.kernels.gate_cases import CASES  # noqa: E402
-from rlad_kernels.kernels.registry import REGISTRY, WIDE_LOAD  # noqa: E402
-from rlad_kernels.kernels.topk_kl import NORMALIZATIONS  # noqa: E402
+from rlad_kernels.backends import triton as kernels  # noqa: E402
+from rlad_kernels.backends.triton._launch import Launch  # noqa: E402
+from rlad_kernels.backends.triton._math import product  # noqa: E402
+from rlad_kernels.backends.triton.clipped_ratio import ESTIMATORS  # noqa: E402
+from rlad_kernels.backends.triton.configs import TABLES, Config  # noqa: E402
+from rlad_kernels.backends.triton.divergence import FAMILIES  # noqa: E402
+from rlad_kernels.backends.triton.registry import REGISTRY, WIDE_LOAD  # noqa: E402
+from rlad_kernels.backends.triton.topk_kl import NORMALIZATIONS  # noqa: E402
+from rlad_kernels.tools.compile_gate import gate as compile_gate  # noqa: E402
+from rlad_kernels.tools.compile_gate.cases import CASES  # noqa: E402
 
 HALVES = {torch.float32, torch.bfloat16, torch.float16}
 FLOAT32_OUT = {"gather_dot_kernel", "column_stats_kernel", "divergence_kernel"}

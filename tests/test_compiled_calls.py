@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 
 import rlad_kernels as rk
-from rlad_kernels.registry import METHODS
+from rlad_kernels.core.registry import METHODS
 from tests.sweeps import problem
 from tests.test_inference_mode import method_case, teacher_of
 

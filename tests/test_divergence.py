@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels import reference
+from rlad_kernels.backends import reference
+from rlad_kernels.engine.tiles import Tiles
 from rlad_kernels.losses.divergence_kinds import DIVERGENCES, adaptive_coefficients
-from rlad_kernels.tiles import Tiles
 from tests.conftest import INTERPRET
 from tests.methods.divergence import VALUES, kl
 from tests.oracles import budgets, hold, within

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels import reference
+from rlad_kernels.backends import reference
 from rlad_kernels.losses.divergence_kinds import DIVERGENCES, Kind
 from tests.conftest import INTERPRET
 from tests.exact_divergences import Rows, bounds, exact, rounded_log_probs, shares

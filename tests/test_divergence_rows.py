@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlad_kernels import reference
+from rlad_kernels.backends import reference
 from tests.conftest import DEVICE, INTERPRET
 from tests.sweeps import relative
 

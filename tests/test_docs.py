@@ -17,7 +17,7 @@ import torch
 
 import rlad_kernels as rk
 from rlad_kernels import losses
-from rlad_kernels.registry import FAMILIES, METHODS, TOKEN_LOSSES
+from rlad_kernels.core.registry import FAMILIES, METHODS, TOKEN_LOSSES
 from tests.oracles import gradient, hold, reduced
 
 ROOT = Path(__file__).parent.parent

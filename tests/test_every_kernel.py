@@ -6,15 +6,15 @@ import pytest
 import torch
 
 import rlad_kernels as rk
-from rlad_kernels.settings import settings
+from rlad_kernels.core.config import settings
 from tests.test_fused import rlad_inputs
 
 pytestmark = pytest.mark.interpreted
 
 
 def test_public_functions_launch_every_kernel() -> None:
-    from rlad_kernels.kernels._launch import LAUNCHES
-    from rlad_kernels.kernels.registry import REGISTRY
+    from rlad_kernels.backends.triton._launch import LAUNCHES
+    from rlad_kernels.backends.triton.registry import REGISTRY
 
     LAUNCHES.clear()
     p, inputs = rlad_inputs(shape=(2, 3))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels.registry import METHODS
+from rlad_kernels.core.registry import METHODS
 from tests.extremes import GAPS, SIGNS, S, exact, hold, tokens
 from tests.methods import ratio
 from tests.oracles import kl_estimate, straight_through, surrogate

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels import reference
-from rlad_kernels.settings import settings
+from rlad_kernels.backends import reference
+from rlad_kernels.core.config import settings
 from tests.oracles import truncated_kl
 from tests.sweeps import EPS32, Problem, leaf, problem, relative
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels.moments import Stats, add_slots, first_occurrence, merge_tiles
-from rlad_kernels.settings import settings
+from rlad_kernels.core.config import settings
+from rlad_kernels.core.types import first_occurrence
+from rlad_kernels.engine.statistics import Stats, add_slots, merge_tiles
 from tests.sweeps import Problem, problem
 
 pytestmark = [
@@ -37,7 +38,7 @@ def scores(p: Problem, fused: bool, extras: bool = True) -> dict[str, Tensor]:
 
 def agree(p: Problem, extras: bool = True) -> dict[str, Tensor]:
     """The fused scores, once they are what the tiles give, to a few roundings of a logit."""
-    from rlad_kernels.kernels._launch import LAUNCHES
+    from rlad_kernels.backends.triton._launch import LAUNCHES
 
     want = scores(p, False, extras)
     LAUNCHES.clear()
@@ -65,7 +66,7 @@ def test_same_as_the_tiles(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_several_row_blocks_and_vocabulary_tiles(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlad_kernels.kernels import _launch
+    from rlad_kernels.backends.triton import _launch
 
     monkeypatch.setattr(_launch, "INTERPRETED", (arch, 3))
     p = problem(n=131, d=72, v=319, k=2, dtype=torch.bfloat16, temperature=torch.rand(131) + 0.5)
@@ -132,8 +133,8 @@ def test_nothing_but_minus_infinity_and_no_rows() -> None:
 
 
 def test_the_table_chooses() -> None:
-    from rlad_kernels.kernels import configs
-    from rlad_kernels.kernels._launch import LAUNCHES
+    from rlad_kernels.backends.triton import configs
+    from rlad_kernels.backends.triton._launch import LAUNCHES
 
     assert dict(configs.FUSED_SCORING) == {}  # an entry needs a measurement: docs say that none has been taken
     p = problem(n=8, dtype=torch.bfloat16)

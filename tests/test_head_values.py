@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels import reference
+from rlad_kernels.backends import reference
 
 N, D, V, K = 5, 8, 16, 3
 CODES = [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool, torch.complex64]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import rlad_kernels as rk
-from rlad_kernels.registry import METHODS
+from rlad_kernels.core.registry import METHODS
 from tests.sweeps import Problem, problem
 from tests.test_methods import FAMILIES
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlad_kernels.backends.contract import INTERPRET
 from rlad_kernels.integrations.liger import LigerFusedLinearGRPOLoss
-from rlad_kernels.integrations.liger_grpo import LOSSES, grpo
-from rlad_kernels.ops import INTERPRET
+from rlad_kernels.integrations.liger.grpo import LOSSES, grpo
 from tests.extremes import GAPS, SIGNS, S, exact, hold, tokens
 from tests.sweeps import relative
 

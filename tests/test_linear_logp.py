@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rlad_kernels as rk
-from rlad_kernels import reference
+from rlad_kernels.backends import reference
 from tests.oracles import budgets, within
 from tests.sweeps import Problem, leaf, problem, relative, weighted_sum
 
@@ -187,7 +187,7 @@ def test_masked_rows_have_no_effect_whatever_sits_there(compaction: bool, as_num
 
 
 def test_rows_without_gradient_are_dropped_from_the_backward_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    import rlad_kernels.sweep as sweep
+    import rlad_kernels.engine.logp as sweep
 
     seen = []
     tiles = sweep.Tiles
@@ -207,7 +207,7 @@ def test_rows_without_gradient_are_dropped_from_the_backward_sweep(monkeypatch: 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
 def test_frozen_inputs_skip_their_product(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import rlad_kernels.sweep as sweep
+    import rlad_kernels.engine.logp as sweep
 
     made = []
     original = sweep.Gradients

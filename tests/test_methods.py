@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlad_kernels.registry import METHODS
+from rlad_kernels.core.registry import METHODS
 from tests.methods import divergence, other, ratio, topk
 from tests.oracles import hold
 

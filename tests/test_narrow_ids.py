@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
+from rlad_kernels.integrations.served import from_logprobs
 from tests.sweeps import tensors_of
 
 B, T, D, V, K = 2, 3, 8, 300, 4
@@ -60,7 +61,7 @@ def calls() -> dict[str, Callable[[dict[str, Tensor]], Any]]:
         "symmetric_difference": lambda w: rk.symmetric_difference(teacher(w), other(w)),
         "with_sampled": lambda w: rk.with_sampled(teacher(w), w["target"]),
         "probability_band": lambda w: rk.probability_band(teacher(w), 0.2, 0.5, target=w["target"]),
-        "from_logprobs": lambda w: rk.TopK.from_logprobs((w["ids"], lp), w["target"], vocab_size=V, offset=-130),
+        "from_logprobs": lambda w: from_logprobs((w["ids"], lp), w["target"], vocab_size=V, offset=-130),
         "special_token_mask": lambda w: rk.special_token_mask(w["target"], [5, 5 + 256, 119 - 256], seq_ids=w["seq_ids"]),
         "final_eos_mask": lambda w: rk.final_eos_mask(w["target"], [64 + 256, 119], seq_ids=w["seq_ids"]),
         "response_mask": lambda w: rk.response_mask(w["prompts"], w["lengths"], 300),

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlad_kernels import plan
-from rlad_kernels.plan import MODELS, PATHS, Plan, loss_bytes, model_of, parse_bytes
+from rlad_kernels.tools import plan
+from rlad_kernels.tools.plan import MODELS, PATHS, Plan, loss_bytes, model_of, parse_bytes
 
 ROOT = Path(__file__).parent.parent
 CASES = [  # sizes at which what is counted is hundreds of megabytes

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels.losses.rollout import ICEPOP, TIS
-from rlad_kernels.losses.sequences import sequence_mean, suffix_sums
-from rlad_kernels.ops import INTERPRET
-from rlad_kernels.registry import METHODS, TOKEN_LOSSES
+from rlad_kernels.backends.contract import INTERPRET
+from rlad_kernels.core.registry import METHODS, TOKEN_LOSSES
+from rlad_kernels.losses.ratio.rollout import ICEPOP, TIS
+from rlad_kernels.losses.ratio.sequences import sequence_mean, suffix_sums
 from tests.methods import ratio
 from tests.oracles import gradient, hold, surrogate
 from tests.sweeps import problem, relative

@@ -1,4 +1,4 @@
-"""TopK.from_logprobs: every shape in which servers write log-probs gives the teacher's own top-K, and bad ones are refused."""
+"""from_logprobs: every shape in which servers write log-probs gives the teacher's own top-K, and bad ones are refused."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import rlad_kernels as rk
+from rlad_kernels.integrations.served import from_logprobs
 
 T, V, K = 6, 40, 5
 INF = math.inf
@@ -83,27 +84,27 @@ FORMATS = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats_with_the_sampled_token_among_them(name: str, world: World) -> None:
-    check(rk.TopK.from_logprobs(FORMATS[name](world), world.target, k=K, vocab_size=V), world)
+    check(from_logprobs(FORMATS[name](world), world.target, k=K, vocab_size=V), world)
 
 
 def test_sglang_gives_the_sampled_token_apart(world: World) -> None:
     top = [None, *[[[x, i, None] for i, x in world.entries(t, False)] for t in range(1, T)]]
     tokens = [[None, int(world.target[0]), None]]
     tokens += [[float(x), int(i), "b"] for x, i in zip(world.target_logp[1:], world.target[1:], strict=True)]
-    got = rk.TopK.from_logprobs(top, world.target, token_logprobs=tokens)
+    got = from_logprobs(top, world.target, token_logprobs=tokens)
     check(rk.TopK(*[x[1:] if x is not None else None for x in got]), world, slice(1, None))
     assert got.ids[0].eq(-1).all() and got.logp[0].eq(-INF).all() and got.tail_logp[0] == 0 and got.target_logp[0].isnan()
 
 
 def test_without_the_sampled_token_its_log_prob_is_unknown(world: World) -> None:
-    got = rk.TopK.from_logprobs([[[x, i] for i, x in world.entries(t, False)] for t in range(T)], world.target)
+    got = from_logprobs([[[x, i] for i, x in world.entries(t, False)] for t in range(T)], world.target)
     check(got, world, target=False)
     assert got.target_logp.isnan().tolist() == [False, False, True, False, True, True]
-    assert rk.TopK.from_logprobs(world.prompt_logprobs()).target_logp is None
+    assert from_logprobs(world.prompt_logprobs()).target_logp is None
 
 
 def test_all_that_came_is_kept_without_k(world: World) -> None:
-    got = rk.TopK.from_logprobs(world.prompt_logprobs(), world.target)
+    got = from_logprobs(world.prompt_logprobs(), world.target)
     assert got.ids.shape == (T, K + 1)
     assert (got.ids >= 0).sum(-1).tolist() == [K, K, K + 1, K, K + 1, K + 1]
     assert ((got.ids == world.target[:, None].to(got.ids)).sum(-1) == 1).all()
@@ -116,16 +117,16 @@ def test_tensors_of_k_plus_one_columns_with_fill(world: World) -> None:
     ids = torch.cat([world.target[:, None], world.top.indices, torch.zeros(T, 2, dtype=torch.int64)], 1)
     logp = torch.cat([world.target_logp[:, None], world.top.values, torch.full((T, 2), -INF, dtype=torch.float64)], 1)
     shuffle = torch.randperm(K + 3, generator=torch.Generator("cpu").manual_seed(2))
-    got = rk.TopK.from_logprobs((ids[:, shuffle].int(), logp[:, shuffle].float()), world.target, k=K)
+    got = from_logprobs((ids[:, shuffle].int(), logp[:, shuffle].float()), world.target, k=K)
     check(got, world)
-    check(rk.TopK.from_logprobs((ids.numpy(), logp.numpy()), world.target.numpy(), k=K), world)
-    batch = rk.TopK.from_logprobs((ids.view(2, 3, -1), logp.view(2, 3, -1)), world.target.view(2, 3), k=K)
+    check(from_logprobs((ids.numpy(), logp.numpy()), world.target.numpy(), k=K), world)
+    batch = from_logprobs((ids.view(2, 3, -1), logp.view(2, 3, -1)), world.target.view(2, 3), k=K)
     check(rk.TopK(*[x.flatten(0, 1) if x is not None else None for x in batch]), world)
 
 
 def test_real_id_0_survives_id_0_padding() -> None:
     ids, logp = torch.tensor([[3, 0, 0, 0]]), torch.tensor([[0.5, 0.25, 0, 0]]).log()
-    got = rk.TopK.from_logprobs((ids, logp), torch.tensor([0]))
+    got = from_logprobs((ids, logp), torch.tensor([0]))
     assert got.ids.tolist() == [[3, 0, -1, -1]]
     torch.testing.assert_close(got.target_logp, torch.tensor([0.25]).log())
 
@@ -133,7 +134,7 @@ def test_real_id_0_survives_id_0_padding() -> None:
 def test_ragged_batch(world: World) -> None:
     rows = world.prompt_logprobs()
     served, want = [rows[:2], rows[2:6], [None]], [world.target[:2].tolist(), world.target[2:6].tolist(), [7]]
-    got = rk.TopK.from_logprobs(served, want, k=K)
+    got = from_logprobs(served, want, k=K)
     assert got.ids.shape == (3, 4, K)
     check(rk.TopK(*[x[0, :2] if x is not None else None for x in got]), world, slice(0, 2))
     check(rk.TopK(*[x[1] if x is not None else None for x in got]), world, slice(2, 6))
@@ -142,45 +143,45 @@ def test_ragged_batch(world: World) -> None:
     padded = torch.full((3, 5), -100)
     for b, x in enumerate(want):
         padded[b, : len(x)] = torch.tensor(x)
-    wide = rk.TopK.from_logprobs(served, padded, k=K)
+    wide = from_logprobs(served, padded, k=K)
     assert wide.ids.shape == (3, 5, K) and torch.equal(wide.ids[:, :4], got.ids) and wide.ids[:, 4].eq(-1).all()
 
 
 @pytest.mark.parametrize("form", ("vllm_json", "vllm_chat", "sampled_twice"))
 def test_a_batch_is_told_from_a_sequence(form: str, world: World) -> None:
     rows = FORMATS[form](world)
-    got = rk.TopK.from_logprobs([rows, rows], [world.target, world.target], k=K)
+    got = from_logprobs([rows, rows], [world.target, world.target], k=K)
     assert got.ids.shape == (2, T, K)
     check(rk.TopK(*[x[1] if x is not None else None for x in got]), world)
 
 
 def test_offset_ids(world: World) -> None:
     shifted = [{int(i) + 3: x for i, x in row.items()} for row in world.prompt_logprobs()]
-    check(rk.TopK.from_logprobs(shifted, world.target, k=K, offset=3, vocab_size=V), world)
+    check(from_logprobs(shifted, world.target, k=K, offset=3, vocab_size=V), world)
     special = [{1: -0.5, 4: -1.0}]  # token 1 is the teacher's own
     with pytest.raises(ValueError, match=r"id 1 at \(0, 0\) less offset 3 is not in \[0, vocab_size=40\)"):
-        rk.TopK.from_logprobs(special, offset=3, vocab_size=V)
-    got = rk.TopK.from_logprobs(special, offset=3, vocab_size=V, out_of_range="tail")
+        from_logprobs(special, offset=3, vocab_size=V)
+    got = from_logprobs(special, offset=3, vocab_size=V, out_of_range="tail")
     assert got.ids.tolist() == [[1, -1]]
     torch.testing.assert_close(got.tail_logp.exp(), torch.tensor([1 - math.exp(-1.0)]))
 
 
 def test_clamped_and_absent_values() -> None:
-    got = rk.TopK.from_logprobs([{5: -9999.0, 2: -0.1, 9: None}], [5])
+    got = from_logprobs([{5: -9999.0, 2: -0.1, 9: None}], [5])
     assert got.ids.tolist() == [[2, -1, -1]] and got.target_logp.tolist() == [-INF]
 
 
 def test_equal_log_probs_keep_the_lower_id() -> None:
-    assert rk.TopK.from_logprobs([{9: -1.5, 2: -1.5, 4: -1.5}], k=2).ids.tolist() == [[2, 4]]
+    assert from_logprobs([{9: -1.5, 2: -1.5, 4: -1.5}], k=2).ids.tolist() == [[2, 4]]
 
 
 def test_tail_where_the_mass_reaches_one() -> None:
     even = {i: -math.log(4) for i in range(4)}
-    floor = rk.TopK.from_logprobs([even, {0: 1e-7}, {0: -1e-30}])
+    floor = from_logprobs([even, {0: 1e-7}, {0: -1e-30}])
     torch.testing.assert_close(floor.tail_logp, torch.full((3,), -23 * math.log(2)))
     assert floor.logp.max() <= 0
-    assert rk.TopK.from_logprobs([even], vocab_size=4).tail_logp.tolist() == [-INF]
-    assert rk.TopK.from_logprobs([{3: -1e-6}]).tail_logp.item() == pytest.approx(math.log(1e-6), rel=1e-6)
+    assert from_logprobs([even], vocab_size=4).tail_logp.tolist() == [-INF]
+    assert from_logprobs([{3: -1e-6}]).tail_logp.item() == pytest.approx(math.log(1e-6), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -211,8 +212,8 @@ def test_tail_where_the_mass_reaches_one() -> None:
     ],
 )  # fmt: skip
 def test_bad_ones_are_refused(served: Any, target: Any, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=rf"TopK.from_logprobs: .*{message}"):
-        rk.TopK.from_logprobs(served, target, **options)
+    with pytest.raises(ValueError, match=rf"from_logprobs: .*{message}"):
+        from_logprobs(served, target, **options)
 
 
 def test_a_served_teacher_trains_as_a_local_one_does() -> None:
@@ -223,7 +224,7 @@ def test_a_served_teacher_trains_as_a_local_one_does() -> None:
     rows = zip(local.ids.tolist(), local.logp.tolist(), target.tolist(), local.target_logp.tolist(), strict=True)
     served = [{**dict(zip(i, x, strict=True)), token: y} for i, x, token, y in rows]
     del served[3][int(target[3])]
-    teacher = rk.TopK.from_logprobs(served, target, k=K, device=hidden.device)
+    teacher = from_logprobs(served, target, k=K, device=hidden.device)
     known = ~teacher.target_logp.isnan()
     assert known.tolist() == [True, True, True, False]
     if int(target[3]) not in local.ids[3].tolist():

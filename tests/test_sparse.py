@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels import sparse
+from rlad_kernels.engine import sparse
 from tests.conftest import DEVICE
 from tests.oracles import budgets, within
 from tests.sweeps import Problem, leaf, problem, relative, weighted_sum

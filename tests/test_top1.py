@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels.ops import INTERPRET
-from rlad_kernels.settings import settings
+from rlad_kernels.backends.contract import INTERPRET
+from rlad_kernels.core.config import settings
 
 FUSED = pytest.param(True, marks=pytest.mark.interpreted)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rlad_kernels as rk
-from rlad_kernels import reference
+from rlad_kernels.backends import reference
 from tests.oracles import budgets, within
 from tests.sweeps import Problem, leaf, problem, relative
 

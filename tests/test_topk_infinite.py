@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels.losses.topk_terms import DIRECTIONS, NORMALIZE
+from rlad_kernels.losses.support.topk_terms import DIRECTIONS, NORMALIZE
 from tests.conftest import INTERPRET
 
 CLAMPS = ({},) if INTERPRET else ({}, {"log_ratio_clamp": 2.0}, {"logp_floor": -10.0}, {"loss_max": 5.0})

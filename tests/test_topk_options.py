@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels.registry import METHODS, TOKEN_LOSSES
+from rlad_kernels.core.registry import METHODS, TOKEN_LOSSES
 from tests.oracles import DTYPES, gradient, hold
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"

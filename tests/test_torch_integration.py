@@ -11,7 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import rlad_kernels as rk
-from rlad_kernels import ops
+from rlad_kernels.backends.contract import LOSS_OPS
+from rlad_kernels.core.modes import numbers
+from rlad_kernels.engine.op import SWEEP_OPS
 from tests.sweeps import problem
 from tests.test_fused import rlad_inputs
 
@@ -32,12 +34,12 @@ def cases() -> dict[str, tuple[object, ...]]:
     frozen = (p.hidden, *plain[1:])
     ones, zero = torch.ones(6), torch.zeros(6)
     saved = (*R.linear_logp(*plain, p.target, p.ids, mask, *call, True, True, False, 0.0, False, "linear_logp"),)
-    numbers = ops.numbers(0.5, 0.2, 0.2, 1.0, 3.0, 0.1)
-    ratio = (zero.clone().requires_grad_(), ones * 0.1, ones * 0.2, torch.randn(6), ones * 0.1, numbers, "k3")
+    given = numbers(0.5, 0.2, 0.2, 1.0, 3.0, 0.1)
+    ratio = (zero.clone().requires_grad_(), ones * 0.1, ones * 0.2, torch.randn(6), ones * 0.1, given, "k3")
     topk = torch.randn(6, 5).requires_grad_(), p.ids.int(), -torch.rand(6, 5), (-ones).requires_grad_(), -ones, "reverse", "tail"
     names = ["old_logp", "advantages", "alpha", "kl_estimator"]
     other = [torch.randn(6, 7), torch.randn(30, 7), torch.randn(30), torch.ones(1)]
-    teachers = (other, [1.0, 5.0], torch.rand(1, 6), "jsd", ops.numbers(0.3))
+    teachers = (other, [1.0, 5.0], torch.rand(1, 6), "jsd", numbers(0.3))
     return {
         "linear_logp": (*tensors, p.target, p.ids, mask, *call, True, True, True, 0.0, False, "linear_logp"),
         "linear_logp sparse": (*tensors, p.target, p.ids, mask, *call, True, True, True, 0.1, False, "linear_logp"),
@@ -50,17 +52,17 @@ def cases() -> dict[str, tuple[object, ...]]:
         "linear_gather": (*tensors, p.ids, mask, torch.ones(1), 30, "linear_gather"),
         "linear_gather_bwd": (torch.ones(6, 5), *plain, p.ids, mask, 30, True, True, True),
         "linear_divergence": (*tensors, mask, *call, *teachers, False, "linear_divergence"),
-        "linear_divergence frozen": (*frozen, mask, *call, *teachers[:3], "reverse_kl", ops.numbers(), True, "linear_divergence"),
+        "linear_divergence frozen": (*frozen, mask, *call, *teachers[:3], "reverse_kl", numbers(), True, "linear_divergence"),
         "linear_divergence_bwd": (*plain, mask, *call, *teachers, torch.empty(0), ones, True, True, True),
         "linear_divergence_loss": (*tensors, mask, *call, *teachers, ones / 6, True, True, True, "linear_divergence_loss"),
         "clipped_ratio": ratio,
         "topk_kl": topk,
         "fused_linear_loss": (
-            *tensors, p.target, p.ids, mask, *call, ones / 6, 0.0, "rlad_loss", "rlad", names, [zero, ones], ops.numbers(0.5),
+            *tensors, p.target, p.ids, mask, *call, ones / 6, 0.0, "rlad_loss", "rlad", names, [zero, ones], numbers(0.5),
             ["k3"], True, True, True,
         ),
         "fused_linear_loss float16": (
-            *half, p.target, None, mask, *call, ones / 6, 0.0, "rlad_loss", "cross_entropy", ["z_loss"], [], ops.numbers(0.5), [],
+            *half, p.target, None, mask, *call, ones / 6, 0.0, "rlad_loss", "cross_entropy", ["z_loss"], [], numbers(0.5), [],
             True, True, True,
         ),
         "linear_divergence_loss float16": (*half, mask, *call, *teachers, ones / 6, True, True, True, "linear_divergence_loss"),
@@ -70,7 +72,7 @@ def cases() -> dict[str, tuple[object, ...]]:
 
 VARIANTS = ("linear_logp sparse", "linear_logp frozen", "linear_divergence frozen")
 HALVES = ("fused_linear_loss float16", "linear_divergence_loss float16")
-ALL = (*ops.SWEEP_OPS, *ops.LOSS_OPS, "checked", *VARIANTS, *HALVES)
+ALL = (*SWEEP_OPS, *LOSS_OPS, "checked", *VARIANTS, *HALVES)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -138,7 +140,7 @@ def test_inductor_compiles_a_training_step() -> None:
 
 
 def test_the_contract_imports_neither_kernels_nor_triton_nor_transformers() -> None:
-    code = "import sys, rlad_kernels; print([m for m in sys.modules if m in ('transformers', 'rlad_kernels.kernels')])"
+    code = "import sys, rlad_kernels; print([m for m in sys.modules if m in ('transformers', 'rlad_kernels.backends.triton')])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 
@@ -157,7 +159,7 @@ def test_a_missing_cpp_backend_raises_and_names_the_fix() -> None:
 
 
 def test_settings_work_as_statements_and_as_context_managers() -> None:
-    from rlad_kernels.settings import settings
+    from rlad_kernels.core.config import settings
 
     with rk.set_tile(3, 4), rk.set_checks(True), rk.set_compaction(False):
         assert (settings.tile_rows, settings.tile_cols, settings.checks, settings.compaction) == (3, 4, True, False)

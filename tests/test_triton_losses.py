@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from rlad_kernels.kernels import topk_kl
-from rlad_kernels.kernels.clipped_ratio import ESTIMATORS, clipped_ratio
-from rlad_kernels.ops import numbers
+from rlad_kernels.backends.triton import topk_kl
+from rlad_kernels.backends.triton.clipped_ratio import ESTIMATORS, clipped_ratio
+from rlad_kernels.core.modes import numbers
 from tests.oracles import gradient, hold, kl_estimate, surrogate, truncated_kl
 from tests.test_triton_rows import I32, INF, ULP, near
 from tests.test_triton_rows import pytestmark as pytestmark

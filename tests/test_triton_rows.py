@@ -10,12 +10,21 @@ from inspect import signature
 import pytest
 import torch
 
-from rlad_kernels import kernels
-from rlad_kernels.kernels import dlogits_, fold_, fold_topk_, gather_dhidden, gather_dot, gather_dweight_, score_partials, topk_kl
-from rlad_kernels.kernels._launch import LAUNCHES
-from rlad_kernels.kernels.clipped_ratio import clipped_ratio
-from rlad_kernels.kernels.registry import REGISTRY
-from rlad_kernels.ops import numbers
+from rlad_kernels.backends import triton as kernels
+from rlad_kernels.backends.triton import (
+    dlogits_,
+    fold_,
+    fold_topk_,
+    gather_dhidden,
+    gather_dot,
+    gather_dweight_,
+    score_partials,
+    topk_kl,
+)
+from rlad_kernels.backends.triton._launch import LAUNCHES
+from rlad_kernels.backends.triton.clipped_ratio import clipped_ratio
+from rlad_kernels.backends.triton.registry import REGISTRY
+from rlad_kernels.core.modes import numbers
 
 INTERPRET, DEVICE = os.environ.get("TRITON_INTERPRET") == "1", os.environ.get("RLAD_TEST_DEVICE", "cpu")
 pytestmark = [

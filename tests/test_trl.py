@@ -28,7 +28,7 @@ RUNS: dict[str, tuple[str, Any]] = {
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_trainer_trains_the_same_with_us(run: str, tmp_path: Path):
-    from rlad_kernels.integrations import trl as ours
+    from rlad_kernels.integrations.trl import patch as ours
 
     kind, options = RUNS[run]
     calls = []
@@ -46,7 +46,7 @@ def test_a_trainer_trains_the_same_with_us(run: str, tmp_path: Path):
 
 @pytest.mark.parametrize("kind", ["GRPO", "RLOO", "DPO", "KTO", "SFT", "Distillation"])
 def test_every_trainer_goes_through_our_op(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from rlad_kernels.integrations import trl as ours
+    from rlad_kernels.integrations.trl import patch as ours
 
     def broken(*_: Any, **__: Any) -> None:
         raise ArithmeticError("our op was called")
@@ -138,7 +138,7 @@ def test_the_divergence_refuses_what_does_not_fit():
 def test_a_model_made_before_the_patch_uses_it_until_undo(monkeypatch: pytest.MonkeyPatch):
     from trl.trainer.utils import add_fused_lm_head
 
-    from rlad_kernels.integrations import trl as ours
+    from rlad_kernels.integrations.trl import patch as ours
 
     rows: list[int] = []
     score = ours.score
@@ -167,7 +167,7 @@ def test_undo_restores_every_name(monkeypatch: pytest.MonkeyPatch):
     import trl.trainer.grpo_trainer
     import trl.trainer.utils
 
-    from rlad_kernels.integrations import trl as ours
+    from rlad_kernels.integrations.trl import patch as ours
 
     def names() -> dict[tuple[str, str], Any]:
         modules = {k: m for k, m in list(sys.modules.items()) if k == "trl" or k.startswith("trl.")}
@@ -198,7 +198,7 @@ def test_wrong_wiring_names_the_fix(monkeypatch: pytest.MonkeyPatch):
     from peft import LoraConfig, get_peft_model
     from trl.trainer import utils
 
-    from rlad_kernels.integrations import trl as ours
+    from rlad_kernels.integrations.trl import patch as ours
 
     with ours.use_rlad_kernels():
         adapted = get_peft_model(tiny.model(), LoraConfig(target_modules=["lm_head"]))

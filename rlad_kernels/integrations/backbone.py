@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rlad_kernels.head import LMHead
+from rlad_kernels.core.head import LMHead
+from rlad_kernels.core.probe import head_map, unwrapped
 from rlad_kernels.integrations.wiring import check_plain_head
-from rlad_kernels.probe import head_map, unwrapped
 
 
 class HeadOutput(NamedTuple):

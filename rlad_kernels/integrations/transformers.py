@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from rlad_kernels.check import integers
-from rlad_kernels.head import LMHead
+from rlad_kernels.core.check import integers
+from rlad_kernels.core.head import LMHead
+from rlad_kernels.core.probe import unwrapped
 from rlad_kernels.integrations.backbone import add_loss, drop_loss, head_of, without_logits
 from rlad_kernels.integrations.wiring import check_head, check_plain_head
 from rlad_kernels.losses.cross_entropy import linear_cross_entropy_loss
-from rlad_kernels.probe import unwrapped
 
 NAME = "use_rlad_loss"
 

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlad_kernels.head import LMHead
+from rlad_kernels.core.head import LMHead
+from rlad_kernels.core.reduction import keep_mask
+from rlad_kernels.engine.call import flat_rows
 from rlad_kernels.integrations.wiring import check_head
-from rlad_kernels.losses.ratio import check_ratio_options, per_token, ratio_loss_tokens, times
-from rlad_kernels.losses.reduction import keep_mask
-from rlad_kernels.losses.sampled import accumulated
-from rlad_kernels.scores import flat_rows, score
+from rlad_kernels.linear.logp import score
+from rlad_kernels.losses.ratio.sampled import accumulated
+from rlad_kernels.losses.ratio.surrogate import check_ratio_options, per_token, ratio_loss_tokens, times
 
 SERIES = "0.9."
 _OURS = {"old_log_prob": "old_logp", "old_log_probs": "old_logp", "teacher_logprobs": "teacher_logp"}  # verl's names

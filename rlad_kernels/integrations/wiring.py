@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlad_kernels.check import check_floats
-from rlad_kernels.head import LMHead
-from rlad_kernels.scores import flat_rows
-from rlad_kernels.settings import settings
+from rlad_kernels.core.check import check_floats
+from rlad_kernels.core.config import settings
+from rlad_kernels.core.head import LMHead
+from rlad_kernels.engine.call import flat_rows
 
 
 def check_version(name: str, package: str, version: str, supported: tuple[str, ...]) -> None:

@@ -1,10 +1,10 @@
 """Losses: one small file a method, each a pure per-token function and its public wrapper."""
 
 from importlib import import_module
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 
 
 def load() -> None:
     """Import every file of this folder: a method is in ``METHODS`` because its file exists."""
-    for module in iter_modules(__path__):
-        import_module(f"{__name__}.{module.name}")
+    for module in walk_packages(__path__, f"{__name__}."):
+        import_module(module.name)

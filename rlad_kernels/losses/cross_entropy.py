@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlad_kernels.check import is_number
-from rlad_kernels.fused import fuse
-from rlad_kernels.head import LMHead
-from rlad_kernels.losses.ratio import per_token
-from rlad_kernels.losses.reduction import LossOutput
-from rlad_kernels.ops import acc_dtype
-from rlad_kernels.registry import add_method, register
-from rlad_kernels.scores import TokenScores, check_states, target_shape
+from rlad_kernels.core.check import is_number
+from rlad_kernels.core.dtypes import acc_dtype
+from rlad_kernels.core.head import LMHead
+from rlad_kernels.core.registry import add_method, register
+from rlad_kernels.core.types import LossOutput, TokenScores
+from rlad_kernels.engine.call import check_states, target_shape
+from rlad_kernels.linear.loss import fuse
+from rlad_kernels.losses.ratio.surrogate import per_token
 
 
 @register("cross_entropy")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlad_kernels.check import is_number
+from rlad_kernels.core.check import is_number
 
 
 class Kind(NamedTuple):

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlad_kernels.check import check_numbers, needs
-from rlad_kernels.fused import fuse
-from rlad_kernels.head import LMHead
-from rlad_kernels.losses.ratio import check_ratio_options, per_token, ratio_loss_tokens
-from rlad_kernels.losses.reduction import LossOutput
-from rlad_kernels.losses.topk_kl import check_topk_options, teacher_rows, topk_kl_loss_tokens
-from rlad_kernels.losses.topk_terms import KLOptions
-from rlad_kernels.ops import acc_dtype
-from rlad_kernels.registry import register
-from rlad_kernels.scores import TokenScores, TopK, check_states, target_shape
+from rlad_kernels.core.check import check_numbers, needs
+from rlad_kernels.core.dtypes import acc_dtype
+from rlad_kernels.core.head import LMHead
+from rlad_kernels.core.registry import register
+from rlad_kernels.core.types import LossOutput, TokenScores, TopK
+from rlad_kernels.engine.call import check_states, target_shape
+from rlad_kernels.linear.loss import fuse
+from rlad_kernels.losses.ratio.surrogate import check_ratio_options, per_token, ratio_loss_tokens
+from rlad_kernels.losses.support.topk_kl import check_topk_options, teacher_rows, topk_kl_loss_tokens
+from rlad_kernels.losses.support.topk_terms import KLOptions
 
 _TOPK_INPUTS = ("ids", "topk_teacher_logp", "teacher_tail", "topk_kl_coef", "scale", *KLOptions._fields)
 

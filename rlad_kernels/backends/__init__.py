@@ -1,0 +1,1 @@
+"""The row ops: their contract, and what runs them."""

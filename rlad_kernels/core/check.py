@@ -1,0 +1,148 @@
+"""What a public call may be given. Each check raises a ValueError: function, argument, what came, what was wanted, the fix."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from importlib import import_module
+from numbers import Integral, Real
+from typing import Any, TypeGuard, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from rlad_kernels.core.config import settings
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+K_MAX = 1024
+
+
+def check_tensor(name: str, argument: str, x: Any) -> None:
+    """Raise a ValueError unless ``x`` is one whole, dense tensor."""
+    if not isinstance(x, Tensor):
+        fix = "" if x is None else f"; torch.as_tensor({argument}) makes one"
+        raise ValueError(f"{name}: {argument} must be a torch.Tensor, got {'None' if x is None else type(x).__name__}{fix}")
+    if type(x) is not Tensor and hasattr(x, "full_tensor"):
+        raise ValueError(f"{name}: {argument} is a DTensor, wanted a whole tensor; pass {argument}.full_tensor()")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name}: {argument} has layout {x.layout}, wanted a dense tensor; pass {argument}.to_dense()")
+
+
+def check_floats(name: str, argument: str, x: Any) -> None:
+    """Raise a ValueError unless ``x`` holds floats of at least 16 bits: a cast would take codes of a quantised head for weights."""
+    check_tensor(name, argument, x)
+    if x.dtype not in FLOATS:
+        fix = "" if argument == "hidden" else "; of a quantised head these are codes: dequantise it, and pass the result"
+        raise ValueError(f"{name}: {argument} must be float32, bfloat16, float16 or float64, got {x.dtype}{fix}")
+
+
+def integers(name: str, argument: str, x: Any) -> Tensor:
+    """``x`` as int32 or int64: in a narrower or unsigned type −1, −100 and the vocabulary's size would wrap.
+
+    Raises:
+        ValueError: for anything but integers.
+    """
+    check_tensor(name, argument, x)
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise ValueError(f"{name}: {argument} must be integers, got {x.dtype}")
+    if x.dtype in (torch.int64, torch.int32):
+        return x
+    wide = x.to(torch.int64)
+    return wide if x.dtype != torch.uint64 else torch.where(wide < 0, torch.iinfo(torch.int64).max, wide)
+
+
+def is_number(x: Any) -> TypeGuard[float]:
+    """Whether ``x`` is a real number, numpy's and 0-dim tensors among them; a bool is none."""
+    if isinstance(x, bool):
+        return False
+    return isinstance(x, int | float) or (isinstance(x, Tensor) and x.dim() == 0) or isinstance(x, Real)
+
+
+def is_integer(x: Any) -> TypeGuard[int]:
+    """Whether ``x`` is an integer, numpy's among them; a bool is none."""
+    return not isinstance(x, bool) and isinstance(x, int | Integral)
+
+
+def check_numbers(name: str, **numbers: Any) -> None:
+    """Raise a ValueError unless each is a finite number. 0-dim tensors are not read."""
+    for argument, x in numbers.items():
+        if not is_number(x) or not (isinstance(x, Tensor) or -torch.inf < x < torch.inf):
+            raise ValueError(f"{name}: {argument} must be a finite number, got {x!r}")
+
+
+def check_eps(name: str, filter_eps: float) -> None:
+    """Raise a ValueError unless 0 ≤ filter_eps < 1."""
+    if not (is_number(filter_eps) and 0 <= filter_eps < 1):
+        raise ValueError(f"{name}: filter_eps must be a probability in [0, 1), 0.0 for the exact backward; got {filter_eps!r}")
+
+
+def check_k(name: str, k: int, vocab_size: int | None, argument: str = "k") -> None:
+    """Raise a ValueError unless 1 ≤ K ≤ min(1024, vocab_size)."""
+    if not is_integer(k):
+        raise ValueError(f"{name}: {argument} must be an int, got {k!r}")
+    if not 1 <= k <= min(K_MAX, vocab_size or K_MAX):
+        bound = f"min({K_MAX}, vocab_size={vocab_size})" if vocab_size else f"{K_MAX}"
+        raise ValueError(f"{name}: {argument} must have 1 <= K <= {bound}, got K={k}")
+
+
+def needs(name: str, **tensors: Tensor | None) -> None:
+    """Raise a ValueError for a tensor that is None."""
+    for argument, x in tensors.items():
+        if x is None:
+            raise ValueError(f"{name}: {argument} is None, wanted a tensor in logp's shape")
+
+
+def refuse_options(name: str, options: Iterable[str], function: Any = None) -> None:
+    """Raise a TypeError, as Python does, for an option that ``function``, of the public name ``name``, does not have."""
+    function = function or getattr(import_module("rlad_kernels"), name, None)
+    known = [] if function is None else options_of(function)
+    for wrong in options:
+        if wrong not in known:
+            close = get_close_matches(wrong, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
+            raise TypeError(f"{name}: got an unexpected option {wrong!r}; {hint}")
+
+
+def options_of(function: Any) -> list[str]:
+    """Names of a public function's arguments, those of the functions it passes ``**options`` on to included."""
+    found: list[str] = []
+    for p in inspect.signature(function).parameters.values():
+        if p.kind != p.VAR_KEYWORD:
+            found.append(p.name)
+        elif typed := get_args(get_type_hints(function).get(p.name)):
+            found += get_type_hints(typed[0])
+    return found
+
+
+def may_read(x: Tensor) -> bool:
+    """Whether the values of ``x`` may be looked at: on CUDA that synchronises, and wants ``set_checks(True)``."""
+    return settings.checks or not x.is_cuda
+
+
+RULES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "binary": (lambda x: x[(x != 0) & (x != 1)], "must hold bools, or numbers equal to 0 or 1, got {}"),
+    "ordered": (lambda x: (step := x.diff())[step < 0], "must be non-decreasing, got a step of {}"),
+    "positive": (lambda x: x[~(x > 0)], "must be positive, got {}"),
+    "weight": (lambda x: x[x < 0], "must be at least 0, got {:g}"),
+}
+
+
+def checked(x: Tensor, rule: str, what: str) -> Tensor:
+    """Implements ``rlad::checked``: a copy of ``x`` whose values obey the rule; an op, so that compiled calls check as well.
+
+    Raises:
+        ValueError: ``what`` (the public function and its argument) and the first value that does not (on CUDA with
+            ``set_checks(True)``).
+    """
+    if may_read(x):
+        find, text = RULES[rule]
+        wrong = find(x)
+        if wrong.numel():
+            raise ValueError(f"{what} {text.format(wrong.flatten()[0].item())}")
+    return x.clone()
+
+
+torch.library.define("rlad::checked", "(Tensor x, str rule, str what) -> Tensor")
+torch.library.impl("rlad::checked", ("cpu", "cuda"), checked)
+torch.library.register_fake("rlad::checked", lambda x, rule, what: torch.empty_like(x))

@@ -1,0 +1,115 @@
+"""LMHead: everything between hidden states and tempered logits, bundled once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlad_kernels.core.check import check_floats, is_integer, is_number
+from rlad_kernels.core.headmap import refused
+from rlad_kernels.core.probe import head_map, output_layer, unwrapped
+
+
+@dataclass(frozen=True, eq=False)
+class LMHead:
+    """z = softcap·tanh(logit_scale·(h·W_v + b_v)/softcap)/temperature; without ``softcap``, without the tanh.
+
+    Args:
+        weight: ``(V, D)`` float32, bfloat16 or float16 (float64 on CPU); never copied if its last dimension is contiguous
+            (another layout is copied once, here: make the head anew after the weight has changed).
+        bias: ``(V,)`` of the weight's dtype (any float type under autocast), or None.
+        temperature: positive float, or a tensor in the target's shape. It never receives gradient.
+        logit_scale: float factor on the logits (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``).
+        softcap: positive float (Gemma 2's ``final_logit_softcapping``) or None.
+        vocab_size: rows of ``weight`` beyond it do not exist; None means all V.
+        group: process group of a vocabulary-parallel head; not available yet, must be None.
+
+    Raises:
+        ValueError: naming the argument, what came and what was wanted.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    _: KW_ONLY
+    temperature: float | Tensor = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    vocab_size: int | None = None
+    group: Any = None
+
+    def __post_init__(self) -> None:
+        weight, bias, temperature, softcap = self.weight, self.bias, self.temperature, self.softcap
+        if isinstance(weight, nn.Module):
+            raise ValueError(
+                f"LMHead: weight must be a torch.Tensor, got the module {type(weight).__name__}; pass LMHead(module.weight, "
+                "module.bias), or LMHead.from_model(model)"
+            )
+        check_floats("LMHead", "weight", weight)
+        if weight.is_meta:
+            raise ValueError(
+                "LMHead: weight is on the meta device and has no values: the head is offloaded, or not loaded yet; load it to a "
+                "device (with accelerate: name the head's device in device_map)"
+            )
+        if weight.dim() != 2 or not weight.numel():
+            raise ValueError(f"LMHead: weight must be (V, D) with V and D at least 1, got shape {tuple(weight.shape)}")
+        rows = weight.shape[0]
+        if bias is not None:
+            check_floats("LMHead", "bias", bias)
+        if bias is not None and tuple(bias.shape) != (rows,):
+            raise ValueError(f"LMHead: bias must be (V,)=({rows},), got shape {tuple(bias.shape)}")
+        if bias is not None and bias.device != weight.device:
+            raise ValueError(f"LMHead: bias is on {bias.device}, weight on {weight.device}; they must share a device")
+        if isinstance(temperature, Tensor):
+            if temperature.is_complex() or temperature.dtype == torch.bool:
+                raise ValueError(f"LMHead: temperature must hold positive numbers, got {temperature.dtype}")
+        elif not (is_number(temperature) and 0 < temperature < math.inf):
+            raise ValueError(f"LMHead: temperature must be a positive float or a tensor, got {temperature!r}")
+        if not (is_number(self.logit_scale) and 0 < abs(self.logit_scale) < math.inf):
+            raise ValueError(f"LMHead: logit_scale must be a finite non-zero float, got {self.logit_scale!r}")
+        if softcap is not None and not (is_number(softcap) and 0 < softcap < math.inf):
+            raise ValueError(f"LMHead: softcap must be a positive float or None, got {softcap!r}")
+        size = self.vocab_size
+        if size is not None and not (is_integer(size) and 1 <= size <= rows):
+            raise ValueError(f"LMHead: vocab_size must be an int in [1, V={rows}], got {self.vocab_size!r}")
+        if self.group is not None:
+            raise ValueError(f"LMHead: group must be None, vocabulary-parallel heads are not available yet; got {self.group!r}")
+        put = object.__setattr__
+        put(self, "vocab_size", rows if size is None else size if isinstance(size, int) else int(size))
+        if weight.stride(-1) != 1 and weight.shape[1] > 1:
+            put(self, "weight", weight.contiguous())
+
+    @classmethod
+    def from_model(cls, model: Any, *, temperature: float | Tensor = 1.0, vocab_size: int | None = None) -> LMHead:
+        """The head of a causal LM: its weight and bias, and the scale, softcap and vocabulary that one forward of it shows.
+
+        The model is asked on four tokens, once while its configuration stays as it is. It comes out of that as it went in.
+
+        Args:
+            model: a model of transformers, or a module with ``get_output_embeddings()``, ``get_input_embeddings()`` and
+                ``base_model`` whose call with ``input_ids`` gives ``.logits``. A PEFT model with no adapter on the head is fine.
+            temperature: as in :class:`LMHead`.
+            vocab_size: pass the tokenizer's size if the embedding is padded; padding is never guessed.
+
+        Raises:
+            ValueError: if the logits are not this class's function of the last hidden state, or the model cannot be asked.
+        """
+        model = unwrapped(model)
+        linear = output_layer(model)
+        weight, bias = linear.weight, getattr(linear, "bias", None)
+        cls(weight, bias)  # what cannot be a head is refused before the model is asked
+        found = head_map(model, linear)
+        if found.factor != 1 and bias is not None:
+            raise refused(
+                model, f"multiplies its last hidden state by {found.factor:g} before a head with a bias",
+                f"make the head by hand, LMHead(weight, bias / {found.factor:g}, logit_scale={found.factor * found.scale:g}, …)",
+            )  # fmt: skip
+        if vocab_size is not None and vocab_size > found.columns:
+            raise refused(model, f"has logits of {found.columns} ids, got vocab_size={vocab_size}", "pass at most these, or None")
+        return cls(
+            weight, bias, temperature=temperature, logit_scale=found.factor * found.scale, softcap=found.softcap,
+            vocab_size=found.columns if vocab_size is None else vocab_size,
+        )  # fmt: skip

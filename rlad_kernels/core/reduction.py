@@ -1,0 +1,110 @@
+"""Reductions as token weights: loss = Σ weight·token_loss, so that a fused sweep can use them before the losses are known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rlad_kernels.core.check import check_tensor, integers, is_number
+from rlad_kernels.core.metrics import MetricSums
+from rlad_kernels.core.modes import ordinary
+from rlad_kernels.core.types import LossOutput
+
+REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
+
+
+def keep_mask(name: str, mask: Tensor | None, like: Tensor, argument: str = "mask") -> Tensor:
+    """The mask, public argument ``argument`` of ``name``, as bool in ``like``'s shape; None keeps all.
+
+    Raises:
+        ValueError: for another shape, or a numeric value other than 0 and 1 (on CUDA with ``set_checks(True)``).
+    """
+    if mask is None:
+        return torch.ones_like(like, dtype=torch.bool)
+    check_tensor(name, argument, mask)
+    if mask.shape != like.shape:
+        raise ValueError(f"{name}: {argument} has shape {tuple(mask.shape)}, wanted {tuple(like.shape)}")
+    if mask.device != like.device:
+        raise ValueError(f"{name}: {argument} is on {mask.device}, wanted {like.device}; all tensors must share a device")
+    if mask.dtype == torch.bool:
+        return ordinary(mask)
+    return torch.ops.rlad.checked(mask.detach(), "binary", f"{name}: {argument}") != 0
+
+
+def token_weights(
+    name: str, keep: Tensor, reduction: str, seq_ids: Tensor | None, denominator: float | Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Weights in ``keep``'s shape with loss = Σ weight·token_loss; 0 at masked tokens.
+
+    token-mean: 1/count. seq-mean-token-mean: 1/(tokens of the sequence)/(sequences with a kept token).
+    seq-mean-token-sum: 1/(sequences with a kept token). ``denominator`` replaces the last divisor. Sequences are the
+    last dimension's rows of ``(B, T)``, or runs of equal ``seq_ids`` in a packed call or within the rows.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{name}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if isinstance(denominator, Tensor):
+        denominator = _scalar_denominator(name, denominator.detach())
+    elif denominator is not None and not (is_number(denominator) and denominator > 0):
+        raise ValueError(f"{name}: denominator must be positive, got {denominator!r}")
+    kept = keep.to(dtype)
+    if reduction == "token-mean":
+        per_sequence, divisor = kept, kept.sum()
+    else:
+        counts, sequences = _sequence_counts(name, keep, reduction, seq_ids)
+        divisor = sequences.to(dtype)
+        per_sequence = kept / counts.clamp_min(1) if reduction == "seq-mean-token-mean" else kept
+    return per_sequence / (divisor.clamp_min(1) if denominator is None else denominator)
+
+
+def _scalar_denominator(name: str, denominator: Tensor) -> Tensor:
+    if denominator.numel() != 1:
+        raise ValueError(f"{name}: denominator must be a positive number or a 0-dim tensor, got shape {tuple(denominator.shape)}")
+    return torch.ops.rlad.checked(denominator, "positive", f"{name}: denominator").reshape(())
+
+
+def _sequence_counts(name: str, keep: Tensor, reduction: str, seq_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Kept tokens of each token's sequence, in a shape that broadcasts with ``keep``, and the number of sequences with one."""
+    if keep.dim() > 1 and seq_ids is None:
+        counts = keep.sum(-1, keepdim=True)
+        return counts, (counts > 0).sum()
+    place = sequence_index(name, keep, f"reduction {reduction!r}", seq_ids)
+    counts = torch.zeros_like(place).scatter_add(0, place, keep.flatten().long())  # integers: the order of adding does not matter
+    return counts[place].view(keep.shape), (counts > 0).sum()
+
+
+def sequence_index(name: str, keep: Tensor, what: str, seq_ids: Tensor | None) -> Tensor:
+    """Each token's sequence, 0, 1, … in order, flattened: rows of ``(B, T)``, or runs of equal ``seq_ids`` in ``keep``'s shape.
+
+    Raises:
+        ValueError: for seq_ids that are missing where ``what`` needs them, of another shape or decreasing.
+    """
+    if seq_ids is None:
+        if keep.dim() < 2:
+            raise ValueError(f"{name}: {what} of packed (N,) tokens needs seq_ids (N,), got None")
+        return torch.arange(keep.shape[:-1].numel(), device=keep.device).repeat_interleave(keep.shape[-1])
+    seq_ids = integers(name, "seq_ids", seq_ids)
+    if seq_ids.shape != keep.shape:
+        raise ValueError(f"{name}: seq_ids must be integers of shape {tuple(keep.shape)}, got shape {tuple(seq_ids.shape)}")
+    if seq_ids.device != keep.device:
+        raise ValueError(f"{name}: seq_ids is on {seq_ids.device}, wanted {keep.device}; all tensors must share a device")
+    if not keep.dim():
+        return seq_ids.new_zeros(1, dtype=torch.int64)
+    ordered: Tensor = torch.ops.rlad.checked(seq_ids, "ordered", f"{name}: seq_ids")
+    return starts(ordered).flatten().cumsum(0) - 1
+
+
+def starts(ids: Tensor) -> Tensor:
+    """Where a run of equal ids begins; a row of ``(B, T)`` always begins one."""
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[..., 1:] = ids[..., 1:] != ids[..., :-1]
+    return first
+
+
+def reduce(token_loss: Tensor, weights: Tensor, keep: Tensor, metrics: Mapping[str, Tensor]) -> LossOutput:
+    """Close a loss: weigh, sum, and average the metrics."""
+    token_loss = torch.where(keep, token_loss, 0)
+    sums = MetricSums()
+    sums.add(metrics, keep)
+    return LossOutput((weights * token_loss).sum(), token_loss.detach(), sums.result(keep.sum()))

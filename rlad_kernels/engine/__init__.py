@@ -1,0 +1,1 @@
+"""One sweep over the vocabulary, the same for every backend."""

@@ -1,0 +1,267 @@
+"""``rlad::linear_logp``: forward statistics tile by tile, and the exact backward with recompute."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlad_kernels.engine import sparse
+from rlad_kernels.engine.gradients import Cotangents, Gradients, backward_tile
+from rlad_kernels.engine.op import CALL, HEAD, NEED, define, given, gradients, no_double_backward, result, wanted
+from rlad_kernels.engine.outputs import outputs, row_slots
+from rlad_kernels.engine.rows import Kept, checked_finite, kept_inv_temp, row_mask
+from rlad_kernels.engine.scoring import fused, statistics
+from rlad_kernels.engine.statistics import Stats
+from rlad_kernels.engine.tiles import Tiles, empty
+
+
+class Logp(NamedTuple):
+    """Results of ``rlad::linear_logp``: :class:`Outputs` in the rows' places, then what its backward uses."""
+
+    logp: Tensor
+    lse: Tensor
+    entropy: Tensor
+    topk_logp: Tensor
+    tail_logp: Tensor
+    mean_logits: Tensor
+    is_top1: Tensor
+    log_sum_sq_probs: Tensor
+    lse_error: Tensor
+    slope: Tensor  # (N, D) ∂logp/∂hidden
+    dropped: Tensor  # (N,) dropped mass
+    keep_columns: Tensor  # (blocks, V) bool
+    mean: Tensor  # (blocks, D)
+
+
+class Saved(NamedTuple):
+    """What the forward saves for ``rlad::linear_logp_bwd``."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    topk_ids: Tensor | None
+    mask: Tensor | None
+    inv_temp: Tensor
+    logp: Tensor
+    topk_logp: Tensor
+    lse: Tensor
+    lse_error: Tensor
+    entropy: Tensor
+    tail_logp: Tensor
+    slope: Tensor
+    keep_columns: Tensor
+    mean: Tensor
+
+
+def linear_logp(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, topk_ids: Tensor | None, mask: Tensor | None,
+    inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int, entropy: bool, tail: bool, extras: bool,
+    filter_eps: float, ahead: bool, caller: str,
+) -> Logp:  # fmt: skip
+    """Implements ``rlad::linear_logp``; ``caller`` is the public function that errors name.
+
+    What the backward can use is made here, while whole rows of logits are at hand: with ``ahead`` ∂logp/∂hidden, with
+    ``filter_eps`` the choice of columns.
+    """
+    kept = Kept(row_mask(caller, target, mask))
+    slots = row_slots(caller, kept, target, topk_ids, vocab_size)
+    inv_temp = kept_inv_temp(caller, kept, inv_temp, target.shape[0])
+    hidden = kept.take(hidden)
+    head = (weight, bias, inv_temp, logit_scale, softcap, vocab_size)
+    made = _Made(*[inv_temp.new_empty(0)] * 4)
+    if ahead or filter_eps > 0:
+        stats, z, made = _whole_rows(hidden, head, slots, target.shape[0], entropy, extras, filter_eps)
+    elif fused(hidden, weight):
+        cut = (weight[:vocab_size], None if bias is None else bias[:vocab_size])
+        stats, z = statistics(hidden, *cut, inv_temp, logit_scale, softcap, slots, entropy, extras)
+    else:
+        tiles = Tiles(hidden, *head)
+        stats, z = tiles.new_stats(slots.shape[1])
+        for c0, _, w in tiles.columns():
+            for r0, r1 in tiles.row_ranges():
+                tiles.fold(tiles.logits(r0, r1, w), c0, r0, r1, slots, stats, z, entropy=entropy, extras=extras)
+    found = outputs(Stats(*stats), z, slots, vocab_size, entropy, tail, extras)
+    checked_finite(caller, found.lse)
+    asked = (True, True, entropy, topk_ids is not None, tail, extras, extras, extras, True, ahead, filter_eps > 0)
+    rows = (kept.put(x) if a else x.new_empty(0) for x, a in zip((*found, made.slope, made.dropped), asked, strict=True))
+    return Logp._make([*rows, made.keep.bool(), made.mean])
+
+
+class _Made(NamedTuple):
+    """What a forward leaves for its backward besides statistics; empty where not asked for."""
+
+    slope: Tensor  # (n, D) ∂logp/∂hidden
+    dropped: Tensor  # (n,)
+    keep: Tensor  # (blocks, V)
+    mean: Tensor  # (blocks, D)
+
+
+def _whole_rows(
+    hidden: Tensor, head: tuple[Any, ...], slots: Tensor, rows: int, entropy: bool, extras: bool, filter_eps: float
+) -> tuple[Tensor, Tensor, _Made]:
+    """Chunks of rows with all their logits: statistics, and with ``filter_eps`` the choice of columns, without ∂logp/∂hidden.
+
+    ``rows`` counts masked ones too: the number of blocks must not depend on the mask's values.
+    """
+    filtered = filter_eps > 0
+    tiles = Tiles(hidden, *head, keep_logits=1, multiple=sparse.BLOCK if filtered else 1)
+    stats, z = tiles.new_stats(slots.shape[1])
+    blocks, new = sparse.blocks_of(rows), stats.new_zeros
+    if filtered:
+        keep = torch.zeros(blocks, tiles.vocab, dtype=torch.bool, device=hidden.device)
+        means = sparse.Means(tiles, blocks)
+        made = _Made(new(0), new(tiles.n), keep, means.rows)
+    else:
+        means = None
+        made = _Made(new(tiles.n, hidden.shape[1]), new(0), new(0), new(0))
+    logits = empty(stats, tiles.rows * tiles.vocab)
+    for r0, r1 in tiles.row_ranges():
+        at = slice(r0, r1)
+        x = logits[: (r1 - r0) * tiles.vocab].view(r1 - r0, tiles.vocab)
+        tiles.fold_rows(x, r0, r1, slots, stats, z, entropy=entropy, extras=extras)
+        done = outputs(Stats(*stats[:, at]), z[at], slots[at], tiles.vocab, False, False, False)
+        if means is not None:
+            b = slice(r0 // sparse.BLOCK, sparse.blocks_of(r1))
+            made.keep[b], made.dropped[at], _ = sparse.choose(tiles, means, x, r0, done.lse, slots[at], filter_eps)
+            continue
+        one = torch.ones_like(done.lse)
+        cot = Cotangents.of(slots[at], done.logp, None, done.lse, done.lse_error, one, 0 * one, None, None, None, None, None)
+        cot.fit(tiles, at)
+        for c0, c1, w in tiles.columns():
+            tiles.add_product(made.slope[at], backward_tile(tiles, cot, x[:, c0:c1], c0, tiles.inv_temp[at]), w, cot.unscale)
+        if cot.lost is not None:
+            made.slope[at] += torch.ops.rlad.gather_dhidden(cot.lost, tiles.weight, cot.target)
+    if means is not None:
+        means.finish()
+    return stats, z, made
+
+
+def linear_logp_bwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, topk_ids: Tensor | None, mask: Tensor | None,
+    inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int, logp: Tensor, topk_logp: Tensor, lse: Tensor,
+    lse_error: Tensor, entropy: Tensor, tail_logp: Tensor, slope: Tensor, keep_columns: Tensor, mean: Tensor,
+    g_logp: Tensor, g_lse: Tensor, g_entropy: Tensor | None, g_topk: Tensor | None, g_tail: Tensor | None,
+    need_hidden: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Implements ``rlad::linear_logp_bwd``: recompute each tile, turn it into dlogits, two products; vocabulary outermost.
+
+    With ``slope`` = ∂logp/∂hidden there is nothing to recompute; with ``keep_columns`` each block of rows computes only those.
+    """
+    if slope.numel():
+        head = (weight, bias, inv_temp, logit_scale, softcap, vocab_size)
+        return _from_slope(hidden, *head, target, mask, lse, slope, g_logp, g_lse), weight.new_empty(0), weight.new_empty(0)
+    live = (g_logp != 0) | (g_lse != 0)
+    for g in (g_entropy, g_tail):
+        live = live if g is None else live | (g != 0)
+    if g_topk is not None and topk_ids is not None:
+        live |= ((g_topk != 0) & (topk_ids >= 0)).any(1)
+    keep = row_mask("linear_logp", target, mask)
+    filtered = keep_columns.numel() > 0
+    kept = Kept(keep if filtered else live if keep is None else live & keep)  # the choice of columns counts the forward's rows
+
+    slots = row_slots("linear_logp", kept, target, topk_ids, vocab_size)
+    inv_temp = kept.take(inv_temp.expand(target.shape[0]), 1)
+    tiles = Tiles(kept.take(hidden), weight, bias, inv_temp, logit_scale, softcap, vocab_size)
+    b, c, t = (None if g is None else kept.take(g) for g in (g_entropy, g_topk, g_tail))
+    made = (topk_ids, topk_logp), (g_entropy, entropy), (g_tail, tail_logp)
+    support, h, tau = (None if given is None else kept.take(x) for given, x in made)
+    cot = Cotangents.of(
+        slots, kept.take(logp), support, kept.take(lse), kept.take(lse_error), kept.take(g_logp), kept.take(g_lse), b, c, t, h, tau
+    )
+    cot.fit(tiles, slice(None))
+    out = Gradients(tiles, weight, need_hidden, need_weight, need_bias, scattered=filtered)
+    if filtered:
+        alive = kept.take(live).nonzero().squeeze(1)
+        cot = cot.take(alive)
+        sparse.backward(tiles, out, cot, alive, keep_columns)
+        sparse.add_means(out, mean)
+        out.close(cot, alive, 0, tiles.vocab, last=False)
+        out.close_rows(cot, alive)
+    for c0, c1, w in () if filtered else tiles.columns():
+        for r0, r1 in tiles.row_ranges():
+            g = backward_tile(tiles, cot.take(slice(r0, r1)), tiles.logits(r0, r1, w), c0, tiles.inv_temp[r0:r1])
+            out.add(g, w, c0, slice(r0, r1), first=r0 == 0, unscale=cot.unscale)
+        out.close(cot, slice(None), c0, c1, last=True)
+    if not filtered:
+        out.close_rows(cot, slice(None))
+    d_hidden, d_weight, d_bias = out.finish()
+    return kept.put(d_hidden) if need_hidden else d_hidden, d_weight, d_bias
+
+
+def _from_slope(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int,
+    target: Tensor, mask: Tensor | None, lse: Tensor, slope: Tensor, g_logp: Tensor, g_lse: Tensor,
+) -> Tensor:  # fmt: skip
+    """d_hidden = a·∂logp/∂h + l·∂lse/∂h, where ∂lse/∂h = ∂z_y/∂h − ∂logp/∂h."""
+    keep = row_mask("linear_logp", target, mask)
+    ids = target if keep is None else torch.where(keep, target, -1)
+    ids = torch.where((ids < 0) | (ids >= vocab_size), -1, ids).to(torch.int32).unsqueeze(1)
+    factor = inv_temp.expand_as(lse) * logit_scale
+    if softcap:
+        raw = torch.ops.rlad.gather_dot(hidden, weight[:vocab_size], ids).squeeze(1)
+        raw = raw if bias is None else raw + bias.to(raw.dtype)[ids.squeeze(1).clamp_min(0).long()]
+        factor = factor * (1 - torch.tanh(raw * logit_scale / softcap).square())
+    at_target = torch.ops.rlad.gather_dhidden((g_lse * factor).unsqueeze(1).contiguous(), weight[:vocab_size], ids)
+    d_hidden = at_target + (g_logp - g_lse).unsqueeze(1) * slope
+    return (d_hidden if keep is None else torch.where(keep.unsqueeze(1), d_hidden, 0)).to(hidden.dtype)
+
+
+def _fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, topk_ids: Tensor | None, mask: Tensor | None,
+    inv_temp: Tensor, scale: float, softcap: float, vocab_size: int, entropy: bool, tail: bool, extras: bool, filter_eps: float,
+    ahead: bool, caller: str,
+) -> Logp:  # fmt: skip
+    rows, filtered = target.shape, filter_eps > 0
+    blocks = sparse.blocks_of(rows[0])
+    return Logp(
+        logp=result(hidden, rows),
+        lse=result(hidden, rows),
+        entropy=result(hidden, rows, entropy),
+        topk_logp=result(hidden, topk_ids.shape if topk_ids is not None else (0,)),
+        tail_logp=result(hidden, rows, tail),
+        mean_logits=result(hidden, rows, extras),
+        is_top1=result(hidden, rows, extras, torch.bool),
+        log_sum_sq_probs=result(hidden, rows, extras),
+        lse_error=result(hidden, rows),
+        slope=result(hidden, hidden.shape, ahead),
+        dropped=result(hidden, rows, filtered),
+        keep_columns=result(hidden, (blocks, vocab_size), filtered, torch.bool),
+        mean=result(hidden, (blocks, hidden.shape[1]), filtered),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, scale, softcap, vocab_size, ctx.entropy, ctx.tail, _, _, _, _ = inputs
+    ctx.head, o = (scale, softcap, vocab_size), Logp(*output)
+    made = (o.logp, o.topk_logp, o.lse, o.lse_error, o.entropy, o.tail_logp, o.slope, o.keep_columns, o.mean)
+    ctx.save_for_backward(*Saved._make([*tensors, *made]))
+
+
+def _backward(ctx: Any, g_logp: Tensor, g_lse: Tensor, g_entropy: Tensor, g_topk: Tensor, g_tail: Tensor, *_: Tensor) -> Any:
+    saved = Saved(*ctx.saved_tensors)
+    need = wanted(ctx, saved.bias)
+    asked = (g_entropy if ctx.entropy else None, None if saved.topk_ids is None else g_topk, g_tail if ctx.tail else None)
+    grads = logp_bwd_op(*saved[:7], *ctx.head, *saved[7:], g_logp, g_lse, *asked, *need)
+    return *given(grads, need), *[None] * 13
+
+
+_ARGS = f"({HEAD}, Tensor target, Tensor? topk_ids, Tensor? mask, {CALL}, "
+logp_op = define(
+    "linear_logp",
+    f"{_ARGS}bool entropy, bool tail, bool extras, float filter_eps, bool ahead, str caller) -> ({', '.join(['Tensor'] * 13)})",
+    linear_logp,
+)
+logp_bwd_op = define(
+    "linear_logp_bwd",
+    f"{_ARGS}Tensor logp, Tensor topk_logp, Tensor lse, Tensor lse_error, Tensor entropy, Tensor tail_logp, Tensor slope, "
+    "Tensor keep_columns, Tensor mean, Tensor g_logp, Tensor g_lse, Tensor? g_entropy, Tensor? g_topk, Tensor? g_tail, "
+    f"{NEED}) -> (Tensor, Tensor, Tensor)",
+    linear_logp_bwd,
+)
+torch.library.register_fake("rlad::linear_logp", _fake)
+torch.library.register_fake("rlad::linear_logp_bwd", lambda hidden, weight, bias, *args: gradients(hidden, weight, bias, args[-3:]))
+torch.library.register_autograd("rlad::linear_logp", _backward, setup_context=_setup)
+no_double_backward("linear_logp_bwd")

@@ -1,0 +1,150 @@
+"""One call's operands and its loop over tiles: matrix product of a tile, then one row pass of the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rlad_kernels.backends.contract import INTERPRET, has_bf16_mm
+from rlad_kernels.core.config import settings
+from rlad_kernels.core.dtypes import acc_dtype
+from rlad_kernels.engine.statistics import Stats
+
+# Rows and columns of one tile of logits. On CPU, products of this size run at full speed and the row pass finds part of the
+# tile in cache; on CUDA, tiles must be large enough for cuBLAS to fill the chip.
+_TILE = {"cpu": (1024, 4096), "cuda": (4096, 16384)}
+# Some paths keep whole rows of logits; each chunk of rows reads and writes all of d_weight, hence the floor.
+_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2048 << 20}
+_CHUNK_ROWS_MIN = 512
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """``like.new_empty`` for memory that is large and written once: on CPU with huge pages."""
+    x = like.new_empty(shape, dtype=dtype)
+    if x.device.type == "cpu" and not INTERPRET:
+        torch.ops.rlad.huge_pages_(x)
+    return x
+
+
+def tile_sizes(device: str, n: int, vocab: int, *, itemsize: int = 4, keep_logits: int = 0, multiple: int = 1) -> tuple[int, int]:
+    """Rows and columns of a tile; with ``keep_logits`` a chunk's rows, whose logits are all held, in so many buffers."""
+    rows, cols = _TILE[device]
+    if keep_logits:
+        chunk = max(_CHUNK_BYTES[device] // (itemsize * vocab), _CHUNK_ROWS_MIN) // keep_logits
+        rows, cols = chunk, max(cols, rows * cols // chunk)
+    rows = -(-(settings.tile_rows or rows) // multiple) * multiple
+    return min(rows, max(n, 1)), min(settings.tile_cols or cols, vocab)
+
+
+class Tiles:
+    """Hidden rows, head and tile sizes of one call; every product it makes has an accumulation-dtype result.
+
+    ``keep_logits`` sizes chunks for callers that hold all logits of their rows, in so many buffers of one budget together, a
+    ``multiple`` of rows at a time.
+
+    On CUDA low-precision operands go to cuBLAS as they are, with float32 results; on a CPU with bfloat16 instructions,
+    bfloat16 ones to ``bf16_mm_``. Otherwise a tile of the weight is widened first: bfloat16 products are exact in float32.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        inv_temp: Tensor,
+        logit_scale: float,
+        softcap: float,
+        vocab_size: int,
+        *,
+        keep_logits: int = 0,
+        multiple: int = 1,
+    ) -> None:
+        self.acc = acc_dtype(hidden.dtype)
+        self.bf16_mm = hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu" and has_bf16_mm()
+        self.native = hidden.is_cuda or self.bf16_mm
+        self.hidden = hidden if self.native else hidden.to(self.acc)
+        self.weight = weight[:vocab_size]
+        self.bias = None if bias is None else bias[:vocab_size].to(self.acc)
+        self.inv_temp = inv_temp.to(self.acc).expand(hidden.shape[0]).contiguous()
+        self.logit_scale, self.softcap = logit_scale, softcap
+        # dlogits are an operand too: in the operands' dtype where that is what the products read.
+        self.grad_dtype = hidden.dtype if self.native or INTERPRET else self.acc
+        self.n, self.vocab = hidden.shape[0], vocab_size
+        sizes = {"itemsize": self.acc.itemsize, "keep_logits": keep_logits, "multiple": multiple}
+        self.rows, self.cols = tile_sizes(hidden.device.type, self.n, vocab_size, **sizes)
+        self._buffers: dict[torch.dtype, Tensor] = {}
+
+    def row_ranges(self) -> Iterator[tuple[int, int]]:
+        return ((r, min(r + self.rows, self.n)) for r in range(0, self.n, self.rows))
+
+    def columns(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Vocabulary ranges with their weight rows, ready to be an operand."""
+        for c0 in range(0, self.vocab, self.cols):
+            c1 = min(c0 + self.cols, self.vocab)
+            yield c0, c1, self.operand(self.weight[c0:c1])
+
+    def operand(self, x: Tensor) -> Tensor:
+        return x if self.native else x.to(self.acc)
+
+    def buffer(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+        """A ``(rows, cols)`` scratch tile, reused from tile to tile."""
+        if dtype not in self._buffers:
+            self._buffers[dtype] = empty(self.inv_temp, self.rows * self.cols, dtype=dtype)
+        return self._buffers[dtype][: rows * cols].view(rows, cols)
+
+    def logits(self, r0: int, r1: int, w: Tensor, out: Tensor | None = None) -> Tensor:
+        """Raw logits ``hidden[r0:r1] @ w.T`` in the accumulation dtype."""
+        return self._product(self.hidden[r0:r1], w.t(), self.buffer(r1 - r0, w.shape[0], self.acc) if out is None else out)
+
+    def gathered(self, rows: Tensor, w: Tensor) -> Tensor:
+        """Raw logits of scattered rows."""
+        return self._product(self.hidden.index_select(0, rows), w.t())
+
+    def add_product(self, into: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None, *, first: bool = False) -> None:
+        """into ← (0 if first else into) + factor·a @ b, accumulated in the accumulation dtype."""
+        a, b = self.operand(a), self.operand(b)
+        if self.bf16_mm:
+            torch.ops.rlad.bf16_mm_(into, a, b, not first)
+        elif factor is not None:
+            product = self._product(a, b) * factor
+            into.copy_(product) if first else into.add_(product)
+        elif a.dtype == into.dtype:
+            into.addmm_(a, b, beta=0 if first else 1)
+        else:
+            torch.addmm(into, a, b, beta=0 if first else 1, out_dtype=into.dtype, out=into)
+
+    def _product(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        if self.bf16_mm:
+            out = self.inv_temp.new_empty(a.shape[0], b.shape[1]) if out is None else out
+            torch.ops.rlad.bf16_mm_(out, a, b, False)
+            return out
+        if a.dtype == self.acc:
+            return torch.mm(a, b, out=out)
+        return torch.mm(a, b, out_dtype=self.acc, out=out)
+
+    def bias_tile(self, c0: int, c1: int) -> Tensor | None:
+        return None if self.bias is None else self.bias[c0:c1]
+
+    def fold(
+        self, x: Tensor, c0: int, r0: int, r1: int, slots: Tensor, stats: Tensor, z: Tensor, *, entropy: bool, extras: bool
+    ) -> None:
+        """Add one tile to the running statistics and slot logits of its rows, the slots' columns left out."""
+        torch.ops.rlad.fold_(
+            x, c0, self.bias_tile(c0, c0 + x.shape[1]), self.inv_temp[r0:r1], self.logit_scale, self.softcap, slots[r0:r1], True,
+            stats[:, r0:r1], z[r0:r1], entropy, extras,
+        )  # fmt: skip
+
+    def fold_rows(
+        self, x: Tensor, r0: int, r1: int, slots: Tensor, stats: Tensor, z: Tensor, *, entropy: bool, extras: bool
+    ) -> None:
+        """Compute all logits of some rows into ``x (R, V)`` and fold them."""
+        for c0, c1, w in self.columns():
+            self.fold(self.logits(r0, r1, w, x[:, c0:c1]), c0, r0, r1, slots, stats, z, entropy=entropy, extras=extras)
+
+    def new_stats(self, slots: int) -> tuple[Tensor, Tensor]:
+        """Statistics ``(6, N)`` and slot logits ``(N, J)`` of no columns yet."""
+        stats = self.inv_temp.new_zeros(len(Stats._fields), self.n)
+        stats[0] = -torch.inf
+        return stats, self.inv_temp.new_full((self.n, slots), -torch.inf)

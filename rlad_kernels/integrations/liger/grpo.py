@@ -1,0 +1,194 @@
+"""The eight losses of Liger's and TRL's GRPO on log-probs ``(B, T)``, by the library's own token losses and reductions.
+
+Only the weights of VESPO and the bias-corrected KL are formulas of this file: no method of the library has them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlad_kernels.core.reduction import reduce, sequence_index, token_weights
+from rlad_kernels.core.types import LossOutput
+from rlad_kernels.losses.ratio.cispo import cispo_tokens
+from rlad_kernels.losses.ratio.gspo import gspo_tokens
+from rlad_kernels.losses.ratio.sampled import ratio_metrics, reinforced
+from rlad_kernels.losses.ratio.sapo import sapo_tokens
+from rlad_kernels.losses.ratio.sequences import sequence_mean
+from rlad_kernels.losses.ratio.surrogate import WithSlope, add_kl, per_token, ratio_loss_tokens, times, weighted_slope
+
+NAME = "LigerFusedLinearGRPOLoss"
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+_REDUCTIONS = {"grpo": "seq-mean-token-mean", "sapo": "seq-mean-token-mean", "luspo": "seq-mean-token-sum"}
+_LARGE = 45.0  # from which on e^x + 1 − x is e^x in float64
+
+
+class Options(NamedTuple):
+    """As the constructor takes them, checked."""
+
+    beta: float
+    epsilon_low: float
+    epsilon_high: float
+    loss_type: str
+    max_completion_length: int | None
+    importance_sampling_level: str
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+    temperature: float
+    delta: float | None
+    use_bias_correction_kl: bool
+    vespo_k_pos: float
+    vespo_lambda_pos: float
+    vespo_k_neg: float
+    vespo_lambda_neg: float
+
+
+def check_options(o: Options) -> Options:
+    """Raise a ValueError that names the option, what came and what was wanted."""
+    kind, level = o.loss_type, o.importance_sampling_level
+    if kind not in LOSSES:
+        raise ValueError(f"{NAME}: loss_type must be one of {LOSSES}, got {kind!r}")
+    if level not in ("token", "sequence"):
+        raise ValueError(f"{NAME}: importance_sampling_level must be token or sequence, got {level!r}")
+    if level == "sequence" and kind in ("cispo", "sapo", "vespo"):
+        raise ValueError(f"{NAME}: loss_type={kind!r} is per token; set importance_sampling_level='token', got 'sequence'")
+    if kind == "dr_grpo" and not (o.max_completion_length or 0) > 0:
+        raise ValueError(f"{NAME}: loss_type='dr_grpo' needs max_completion_length > 0, got {o.max_completion_length!r}")
+    for name in ("sapo_temperature_pos", "sapo_temperature_neg", "temperature", "delta"):
+        value = getattr(o, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{NAME}: {name} must be positive and finite, got {value!r}")
+    for name in ("beta", "epsilon_low", "epsilon_high", *o._fields[-4:]):
+        if not 0 <= getattr(o, name) < math.inf:
+            raise ValueError(f"{NAME}: {name} must be at least 0 and finite, got {getattr(o, name)!r}")
+    return o
+
+
+def grpo(
+    o: Options, logp: Tensor, keep: Tensor, advantages: Tensor, *, old: Tensor | None, reference: Tensor | None,
+    is_ratio: Tensor | None, items: Tensor | float | None,
+) -> LossOutput:  # fmt: skip
+    """The reduced loss of ``logp (B, T)``, 0 where ``keep`` is not; metrics ``kl`` (with beta), where clipped ``clip``.
+
+    Args:
+        advantages: ``(B,)``, ``(B, 1)`` or ``(B, T)``.
+        old, reference: log-probs ``(B, T)``; None are the policy's own.
+        is_ratio: vLLM's importance weights, ``(B,)``, ``(B, 1)`` or ``(B, T)``.
+        items: tokens of the whole accumulated batch, for dapo, cispo and vespo.
+    """
+    advantages = advantages.squeeze(1) if advantages.shape == (len(keep), 1) else advantages
+    given = {"advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": reference}
+    rows = {k: logp.detach() if x is None else per_token(NAME, k, x, logp) for k, x in given.items()}
+    a, o_logp, ref = (torch.where(keep, x, 0) for x in rows.values())
+    weights = _is_ratio(is_ratio, keep, logp)
+    loss, metrics = _tokens(o, logp, keep, a, o_logp, ref if o.beta else None, weights)
+    kind = _REDUCTIONS.get(o.loss_type, "token-mean")
+    return reduce(loss, token_weights(NAME, keep, kind, None, _divisor(o, keep, items), logp.dtype), keep, metrics)
+
+
+def _is_ratio(ratio: Tensor | None, keep: Tensor, like: Tensor) -> Tensor | None:
+    """vLLM's ratios as ``(B, 1)`` or ``(B, T)`` with 1 at masked places."""
+    if ratio is None:
+        return None
+    b, t = keep.shape
+    wide = ratio.detach().to(like.dtype).unsqueeze(1) if ratio.dim() == 1 else ratio.detach().to(like.dtype)
+    if wide.shape not in ((b, 1), (b, t)):
+        raise ValueError(f"{NAME}: vllm_is_ratio has shape {tuple(ratio.shape)}, wanted ({b},), ({b}, 1) or ({b}, {t})")
+    if wide.device != keep.device:
+        raise ValueError(f"{NAME}: vllm_is_ratio is on {wide.device}, wanted {keep.device}; all tensors must share a device")
+    if wide.shape[1] == t:
+        wide = torch.where(keep, wide, 1)
+    return torch.ops.rlad.checked(wide, "weight", f"{NAME}: vllm_is_ratio")
+
+
+def _tokens(
+    o: Options, logp: Tensor, keep: Tensor, advantages: Tensor, old: Tensor, reference: Tensor | None, is_ratio: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Per-token loss and metrics ``(B, T)``; every tensor is finite at masked places."""
+    kind, shape = o.loss_type, logp.shape
+    # a weight that is not negative multiplies a loss as it multiplies its advantage, and not the KL
+    weighted = advantages if is_ratio is None or kind == "vespo" else times(advantages, is_ratio.expand(shape))
+    s, old_s, a, weighted = (x.flatten() for x in (logp, old, advantages, weighted))
+    ref = None if reference is None else reference.flatten()
+    kl: dict[str, Any] = {"ref_logp": ref, "kl_coef": 0.0 if o.use_bias_correction_kl else o.beta, "kl_estimator": "k3"}
+    upper = o.epsilon_high if kind == "cispo" else 1 + o.epsilon_high
+    place = sequence_index(NAME, keep, "the ratio", None) if o.importance_sampling_level == "sequence" else None
+    if kind == "cispo":
+        loss, found = cispo_tokens(s, old_logp=old_s, advantages=weighted, clip_high=upper - 1, **kl)
+    elif kind == "sapo":
+        taus = {"tau_pos": o.sapo_temperature_pos, "tau_neg": o.sapo_temperature_neg}
+        loss, found = sapo_tokens(s, old_logp=old_s, advantages=weighted, **taus, **kl)
+    elif kind == "vespo":
+        weight = vespo_weights(o, logp.detach() - old, advantages, is_ratio).flatten()
+        loss, found = add_kl(reinforced(s, times(weight, a)), ratio_metrics(s, old_s), s, **kl)
+    else:  # min(min(r, δ)Â, clip(r)Â): δ bounds r from above for either sign, beside the clip
+        most = upper if o.delta is None else min(o.delta, upper)
+        given = {"old_logp": old_s, "advantages": weighted, "clip_low": o.epsilon_low, "clip_high": most - 1}
+        given |= {"dual_clip": None if o.delta is None else max(o.delta, upper)} | kl
+        if place is None:
+            loss, found = ratio_loss_tokens(s, **given)
+        else:
+            loss, found = gspo_tokens(s, keep=keep.flatten(), sequence=place, **given)
+    r = found["ratio_mean"]
+    clipped = ((r < 1 - o.epsilon_low) & (a < 0) & (kind != "cispo")) | ((r > upper) & (a > 0))
+    metrics = {"clip": (clipped & (kind not in ("sapo", "vespo"))).to(r.dtype)}
+    if ref is not None:
+        metrics = {"kl": found["kl_ref"], **metrics}
+        if o.use_bias_correction_kl:
+            corrected = corrected_kl(s, ref, old_s, keep.flatten(), place)
+            loss, metrics["kl"] = loss + o.beta * corrected, corrected.detach()
+    return loss.view(shape), {k: x.view(shape) for k, x in metrics.items()}
+
+
+def corrected_kl(s: Tensor, ref: Tensor, old: Tensor, keep: Tensor, sequence: Tensor | None) -> Tensor:
+    """r·k3(s − ref) (DeepSeek-V3.2), r = e^{s − o} of the token or, length-normalised, of its ``sequence``; all ``(N,)``.
+
+    Of the token its derivative is r·(s − ref): added up from its two factors' it would be ∞ − ∞ where either overflows.
+    """
+    x = (s - ref).detach()
+    log_r = s - old if sequence is None else sequence_mean(s - old, keep, sequence)
+    log_k3 = torch.where(x < -_LARGE, -x, (torch.expm1(-x) + x).log())
+    value = (log_r.detach() + log_k3).exp()
+    if sequence is None:
+        return WithSlope.apply(s, value, times(log_r.detach().exp(), x))
+    return WithSlope.apply(s, value, weighted_slope(log_r.detach(), x)) + WithSlope.apply(log_r, torch.zeros_like(value), value)
+
+
+def vespo_weights(o: Options, log_ratio: Tensor, advantages: Tensor, is_ratio: Tensor | None) -> Tensor:
+    """φ(w) = e^λ·w^k·e^(−λw) of the sequence's ratio w, in log space, ``(B, T)``; constant in the loss."""
+    floor = math.log(1e-8)
+    log_w = log_ratio.clamp(-20, 20).sum(1, keepdim=True)
+    if is_ratio is not None:
+        log_w = log_w + is_ratio.log().clamp(floor, 20).sum(1, keepdim=True)
+    log_w = log_w.clamp(floor, 20)
+    up = advantages >= 0
+    k = torch.where(up, torch.full_like(log_ratio, o.vespo_k_pos), o.vespo_k_neg)
+    lam = torch.where(up, torch.full_like(log_ratio, o.vespo_lambda_pos), o.vespo_lambda_neg).clamp(min=1e-4)
+    phi = (lam + k * log_w - lam * log_w.exp()).exp()
+    return torch.where(phi == torch.inf, 0, phi)  # as in both
+
+
+def _divisor(o: Options, keep: Tensor, items: Tensor | float | None) -> Tensor | float | None:
+    """What TRL divides by: sequences, their longest lengths, the batch's own tokens (None) or those of all processes."""
+    batch = max(len(keep), 1)
+    if o.loss_type in _REDUCTIONS:
+        return float(batch)
+    if o.loss_type == "bnpo":
+        return None
+    return float(batch * (o.max_completion_length or 1)) if o.loss_type == "dr_grpo" else _all_tokens(keep, items)
+
+
+def _all_tokens(keep: Tensor, items: Tensor | float | None) -> Tensor:
+    """Tokens a process: of the whole accumulated batch if given, else of this one; the mean over processes."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    here = keep.sum().float()
+    if items is not None:
+        here = torch.as_tensor(items, device=keep.device, dtype=torch.float32)
+        if here.numel() != 1:
+            raise ValueError(f"{NAME}: num_items_in_batch must be one number, got shape {tuple(here.shape)}")
+    elif distributed:
+        torch.distributed.all_reduce(here)
+    return (here.reshape(()) / (torch.distributed.get_world_size() if distributed else 1)).clamp(min=1)

@@ -1,0 +1,295 @@
+"""RLADTrainer: TRL's GRPO trainer with a teacher and RLAD's objective, from hidden states in one sweep (arXiv 2602.22495)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import trl
+from torch import Tensor
+from trl import GRPOConfig, GRPOTrainer
+
+from rlad_kernels.core.head import LMHead
+from rlad_kernels.core.probe import unwrapped
+from rlad_kernels.core.types import LossOutput, TopK
+from rlad_kernels.integrations.backbone import HeadOutput, add_head_call, head_of
+from rlad_kernels.integrations.trl.patch import SUPPORTED
+from rlad_kernels.integrations.wiring import check_head, check_version, check_vocab
+from rlad_kernels.linear.logp import linear_logp
+from rlad_kernels.linear.topk import linear_topk
+from rlad_kernels.losses.rlad import rlad_loss
+
+Teacher = Callable[[Tensor, Tensor, int], TopK]
+_FIELDS = ("ids", "logp", "tail_logp", "target_logp")
+_VOCAB_FIX = "if one head is only padded, set RLADConfig.vocab_size to len(tokenizer); else take a teacher with this tokenizer"
+
+
+@dataclass
+class RLADConfig(GRPOConfig):
+    """GRPOConfig (``top_p=0.9`` for top-p rollouts, ``epsilon``, ``beta``, …) and what RLAD adds.
+
+    ``loss_type`` chooses the reduction: ``grpo`` (mean of sequence means, the paper's), ``bnpo``, ``dapo`` or ``dr_grpo``.
+    """
+
+    loss_type: str = field(default="grpo", metadata={"help": "grpo, bnpo, dapo or dr_grpo."})
+    use_bias_correction_kl: bool = field(default=False, metadata={"help": "Must stay False."})
+    alpha: float = field(default=0.5, metadata={"help": "Weight of the old policy in the ratio's anchor; 1 is GRPO."})
+    teacher_clamp: float | None = field(default=None, metadata={"help": "Clamp log π − log π_T to ± this before mixing."})
+    topk: int = field(default=0, metadata={"help": "K of the teacher's top-K; 0 leaves the KL term out."})
+    topk_kl_coef: float = field(default=1.0, metadata={"help": "Factor of the truncated KL, when topk > 0."})
+    direction: str = field(default="reverse", metadata={"help": "reverse KL(student‖teacher) or forward."})
+    normalize: str = field(default="both", metadata={"help": "both, teacher, none or tail: see topk_kl_loss."})
+    filter_eps: float = field(default=0.0, metadata={"help": "Sparse backward; 0 is exact."})
+    vocab_size: int | None = field(default=None, metadata={"help": "Ids that exist, where a head has rows of padding."})
+    mask_special_tokens: bool = field(default=False, metadata={"help": "No teacher at the tokenizer's special tokens."})
+
+
+class RLADTrainer(GRPOTrainer):
+    """GRPO's rollouts, rewards and advantages; the loss is TRRD plus topk_kl_coef × truncated KL to the teacher's top-K.
+
+    Args:
+        teacher: a causal LM with the student's vocabulary, or a callable ``(input_ids (B, L), attention_mask (B, L), T) → TopK``
+            whose fields are about the last T tokens, the completion: ids, logp ``(B, T, K)`` and target_logp ``(B, T)``, the
+            teacher's log-prob of the sampled token; tail_logp for ``normalize="tail"``. It is asked once per rollout.
+            An id of −1 is an empty slot; a token whose target_logp is not finite is trained by plain GRPO.
+        args: :class:`RLADConfig`. Both heads are read at the sampling temperature.
+        everything else: as of ``trl.GRPOTrainer``.
+
+    Logs, besides GRPO's: ``rlad/`` + the metrics of :func:`rlad_kernels.rlad_loss`. Tokens without a teacher count in
+    ``rlad/invalid_teacher``.
+
+    Raises:
+        ValueError: for options of GRPOConfig that RLAD's loss has no place for, a teacher of another vocabulary, or a head
+            that carries an adapter; RuntimeError for an unsupported TRL. All name the fix.
+    """
+
+    model: Any
+    args: RLADConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, model: Any, reward_funcs: Any = None, *, teacher: Any, args: RLADConfig, **kwargs: Any) -> None:
+        check_version("RLADTrainer", "trl", trl.__version__, SUPPORTED)
+        if not isinstance(args, RLADConfig):
+            raise ValueError(f"RLADTrainer: args must be an RLADConfig, got {type(args).__name__}")
+        _refuse(args)
+        super().__init__(model, reward_funcs, args=args, **kwargs)
+        for policy in (self.model, self.ref_model):
+            if policy is not None:
+                _without_fused_head(unwrapped(policy))
+                add_head_call("RLADTrainer", policy)
+        self.teacher = teacher
+        if isinstance(teacher, torch.nn.Module):
+            if unwrapped(teacher) is unwrapped(self.model):
+                raise ValueError("RLADTrainer: teacher is the student itself, which would be frozen; pass copy.deepcopy(model)")
+            check_vocab("RLADTrainer", self._ids(self.model), self._ids(teacher), _VOCAB_FIX)
+            add_head_call("RLADTrainer", teacher)
+            self.teacher = self.accelerator.prepare_model(teacher.requires_grad_(False).eval(), evaluation_mode=True)
+        elif not callable(teacher):
+            raise ValueError(f"RLADTrainer: teacher must be a causal LM or a callable giving TopK, got {type(teacher).__name__}")
+
+    def _head(self, model: Any) -> LMHead:
+        return head_of(model, temperature=self.temperature, vocab_size=self.args.vocab_size)
+
+    def _ids(self, model: Any) -> int:
+        return self._head(model).vocab_size or 0
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super()._generate_and_score_completions(inputs)
+        self._refuse_images(batch)
+        found = [self._ask(batch, part) for part in self._parts(len(batch["prompt_ids"]))]
+        for name in _FIELDS:
+            if getattr(found[0], name) is not None:
+                batch[f"teacher_{name}"] = torch.cat([getattr(x, name) for x in found])
+        return batch
+
+    @staticmethod
+    def _refuse_images(batch: Mapping[str, Any]) -> None:
+        if batch.get("pixel_values") is not None:
+            raise ValueError("RLADTrainer: got images; teacher and loss read tokens only, train on text")
+
+    def _parts(self, count: int, step: int | None = None) -> list[slice]:
+        step = step or self.args.per_device_train_batch_size
+        return [slice(r, r + step) for r in range(0, count, step)]
+
+    @torch.no_grad()
+    def _ask(self, batch: dict[str, Any], part: slice) -> TopK:
+        """The teacher about one part of the rollout; no teacher at special tokens if they are to be masked."""
+        ids, attention_mask, completion, mask = _tokens(batch, part)
+        length, k = completion.shape[1], self.args.topk
+        if isinstance(self.teacher, torch.nn.Module):
+
+            def scores(hidden: Tensor, head: LMHead) -> TopK:
+                if k:
+                    return linear_topk(hidden, head, k, target=completion, mask=mask)
+                logp = linear_logp(hidden, head, completion, mask=mask).logp
+                return TopK(completion.new_full((*logp.shape, 1), -1), logp.new_zeros(*logp.shape, 1), target_logp=logp)
+
+            found = self._read(self.teacher, ids, attention_mask, length, scores).result
+        else:
+            found = self._checked(self.teacher(ids, attention_mask, length), completion)
+        if self.args.mask_special_tokens and found.target_logp is not None:
+            special = torch.isin(completion, torch.tensor(self._tokenizer.all_special_ids, device=completion.device))
+            found = found._replace(
+                target_logp=found.target_logp.masked_fill(special, torch.nan),
+                ids=found.ids.masked_fill(special.unsqueeze(-1), -1),
+            )
+        return found
+
+    def _checked(self, found: Any, completion: Tensor) -> TopK:
+        """A callable teacher's answer, refused with the fix if it does not fit."""
+        size = self._ids(self.model)
+        if not isinstance(found, TopK) or found.target_logp is None:
+            raise ValueError(f"RLADTrainer: teacher must return a TopK with target_logp, got {type(found).__name__}")
+        found = found._replace(**{k: x.to(completion.device) for k, x in found._asdict().items() if x is not None})
+        if found.ids.shape[:-1] != completion.shape or found.target_logp.shape != completion.shape:
+            raise ValueError(
+                f"RLADTrainer: the teacher's ids have shape {tuple(found.ids.shape)}, target_logp "
+                f"{tuple(found.target_logp.shape)}; wanted {(*completion.shape, 'K')} and {tuple(completion.shape)}: "
+                "only the completion's tokens"
+            )
+        if found.ids.numel() and int(found.ids.max()) >= size:
+            raise ValueError(
+                f"RLADTrainer: the teacher gave id {int(found.ids.max())}, the student has {size}; map ids to its tokenizer"
+            )
+        return found
+
+    def _read(
+        self, model: Any, ids: Tensor, attention_mask: Tensor, length: int, read: Callable[[Tensor, LMHead], Any], **extra: Any
+    ) -> HeadOutput:
+        """``read(hidden (B, length, D), head)`` of the last tokens inside the model's forward: every log-prob is computed so."""
+
+        def head_call(hidden: Tensor, model: Any) -> Any:
+            head, hidden = self._head(model), hidden[:, -length - 1 : -1]
+            check_head("RLADTrainer", hidden, head.weight)
+            if not self.args.cast_lm_head_to_fp32:
+                return read(hidden, head)
+            with torch.autocast(hidden.device.type, enabled=False):  # TRL has made the policy's head float32
+                return read(hidden.to(head.weight.dtype), head)
+
+        with self.accelerator.autocast():
+            return model(input_ids=ids, attention_mask=attention_mask, head_call=head_call, **extra)
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int | None = None,
+        compute_entropy: bool = False, compute_aux_loss: bool = False, **images: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """GRPO's old and reference log-probs, by the code and in the batches of the loss: equal weights, equal numbers."""
+        self._refuse_images(images)
+        extra = {"output_router_logits": True} if compute_aux_loss else {}
+        found: list[tuple[Tensor, Tensor | None]] = []
+        aux: list[Tensor] = []
+        for part in self._parts(len(input_ids), batch_size):
+            ids, attention = input_ids[part], attention_mask[part]
+            target, mask = ids[:, -logits_to_keep:], attention[:, -logits_to_keep:]
+
+            def scores(hidden: Tensor, head: LMHead, target: Tensor = target, mask: Tensor = mask) -> tuple[Tensor, Tensor | None]:
+                out = linear_logp(hidden, head, target, mask=mask, entropy=compute_entropy)
+                return out.logp, out.entropy
+
+            out = self._read(model, ids, attention, logits_to_keep, scores, **extra)
+            found.append(out.result)
+            aux += [] if out.aux_loss is None else [out.aux_loss]
+        logp, entropy = zip(*found, strict=True)
+        return torch.cat(logp), torch.cat(entropy) if compute_entropy else None, torch.stack(aux).mean() if aux else None
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        mode = "train" if self.model.training else "eval"
+        ids, attention_mask, completion, mask = _tokens(inputs, slice(None))
+        extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
+
+        def loss_call(hidden: Tensor, head: LMHead) -> LossOutput:
+            return self._loss(hidden, head, completion, mask, inputs, mode)
+
+        out = self._read(model, ids, attention_mask, completion.shape[1], loss_call, **extra)
+        loss = out.result.loss
+        if out.aux_loss is not None:
+            loss = loss + self.router_aux_loss_coef * out.aux_loss / self._accumulated(mode)
+        self._record(mode, out.result.metrics, mask.sum(), out.aux_loss)
+        return loss
+
+    def _loss(
+        self, hidden: Tensor, head: LMHead, completion: Tensor, mask: Tensor, inputs: dict[str, Any], mode: str
+    ) -> LossOutput:
+        args = self.args
+        old_logp = inputs.get("old_per_token_logps")
+        if old_logp is None:
+            with torch.no_grad():
+                old_logp = linear_logp(hidden, head, completion, mask=mask).logp
+        advantages = inputs["advantages"]
+        if "importance_sampling_ratio" in inputs:  # a weight w ≥ 0 on the token: w·min(rÂ, clip(r)Â) = min(r·wÂ, clip(r)·wÂ)
+            wide = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+            advantages = (wide * inputs["importance_sampling_ratio"]).expand_as(old_logp)
+        topk = {}
+        if args.topk:
+            teacher = TopK(inputs["teacher_ids"], inputs["teacher_logp"], tail_logp=inputs.get("teacher_tail_logp"))
+            topk = {"teacher": teacher, "topk_kl_coef": args.topk_kl_coef, "direction": args.direction, "normalize": args.normalize}
+        reference = {"ref_logp": inputs["ref_per_token_logps"], "kl_coef": self.beta} if self.beta else {}
+        return rlad_loss(
+            hidden, head, completion, old_logp=old_logp, advantages=advantages, teacher_logp=inputs["teacher_target_logp"],
+            mask=mask, alpha=args.alpha, clip=(self.epsilon_low, self.epsilon_high), teacher_clamp=args.teacher_clamp,
+            dual_clip=args.delta, filter_eps=args.filter_eps, **topk, **reference, **self._reduction(mask, inputs, mode),
+        )  # fmt: skip
+
+    def _reduction(self, mask: Tensor, inputs: dict[str, Any], mode: str) -> dict[str, Any]:
+        """TRL's normalisers, gradient accumulation included."""
+        steps = self._accumulated(mode)
+        if self.loss_type == "grpo":
+            return {"reduction": "seq-mean-token-mean", "denominator": len(mask) * steps}
+        if self.loss_type == "bnpo":
+            return {"reduction": "token-mean", "denominator": mask.sum().clamp(min=1) * steps}
+        if self.loss_type == "dr_grpo":
+            return {"reduction": "token-mean", "denominator": len(mask) * (self.max_completion_length or 1) * steps}
+        share = self.args.steps_per_generation if mode == "train" else 1  # num_items_in_batch counts the whole rollout
+        tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+        return {"reduction": "token-mean", "denominator": tokens * steps / share}
+
+    def _accumulated(self, mode: str) -> int:
+        return self.current_gradient_accumulation_steps if mode == "train" else 1
+
+    def _record(self, mode: str, metrics: Mapping[str, Tensor], kept: Tensor, aux_loss: Tensor | None) -> None:
+        """Log means over the kept tokens of all ranks, as GRPO does, and maxima: one collective, whatever a rank's tokens are."""
+        names = sorted(metrics)
+        values = (kept, *(metrics[k] for k in names), kept if aux_loss is None else aux_loss)
+        mine = torch.stack([x.detach().float() for x in values])
+        tokens, *columns, aux = cast(Tensor, self.accelerator.gather(mine)).view(-1, len(mine)).unbind(1)
+        for name, x in zip(names, columns, strict=True):
+            value = x.max() if name.endswith("_max") else (x * tokens).sum() / tokens.sum().clamp(min=1)
+            self._metrics[mode]["entropy" if name == "entropy" else f"rlad/{name}"].append(value.item())
+        if aux_loss is not None:
+            self._metrics[mode]["aux_loss"].append(aux.mean().item())
+
+
+def _without_fused_head(model: Any) -> None:
+    """Take off TRL's fused head, which a copy of the model would run with the original's weights; nothing here calls it."""
+    forward = vars(model).get("forward")
+    if getattr(forward, "__func__", None) is not None:
+        below = inspect.getclosurevars(forward.__func__).nonlocals.get("original_forward")
+        if getattr(below, "__func__", None) is type(model).forward:
+            del model.forward
+
+
+def _tokens(batch: dict[str, Any], part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Prompt and completion ids, their attention mask, the completion's ids, and which of these are trained on."""
+    completion, mask = batch["completion_ids"][part], batch["completion_mask"][part]
+    ids = torch.cat([batch["prompt_ids"][part], completion], 1)
+    attention_mask = torch.cat([batch["prompt_mask"][part], mask], 1)
+    return ids, attention_mask, completion, mask * batch["tool_mask"][part] if "tool_mask" in batch else mask
+
+
+def _refuse(args: RLADConfig) -> None:
+    """Raise a ValueError for an option of GRPOConfig that RLAD's loss would ignore."""
+    wanted = {
+        "importance_sampling_level": "token", "top_entropy_quantile": 1.0, "entropy_coef": 0.0, "use_adaptive_entropy": False,
+        "off_policy_mask_threshold": None, "use_bias_correction_kl": False,
+    }  # fmt: skip
+    for name, value in wanted.items():
+        if getattr(args, name, value) != value:
+            raise ValueError(
+                f"RLADTrainer: {name} must stay {value!r}, got {getattr(args, name)!r}; RLAD's loss has no place for it"
+            )
+    if args.loss_type not in ("grpo", "bnpo", "dapo", "dr_grpo"):
+        raise ValueError(f"RLADTrainer: loss_type must be grpo, bnpo, dapo or dr_grpo, got {args.loss_type!r}")
+    if args.topk < 0:
+        raise ValueError(f"RLADTrainer: topk must be 0 (no KL term) or K > 0, got {args.topk!r}")

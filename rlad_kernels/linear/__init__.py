@@ -1,0 +1,1 @@
+"""The public calls from hidden states and a head."""

@@ -1,0 +1,1 @@
+"""Beside training: the doctor, the planner, the compile gate."""

@@ -1,0 +1,232 @@
+"""``python -m rlad_kernels plan``: what a training step holds at its peak, by loss path, and how many tokens fit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlad_kernels.backends.contract import has_bf16_mm
+from rlad_kernels.engine.tiles import tile_sizes
+
+PATHS = ("naive", "linear_logp", "fused_linear_loss", "linear_topk_kl", "linear_topk")
+OPTIMIZERS = {  # bytes a parameter of dtype size b: states, and a copy that torch's update makes of one
+    "adamw": (lambda b: 2 * b, lambda b: b, "two moments in the weights' dtype, as torch.optim makes them"),
+    "adamw-fp32": (lambda b: 12, lambda b: 4, "float32 weights and two float32 moments beside the weights"),
+    "adamw-8bit": (lambda b: 2, lambda b: 0, "two 8-bit moments"),
+    "sgd": (lambda b: 0, lambda b: 0, "no state"),
+}
+# Bytes a row and a slot (token × K) of the small tensors around a sweep, as many as moments.add_slots and losses/topk_kl.py hold
+# at once by measurement; tests/test_plan.py holds them to it.
+_ROW, _SLOT = 80, {"linear_topk": 46, "linear_topk_kl": 80}
+
+
+@dataclass(frozen=True)
+class Model:
+    """The sizes of a dense decoder: hidden D, vocabulary V, blocks, attention and MLP widths."""
+
+    hidden: int
+    vocab: int
+    blocks: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    tied: bool
+
+    @property
+    def head(self) -> int:
+        """Parameters of the LM head."""
+        return self.hidden * self.vocab
+
+    @property
+    def parameters(self) -> int:
+        """All of them; biases and the norms of queries and keys, under 0.1 %, are left out."""
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        block = attention + 3 * self.hidden * self.mlp + 2 * self.hidden
+        return self.head * (1 if self.tied else 2) + self.blocks * block + self.hidden
+
+
+MODELS = {
+    "SmolLM2-135M": Model(576, 49_152, 30, 9, 3, 64, 1536, True),
+    "Gemma-3-270M": Model(640, 262_144, 18, 4, 1, 256, 2048, True),
+    "Qwen3-0.6B": Model(1024, 151_936, 28, 16, 8, 128, 3072, True),
+    "Qwen3-1.7B": Model(2048, 151_936, 28, 16, 8, 128, 6144, True),
+    "Qwen3-8B": Model(4096, 151_936, 36, 32, 8, 128, 12_288, False),
+    "Llama-3-8B": Model(4096, 128_256, 32, 32, 8, 128, 14_336, False),
+}
+
+
+def model_of(name: str) -> Model:
+    """A model of the table, or a transformers ``config.json`` or the folder that holds one.
+
+    Raises:
+        ValueError: for a name that is neither, or a model that is no dense decoder.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    file = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    if not file.is_file():
+        raise ValueError(f"plan: model must be one of {', '.join(MODELS)}, a config.json or its folder, got {name!r}")
+    config = json.loads(file.read_text())
+    config = config.get("text_config", config)
+    if any(key in config for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise ValueError(f"plan: {name} is a mixture of experts, which the plan does not count; wanted a dense decoder")
+    try:
+        d, heads = config["hidden_size"], config["num_attention_heads"]
+        return Model(
+            d, config["vocab_size"], config["num_hidden_layers"], heads, config.get("num_key_value_heads") or heads,
+            config.get("head_dim") or d // heads, config["intermediate_size"],
+            config.get("tie_word_embeddings", config.get("model_type", "").startswith("gemma")),
+        )  # fmt: skip
+    except KeyError as key:
+        raise ValueError(f"plan: {name} has no {key}, wanted a dense decoder's config") from None
+
+
+def loss_bytes(path: str, n: int, d: int, v: int, *, dtype: torch.dtype, device: str = "cuda", k: int = 64) -> int:
+    """Peak bytes of one loss above hidden states and head, forward and backward, the gradients of both included.
+
+    ``linear_topk`` has no backward. Counted from the tensors each path makes; matrix libraries' own workspace is not.
+    """
+    if path not in PATHS:
+        raise ValueError(f"plan: path must be one of {PATHS}, got {path!r}")
+    size, logits = dtype.itemsize, 4 * n * v
+    gradients = (n + v) * d * size
+    if path == "naive":  # log-probs, their gradient and the logits'; then that one, cast, and the products' results
+        return max(3 * logits, n * v * size + gradients)
+    if path == "linear_topk_kl":
+        return gradients + n * k * _SLOT[path]
+    native = device == "cuda" or (dtype == torch.bfloat16 and has_bf16_mm())
+    rows, cols = tile_sizes(device, n, v, keep_logits=int(path == "fused_linear_loss"))
+    widened = 0 if native or size == 4 else 4 * d * (n + cols)
+    total = widened + n * _ROW + 4 * rows * (v if path == "fused_linear_loss" else cols)
+    if path == "linear_topk":
+        return total + n * k * _SLOT[path]
+    if size < 4:  # float32 sums beside the gradients, and dlogits as an operand of their own
+        total += 4 * n * d + 4 * d * (v if path == "fused_linear_loss" else cols)
+        total += rows * cols * size if native else 0
+    return total + gradients
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training step's choices."""
+
+    model: Model
+    dtype: torch.dtype = torch.bfloat16
+    optimizer: str = "adamw"
+    checkpointing: bool = True
+    device: str = "cuda"
+    k: int = 64
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"plan: optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+
+    def block_bytes(self, tokens: int) -> int:
+        """What one block of a Llama-like model holds in its backward; an estimate, attention is taken as flash."""
+        m, b = self.model, self.dtype.itemsize
+        wide = 0 if b == 4 else 4  # norms save a float32 copy
+        norms = 2 * m.hidden * (wide + 2 * b)
+        attention = b * m.head_dim * (3 * m.heads + 4 * m.kv_heads)
+        mlp = 7 * b * m.mlp  # gate, its SiLU, up and their product, and three gradients
+        return tokens * (norms + attention + mlp + b * m.hidden)
+
+    def static(self) -> dict[str, int]:
+        """Bytes of weights, gradients and optimizer states."""
+        p, b = self.model.parameters, self.dtype.itemsize
+        return {"weights": p * b, "gradients": p * b, "optimizer": p * OPTIMIZERS[self.optimizer][0](b)}
+
+    def step(self, path: str, tokens: int) -> int:
+        """Peak bytes of one step: the largest of the loss, the backward of the last and of the first block, and the update.
+
+        ``linear_topk`` is a teacher: weights, one block's forward and the sweep, no gradients.
+        """
+        m, b = self.model, self.dtype.itemsize
+        fixed, block, stream = self.static(), self.block_bytes(tokens), tokens * m.hidden * b
+        loss = loss_bytes(path, tokens, m.hidden, m.vocab, dtype=self.dtype, device=self.device, k=self.k)
+        if path == "linear_topk":
+            return fixed["weights"] + stream + max(loss, block)
+        kept = m.blocks * (stream if self.checkpointing else block)
+        held = fixed["weights"] + fixed["optimizer"]
+        at_loss = held + kept + stream + loss
+        last_block = held + kept + stream + m.head * b + block
+        embedding = m.head * b if m.tied else 0  # a gradient of its own before it is added to the head's
+        first_block = held + fixed["gradients"] + 2 * stream + max(block, embedding)
+        copied = m.parameters if self.device == "cuda" else 2 * max(m.head, m.hidden * m.mlp)  # foreach, or one by one
+        update = held + fixed["gradients"] + copied * OPTIMIZERS[self.optimizer][1](b)
+        return max(at_loss, last_block, first_block, update)
+
+    def most_tokens(self, path: str, memory: int) -> int:
+        """The largest number of tokens whose step fits, 0 if none does."""
+        if self.step(path, 1) > memory:
+            return 0
+        low, high = 1, 2
+        while self.step(path, high) <= memory:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.step(path, middle) <= memory else (low, middle)
+        return low
+
+
+def parse_bytes(text: str) -> int:
+    """``"80GiB"``, ``"24 GB"``, ``"512MiB"`` → bytes."""
+    units = {"": 1, "B": 1} | {f"{p}{i}B": (1024 if i else 1000) ** e for e, p in enumerate("KMGT", 1) for i in ("I", "")}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in units:
+        raise ValueError(f"plan: memory must be a number and a unit such as 80GiB, got {text!r}")
+    return int(float(match[1]) * units[match[2].upper()])
+
+
+def report(plan: Plan, name: str, tokens: int, memory: int) -> str:
+    """The plan in words and a table."""
+    gib, m = 2**30, plan.model
+    fixed = plan.static()
+    dtype = str(plan.dtype).removeprefix("torch.")
+    kept = "block inputs, gradient checkpointing" if plan.checkpointing else "all blocks, no checkpointing"
+    streams = m.blocks * (tokens * m.hidden * plan.dtype.itemsize if plan.checkpointing else plan.block_bytes(tokens))
+    lines = [
+        f"{name}: {m.parameters / 1e9:.2f} B parameters, D {m.hidden}, V {m.vocab:,}, {m.blocks} blocks; {dtype} on {plan.device}",
+        *(f"  {key:<12}{size / gib:9.2f} GiB" for key, size in fixed.items()),
+        f"  {'kept':<12}{streams / gib:9.2f} GiB   {kept}" + ("" if plan.checkpointing else " (estimated)"),
+        f"  {'one block':<12}{plan.block_bytes(tokens) / gib:9.2f} GiB   recomputed in the backward (estimated)",
+        f"\n{tokens:,} tokens in one pass, {memory / gib:.4g} GiB; optimizer {plan.optimizer}: {OPTIMIZERS[plan.optimizer][2]}\n",
+        f"{'loss':<20}{'loss alone':>14}{'whole step':>14}{'':>8}{'most tokens':>14}",
+    ]
+    for path in PATHS:
+        loss = loss_bytes(path, tokens, m.hidden, m.vocab, dtype=plan.dtype, device=plan.device, k=plan.k)
+        step, most = plan.step(path, tokens), plan.most_tokens(path, memory)
+        fits = "fits" if step <= memory else "no"
+        lines.append(f"{path:<20}{loss / gib:10.2f} GiB{step / gib:10.2f} GiB{fits:>8}{most:>14,}")
+    return "\n".join(lines) + (
+        "\n\nCounted: weights, gradients, optimizer, block inputs, and what each loss makes, gradients of hidden and head included."
+        "\nEstimated: what a block holds in its backward, with flash attention. Not counted: CUDA's context, libraries' workspace,"
+        "\nfragmentation: leave a tenth of the memory free. linear_topk is a teacher's pass: no gradients, no optimizer."
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Print the plan."""
+    parser = argparse.ArgumentParser(prog="python -m rlad_kernels plan", description=__doc__)
+    parser.add_argument("--model", required=True, help=f"{', '.join(MODELS)}, a config.json or its folder")
+    parser.add_argument("--tokens", type=int, required=True, help="in one forward pass: sequences × length")
+    parser.add_argument("--memory", required=True, help="such as 80GiB")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw")
+    parser.add_argument("--no-checkpointing", action="store_true")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--k", type=int, default=64, help="support of the top-K paths")
+    args: Any = parser.parse_args(argv)
+    try:
+        model, memory = model_of(args.model), parse_bytes(args.memory)
+    except ValueError as error:
+        parser.error(str(error))
+    plan = Plan(model, getattr(torch, args.dtype), args.optimizer, not args.no_checkpointing, args.device, args.k)
+    print(report(plan, args.model, args.tokens, memory))
+    return 0
