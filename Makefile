@@ -37,7 +37,8 @@ test-cpp: .venv/.built
 	$(SUITE) --ignore tests/test_compile_gate.py
 
 test-portable: .venv/.built  ## the suite as on a CPU without vector instructions: PyTorch's and our own plain code
-	ATEN_CPU_CAPABILITY=default RLAD_CPU_ISA=generic $(SUITE) --ignore tests/test_compile_gate.py
+	ATEN_CPU_CAPABILITY=default RLAD_CPU_ISA=generic $(SUITE) --ignore tests/test_compile_gate.py \
+		--deselect tests/test_both_roads.py::test_both_roads_compile_for_any_number_of_tokens  # a trace is the same on every CPU
 
 test-triton: .venv/.built
 	TRITON_INTERPRET=1 $(SUITE)

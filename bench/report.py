@@ -16,7 +16,7 @@ Row = dict[str, Any]
 COLUMNS = (
     "Forward and backward of the mean of −advantage·logp. Time: median and spread of the interleaved rounds, also in units of the "
     "run's bare products (three: h@W.T, g@W, g.T@h; one for what has no backward sweep). Memory: peak of a fresh process beyond "
-    "inputs and gradients. Error: against float64 at N 96, D 64, V 4,096, relative for gradients. TFLOP and GB: counted."
+    "inputs and gradients. Error: against float64 at N 512, D 64, V 4,096, relative for gradients. TFLOP and GB: counted."
 )
 
 

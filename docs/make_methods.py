@@ -1,15 +1,15 @@
-"""Write the tables of docs/methods.md and docs/img/methods/*.png from the registry: ``python docs/make_methods.py``.
+"""Write the tables of docs/methods.md and docs/img/methods/*.png from ``METHODS``: ``python docs/make_methods.py``.
 
 A row a method, a panel a method. A panel is drawn by calling the method on a few tokens and asking autograd for its gradient;
-a method whose arguments are not known here, or whose gradient is not finite, stops the run.
+a method that needs a tensor which is not known here, or whose gradient is not finite, stops the run.
 """
 
 from __future__ import annotations
 
-import inspect
 import io
 import math
 from collections.abc import Callable
+from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,21 +18,20 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels.core.registry import FAMILIES, METHODS, Method
+from rlad_kernels.losses.methods import FAMILIES, METHODS, Method
 
 DOCS = Path(__file__).parent
 PICTURES = DOCS / "img" / "methods"
 MARK = "<!-- From here on written by docs/make_methods.py. -->\n"
 COLORS = ("#1f6f8b", "#c8553d")
 POINTS = 61
-STUDENT = ("logp", "topk_logp", "tail_logp", "entropy")
-GIVEN = {*STUDENT, "teacher_weights"}  # what a method is given whenever it takes it
+SUMMED = rk.Reduction(denominator=1.0)  # the gradient of a token is then its own
 
 
 class Drawn(NamedTuple):
-    """How a family is drawn: the arguments of one curve, by name, from the places on its axis; and what axes and curves say."""
+    """How a family is drawn: the call of one curve from the places on its axis; and what axes and curves say."""
 
-    inputs: Callable[[Method, Tensor, int], tuple[Tensor, dict[str, Any]]]  # also gives the leaf
+    call: Callable[[Method, Tensor, int], tuple[Tensor, Tensor]]  # gives the leaf, and the loss
     places: Tensor
     of: Callable[[Tensor, int], Tensor]  # (gradient of the leaf, which curve) → height of the curve, before the sign
     x: str
@@ -41,14 +40,27 @@ class Drawn(NamedTuple):
     caption: str
 
 
-def on_ratio(method: Method, x: Tensor, curve: int) -> tuple[Tensor, dict[str, Any]]:
+def needed(method: Method, known: dict[str, Any]) -> dict[str, Any]:
+    """The tensors that the method needs, by name.
+
+    Raises:
+        ValueError: naming what is not known here.
+    """
+    if missing := sorted(set(method.needs) - set(known)):
+        raise ValueError(f"make_methods: {method.name} needs {missing}; add them to what {method.family!r} knows")
+    return {k: known[k] for k in method.needs}
+
+
+def on_ratio(method: Method, x: Tensor, curve: int) -> tuple[Tensor, Tensor]:
     """Sampled tokens, each a sequence and a group of its own, whose log-ratio to the old policy is ``x``."""
     old, sign = torch.full_like(x, -2.0), 1 - 2 * curve
     logp = (old + x).requires_grad_()
     gap = 0.4 if "advantages" in method.needs else 0.4 * sign
-    others = {"teacher_logp": old + gap, "ref_logp": old - 0.2, "base_logp": old - 0.2, "rollout_logp": old - 0.1}
-    known = {"logp": logp, "old_logp": old, "advantages": torch.full_like(x, sign), **others}
-    return logp, {**known, "correct": torch.full_like(x, 1 - curve), "group_ids": torch.arange(x.shape[0])}
+    known = {
+        "old_logp": old, "rollout_logp": old - 0.1, "teacher_logp": old + gap, "ref_logp": old - 0.2, "base_logp": old - 0.2,
+        "advantages": torch.full_like(x, sign), "correct": torch.full_like(x, 1 - curve), "group_ids": torch.arange(x.shape[0]),
+    }  # fmt: skip
+    return logp, method(logp, **needed(method, known), reduction=SUMMED).loss
 
 
 # Eight tokens: of the teacher's probabilities, and the two tokens whose gradient is drawn.
@@ -59,32 +71,40 @@ WITH_SAMPLED = ("lsm_sampled",)  # their support has the sampled token too
 TWO_TEACHERS = ("multi_teacher_rkl",)  # the second, of weight 0.3, has the probabilities in reverse order
 
 
-def on_logits(method: Method, x: Tensor, curve: int, sampled: int | None = None) -> tuple[Tensor, dict[str, Any]]:
-    """Students that give one token the probability ``x`` and share the rest alike; the head is the identity, so hidden = z.
+def students(x: Tensor, curve: int) -> tuple[Tensor, Tensor, rk.LMHead]:
+    """Hidden states of students and of the teacher, and a head that is the identity, so that hidden = z.
 
-    The sampled token is the one drawn, or ``sampled``.
+    A student gives the drawn token the probability ``x`` and shares the rest alike.
     """
-    token, v, shape = TOKENS[curve], len(TEACHER), x.shape
-    q = ((1 - x) / (v - 1)).unsqueeze(-1).expand(*shape, v).clone()
-    q[..., token] = x
-    hidden = q.log().requires_grad_()
-    teacher_hidden = TEACHER.log().expand(*shape, v).contiguous()
-    head, target = rk.LMHead(torch.eye(v)), torch.full(shape, token if sampled is None else sampled)
+    v = len(TEACHER)
+    q = ((1 - x) / (v - 1)).unsqueeze(-1).expand(*x.shape, v).clone()
+    q[..., TOKENS[curve]] = x
+    return q.log().requires_grad_(), TEACHER.log().expand(*x.shape, v).contiguous(), rk.LMHead(torch.eye(v))
+
+
+def on_logits(method: Method, x: Tensor, curve: int, sampled: int | None = None) -> tuple[Tensor, Tensor]:
+    """A loss in the sweep. The sampled token is the one drawn, or ``sampled``."""
+    hidden, teacher_hidden, head = students(x, curve)
+    target = torch.full(x.shape, TOKENS[curve] if sampled is None else sampled)
     teacher = rk.linear_topk(teacher_hidden, head, K, target=target, entropy=True)
     if method.name in WITH_SAMPLED:
-        again = (teacher.ids == target.unsqueeze(-1)).any(-1)
-        more = torch.where(again, -1, target).int(), teacher.target_logp
-        ids, logp = (torch.cat((x, y.unsqueeze(-1)), -1) for x, y in zip((teacher.ids, teacher.logp), more, strict=True))
-        teacher = teacher._replace(ids=ids, logp=logp)
-    s = rk.linear_logp(hidden, head, target, topk_ids=teacher.ids, entropy=True, tail=True)
-    given = {"weights": torch.ones_like(x), "advantages": torch.ones_like(x), "old_logp": s.logp.detach()}
-    given |= {"old_topk_logp": s.topk_logp.detach(), "teacher_logp": teacher.target_logp, "ref_logp": s.logp.detach() - 0.2}
-    student = {"hidden": hidden, "head": head, "target": target, **{k: getattr(s, k) for k in STUDENT}}
-    full = {"teacher_hidden": teacher_hidden, "teacher_head": head, "teacher_weights": None}
-    if method.name in TWO_TEACHERS:
-        both = [teacher_hidden, teacher_hidden.flip(-1)]
-        full = {"teacher_hidden": both, "teacher_head": [head, head], "teacher_weights": (0.7, 0.3)}
-    return hidden, {**student, **given, "teacher": teacher, **full}
+        teacher = rk.supports.with_sampled(teacher, target)
+    old = rk.linear_logp(hidden.detach(), head, target, topk_ids=teacher.ids)
+    known = {
+        "old_logp": old.logp, "old_topk_logp": old.topk_logp, "ref_logp": old.logp - 0.2, "teacher_logp": teacher.target_logp,
+        "teacher": teacher, "advantages": torch.ones_like(x), "target": target,
+    }  # fmt: skip
+    given = {k: v for k, v in needed(method, known).items() if k != "target"}
+    return hidden, rk.linear_loss(hidden, head, target, method.loss, **given, reduction=SUMMED).loss
+
+
+def on_two_heads(method: Method, x: Tensor, curve: int) -> tuple[Tensor, Tensor]:
+    """A divergence from one teacher, or from two."""
+    hidden, teacher, head = students(x, curve)
+    teachers, weights = ([teacher, teacher.flip(-1)], (0.7, 0.3)) if method.name in TWO_TEACHERS else ([teacher], None)
+    heads = [head] * len(teachers)
+    out = rk.linear_divergence_loss(hidden, head, teachers, heads, method.loss, teacher_weights=weights, reduction=SUMMED)
+    return hidden, out.loss
 
 
 def _of_token(gradient: Tensor, curve: int) -> Tensor:
@@ -113,7 +133,7 @@ DRAWN = {
         f"one with {_P[1]}, outside it. {_DOTS}",
     ),
     "divergence": Drawn(
-        on_logits, _Q, _of_token, *_AXES, _P,
+        on_two_heads, _Q, _of_token, *_AXES, _P,
         f"What a divergence over the whole vocabulary does to one logit. {_WORLD} Blue: the token with {_P[0]}; red: the one with "
         f"{_P[1]}. {_DOTS}",
     ),
@@ -124,22 +144,6 @@ DRAWN = {
 }  # fmt: skip
 
 
-def arguments(method: Method, known: dict[str, Any]) -> dict[str, Any]:
-    """What the method must be given, by name: its required parameters, its needs, and ``GIVEN``. The last divisor is 1.
-
-    Raises:
-        ValueError: naming what is not known here.
-    """
-    parameters = inspect.signature(method.call).parameters
-    required = {k for k, p in parameters.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    wanted = (required | set(method.needs) | parameters.keys() & GIVEN) - set(method.options)
-    if missing := sorted(wanted - set(known)):
-        raise ValueError(f"make_methods: {method.name} wants {missing}; add them to the inputs of {method.family!r}")
-    if "denominator" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise ValueError(f"make_methods: {method.name} takes no denominator, so the height of its curves is not known")
-    return {k: known[k] for k in wanted} | {"denominator": 1.0}
-
-
 def curves(method: Method) -> list[tuple[Tensor, Tensor]]:
     """The (x, y) of the method's two curves, from its own gradient.
 
@@ -148,8 +152,8 @@ def curves(method: Method) -> list[tuple[Tensor, Tensor]]:
     """
     family, found = DRAWN[method.family], []
     for curve in range(2):
-        leaf, known = family.inputs(method, family.places, curve)
-        (gradient,) = torch.autograd.grad(method(**arguments(method, known)).loss, leaf)
+        leaf, loss = family.call(method, family.places, curve)
+        (gradient,) = torch.autograd.grad(loss, leaf)
         found.append((family.places.flatten(), -family.of(gradient, curve).flatten()))
     if not all(y.isfinite().all() for _, y in found) or not any(y.any() for _, y in found):
         raise ValueError(f"make_methods: {method.name} has no finite gradient other than 0 to draw")
@@ -157,7 +161,8 @@ def curves(method: Method) -> list[tuple[Tensor, Tensor]]:
 
 
 def members(family: str) -> list[Method]:
-    return [m for m in METHODS.values() if m.family == family]
+    """Its methods, file by file, in the order of each file."""
+    return sorted((m for m in METHODS.values() if m.family == family), key=lambda m: type(m.loss).__module__)
 
 
 def picture(family: str) -> Path:
@@ -181,7 +186,7 @@ def draw(family: str) -> bytes:
         ax.axhline(0, color="#999999", linewidth=0.6)
         for i, ((x, y), color, label) in enumerate(zip(curves(method), COLORS, drawn.curves, strict=True)):
             ax.plot(x, y, color=color, linewidth=1.3, label=label)
-            if drawn.inputs is on_logits:
+            if drawn.curves is _P:
                 ax.axvline(TEACHER[TOKENS[i]].item(), color=color, linewidth=0.9, linestyle=":")
         ax.set_title(method.name, fontsize=8)
     for ax in axes[len(methods) :]:
@@ -197,12 +202,21 @@ def draw(family: str) -> bytes:
     return small.getvalue()
 
 
+def written(x: Any) -> str:
+    """Options as one writes them after ``rk.losses.``: of a loss those that are not the default."""
+    if not isinstance(x, rk.TokenLoss):
+        return repr(x)
+    usual = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(x)}
+    changed = (f"{k}={written(getattr(x, k))}" for k, default in usual.items() if getattr(x, k) != default)
+    return f"{type(x).__name__}({', '.join(changed)})"
+
+
 def _row(method: Method) -> str:
-    options = ", ".join(f"{k}={v!r}" for k, v in method.options.items())
-    call = f"`{method.call.__name__}({options})`" if options else f"`{method.call.__name__}`"
     needs = ", ".join(f"`{x}`" for x in method.needs)
-    notes = " ".join([method.note, *(f"`{k}` has no default: {v}." for k, v in method.required.items())]).strip()
-    cells = (f"`{method.name}`", method.formula, call, needs, method.paper, method.confidence, str(method.products), notes)
+    required = (f"`Reduction({k}=…)` is required: {v}." for k, v in method.required.items())
+    notes = " ".join([method.note, *required]).strip()
+    named, sourced = (f"`{method.name}`", method.formula, f"`{written(method.loss)}`"), (method.paper, method.confidence)
+    cells = (*named, needs, *sourced, str(method.products), notes)
     escaped = "\\|"
     return f"| {' | '.join(x.replace('|', escaped) or '–' for x in cells)} |"
 
@@ -213,7 +227,7 @@ TITLES = {
     "divergence": "Divergences over the whole vocabulary",
     "other": "The rest",
 }
-COLUMNS = ("method", "formula", "call", "also needs", "paper", "conf.", "products", "notes")
+COLUMNS = ("method", "formula", "loss", "needs", "paper", "conf.", "products", "notes")
 
 
 def _section(family: str) -> str:

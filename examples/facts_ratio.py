@@ -12,14 +12,18 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import rlad_kernels as rk
+from rlad_kernels.losses import GRPO, LossOutput, Reference
+from rlad_kernels.losses.ratio.opd import OPD
+from rlad_kernels.losses.ratio.trrd import TRRD
 
 VOCAB = 64
+SUM = rk.Reduction("token-mean", denominator=1)
 
 
 class Fact(NamedTuple):
@@ -40,7 +44,7 @@ def policies(seed: int = 0, dtype: torch.dtype = torch.float64) -> Iterator[Tens
         yield torch.randn(VOCAB, generator=random, dtype=dtype)
 
 
-def expected_gradient(z: Tensor, loss: Callable[[Tensor], rk.LossOutput]) -> Tensor:
+def expected_gradient(z: Tensor, loss: Callable[[Tensor], LossOutput]) -> Tensor:
     """Σ_y π(y)·∇_z loss(log π(y)), by enumeration; ``loss`` sees every token once and must reduce with a denominator of 1."""
     z = z.detach().requires_grad_()
     logp = z.log_softmax(0)
@@ -58,13 +62,13 @@ def estimators() -> Iterator[Fact]:
     rows = policies()
     z, b = next(rows), next(rows).log_softmax(0)
     q, x = z.softmax(0), z.log_softmax(0) - b
-    zero = torch.zeros_like(b)
+    given = {"advantages": torch.zeros_like(b), "ref_logp": b, "reduction": SUM}
     reverse, forward = q * (x - (q * x).sum()), q - b.exp()
     values = {"reverse": (q * x).sum().item(), "forward": -(b.exp() * x).sum().item()}
     for name in ("k2", "k3", "k3+", "k3++", "k4", "k5"):
 
-        def loss(s: Tensor, name: str = name) -> rk.LossOutput:
-            return rk.grpo_loss(s, s, zero, ref_logp=b, kl_coef=1.0, kl_estimator=name, denominator=1)
+        def loss(s: Tensor, name: str = name) -> LossOutput:
+            return GRPO(reference=Reference(1.0, name))(s, old_logp=s, **given)
 
         kind, slope = ("forward", forward) if name in ("k3", "k5") else ("reverse", reverse)
         yield Fact(f"{name}: gradient is the {kind} KL's, relative error", 0, gap(expected_gradient(z, loss), slope), 1e-12)
@@ -76,7 +80,7 @@ def estimators() -> Iterator[Fact]:
     s = naive.log_softmax(0)
     (k1,) = torch.autograd.grad((q * (s - b)).sum(), naive)
     yield Fact("k1 backpropagated: largest entry of the gradient", 0, k1.abs().max().item(), 1e-12)
-    opd = expected_gradient(z, lambda s: rk.opd_loss(s, s.detach(), b, denominator=1))
+    opd = expected_gradient(z, lambda s: OPD()(s, old_logp=s.detach(), teacher_logp=b, reduction=SUM))
     yield Fact("sampled-token OPD: gradient is the reverse KL's, relative error", 0, gap(opd, reverse), 1e-12)
 
 
@@ -86,8 +90,10 @@ def extrapolation(weight: float = 1.25, steps: int = 200) -> Iterator[Fact]:
     teacher, base, z = next(rows).log_softmax(0), next(rows).log_softmax(0), next(rows)
     best = (weight * teacher + (1 - weight) * base).log_softmax(0)
 
-    def loss(s: Tensor) -> rk.LossOutput:
-        return rk.opd_loss(s, s.detach(), teacher, base_logp=base, extrapolation=weight, denominator=1)
+    opd = OPD(extrapolation=weight)
+
+    def loss(s: Tensor) -> LossOutput:
+        return opd(s, old_logp=s.detach(), teacher_logp=teacher, base_logp=base, reduction=SUM)
 
     yield Fact("ExOPD λ=1.25: gradient at λ·log π* + (1−λ)·log π_ref", 0, expected_gradient(best, loss).abs().max().item(), 1e-12)
     here = z.clone()
@@ -101,12 +107,12 @@ def extrapolation(weight: float = 1.25, steps: int = 200) -> Iterator[Fact]:
     yield Fact("… and it is not the teacher: KL of the optimum to π*, at least .01", 1, float(toward > 0.01), 0)
 
 
-def slope(log_r: float, loss: Callable[[Tensor], rk.LossOutput]) -> float:
+def slope(log_r: float, loss: Callable[[Tensor], LossOutput]) -> float:
     s = torch.tensor([log_r], dtype=torch.float64, requires_grad=True)
     return torch.autograd.grad(loss(s).loss, s)[0].item()
 
 
-def edge(loss: Callable[[Tensor], rk.LossOutput], live: float, dead: float) -> float:
+def edge(loss: Callable[[Tensor], LossOutput], live: float, dead: float) -> float:
     """Where the gradient stops, by bisection between a log-prob that has one and one that has none."""
     for _ in range(45):
         middle = (live + dead) / 2
@@ -120,8 +126,12 @@ def anchor() -> Iterator[Fact]:
     def log(*x: float) -> Tensor:
         return torch.tensor(x, dtype=torch.float64).log()
 
-    def trrd(s: Tensor, old: Tensor, teacher: Tensor, advantage: float, **options: Any) -> rk.LossOutput:
-        return rk.trrd_loss(s, old, teacher, advantage * torch.ones_like(s), **{"reduction": "token-mean", **options})
+    def trrd(s: Tensor, old: Tensor, teacher: Tensor, advantage: float, loss: TRRD | None = None) -> LossOutput:
+        given = {"old_logp": old, "teacher_logp": teacher, "advantages": advantage * torch.ones_like(s)}
+        return (loss or TRRD())(s, **given, reduction="token-mean")
+
+    def grpo(s: Tensor, old: Tensor) -> LossOutput:
+        return GRPO()(s, old_logp=old, advantages=torch.ones_like(s))
 
     zero = log(1.0)
     up = edge(lambda s: trrd(s, s.detach(), zero, 1.0), 0.0, 2.0)
@@ -133,14 +143,15 @@ def anchor() -> Iterator[Fact]:
     yield Fact("π_old = .2, π_T = .8: TRRD's ratio at the first step", 0.5, ratio, 1e-9)
     bound = edge(lambda s: trrd(s, old, teacher, 1.0), old.item(), 0.0)
     yield Fact("π_old = .2, π_T = .8: TRRD pushes the token up to", 0.48, math.exp(bound), 1e-9)
-    bound = edge(lambda s: rk.grpo_loss(s, old, torch.ones_like(s)), old.item(), 0.0)
+    bound = edge(lambda s: grpo(s, old), old.item(), 0.0)
     yield Fact("… and GRPO up to", 0.24, math.exp(bound), 1e-9)
     yield Fact("TRRD, Â = 0: gradient", 0, slope(-1.0, lambda s: trrd(s, old, teacher, 0.0)), 0)
-    grpo = slope(-1.6, lambda s: rk.grpo_loss(s, old, torch.ones_like(s)))
-    alone = slope(-1.6, lambda s: trrd(s, old, log(0.0), 1.0, alpha=1.0))
-    yield Fact("TRRD, α = 1, π_T = 0: gradient is GRPO's", grpo, alone, 0)
+    plain = slope(-1.6, lambda s: grpo(s, old))
+    alone = slope(-1.6, lambda s: trrd(s, old, log(0.0), 1.0, TRRD(alpha=1.0)))
+    yield Fact("TRRD, α = 1, π_T = 0: gradient is GRPO's", plain, alone, 0)
     r = math.exp(0.3 * (-1.0 - old.item()) + 0.7 * -0.5)  # s − t = −.777 binds at −.5
-    clamped = slope(-1.0, lambda s: trrd(s, old, teacher, 1.0, alpha=0.3, teacher_clamp=0.5, clip=(1.0, 9.0)))
+    clamp = TRRD(alpha=0.3, teacher_clamp=0.5, clip=(1.0, 9.0))
+    clamped = slope(-1.0, lambda s: trrd(s, old, teacher, 1.0, clamp))
     yield Fact("TRRD, α = .3, the teacher clamp binds: gradient / (−Âr)", 0.3, clamped / -r, 1e-9)
 
 

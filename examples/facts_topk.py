@@ -34,12 +34,13 @@ def top1_changes(temperature: float, lr: float, steps: int, runs: int, exact: bo
     logits = torch.randn(runs, 80, generator=g)
     logits[:, :5] = torch.tensor([1.7, 1.9, 2.1, 2.3, 2.5])
     teacher = rk.linear_topk(logits, rk.LMHead(torch.eye(80), temperature=temperature), 10)
+    kl = rk.losses.TopKKL("forward", normalize="teacher")
     z, top, changes = torch.zeros(runs, 10), torch.zeros(runs, dtype=torch.int64), torch.zeros(runs)
     for step in range(steps):
         lq = z.log_softmax(1)
         if exact:
             z.requires_grad_()
-            loss = rk.topk_kl_loss(z.log_softmax(1), teacher, direction="forward", normalize="teacher", denominator=1.0).loss
+            loss = kl(z.log_softmax(1), teacher=teacher, reduction=rk.Reduction(denominator=1.0)).loss
             z = (z - lr * torch.autograd.grad(loss, z)[0]).detach()
         else:
             x = torch.multinomial(lq.exp(), 1, generator=g)
@@ -73,7 +74,8 @@ def descend(method: str, z: Tensor, teacher: rk.TopK, outside: Tensor, steps: in
         z = z.detach().requires_grad_()
         lq = z.log_softmax(1)
         tail = torch.where(outside, lq, -torch.inf).logsumexp(1)
-        out = rk.METHODS[method](lq.gather(1, teacher.ids.long()), teacher, tail_logp=tail, denominator=1.0)
+        scores = rk.TokenScores(topk_logp=lq.gather(1, teacher.ids.long()), tail_logp=tail)
+        out = rk.METHODS[method](scores, teacher=teacher, reduction=rk.Reduction(denominator=1.0))
         z = z - lr * torch.autograd.grad(out.loss, z)[0]
     return z.detach()
 
@@ -86,7 +88,12 @@ def lsm_drift() -> Iterator[Fact]:
     assert teacher.tail_logp is not None
     outside = torch.ones(16, 32).scatter(1, teacher.ids.long(), 0.0) > 0
     pushed = z + 2 * outside
-    both, tail = ([rk.linear_topk_kl_loss(x, head, teacher, normalize=n).loss for x in (z, pushed)] for n in ("both", "tail"))
+
+    def distance(x: Tensor, normalize: str) -> Tensor:
+        kl = rk.losses.TopKKL(normalize=normalize)
+        return rk.linear_loss(x, head, teacher.ids[:, 0], kl, teacher=teacher).loss
+
+    both, tail = ([distance(x, n) for x in (z, pushed)] for n in ("both", "tail"))
     yield Fact(
         "LSM does not see the tail: all logits outside S raised by 2",
         "renormalised: the same loss, bit for bit; tail bucket: larger",
@@ -96,7 +103,7 @@ def lsm_drift() -> Iterator[Fact]:
     masses = {}
     for method in ("lsm", "ta_opd"):
         end = descend(method, pushed, teacher, outside)
-        rest = rk.linear_topk_kl_loss(end, head, teacher, normalize="both").loss.item()
+        rest = distance(end, "both").item()
         masses[method] = (torch.where(outside, end.softmax(1), 0).sum(1).mean().item(), rest)
     start, want = torch.where(outside, pushed.softmax(1), 0).sum(1).mean().item(), teacher.tail_logp.exp().mean().item()
     (lsm, lsm_rest), (ta, ta_rest) = masses["lsm"], masses["ta_opd"]
@@ -126,10 +133,11 @@ def expected_gradients() -> Iterator[Fact]:
     mass = slope(lambda lq: lq[ids].exp().sum())
 
     def k4(lq: Tensor, unbiased: bool) -> Tensor:
-        rows = []
+        rows, loss = [], rk.losses.SampledTailKL(unbiased=unbiased)
         for y in target:  # one call a token, so that each loss keeps its gradient
             one = rk.TopK(ids[None], lp[None, ids], target_logp=lp[y][None])
-            rows.append(rk.topk_sampled_tail_loss(lq[ids][None], lq[y][None], y[None], one, unbiased=unbiased).loss)
+            scores = rk.TokenScores(logp=lq[y][None], topk_logp=lq[ids][None])
+            rows.append(loss(scores, target=y[None], teacher=one).loss)
         return (q * torch.stack(rows)).sum()
 
     published, unbiased = (slope(lambda lq, u=u: k4(lq, u)) for u in (False, True))
@@ -141,14 +149,15 @@ def expected_gradients() -> Iterator[Fact]:
         max(error) < 1e-14,
     )
     full = rk.TopK(target[None], lp[None])
-    pg = slope(lambda lq: rk.topk_pg_loss(lq[None], z.log_softmax(0)[None], full).loss)
+    pg = slope(lambda lq: rk.losses.TopKPG()(lq[None], old_topk_logp=z.log_softmax(0)[None], teacher=full).loss)
     yield Fact(
         "thunlp/OPD: candidate rewards −q(log q − log p) over the whole vocabulary, first step: the reverse KL's gradient",
         "0",
         f"{(pg - kl).abs().max():.1e}",
         bool((pg - kl).abs().max() < 1e-14),
     )
-    adv = rk.topk_kl_loss(z.log_softmax(0)[ids].expand(v, k), teacher, direction="forward", normalize="none").token_loss
+    forward = rk.losses.TopKKL("forward", normalize="none")
+    adv = forward(z.log_softmax(0)[ids].expand(v, k), teacher=teacher).token_loss
     zero = slope(lambda lq: -(q * (lq - lq.detach()).exp() * -adv).sum())
     yield Fact(
         "verl: Â = −sg(truncated KL) does not depend on the sampled token, so nothing is left in expectation",

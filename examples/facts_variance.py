@@ -48,7 +48,9 @@ def variance(policy: Tensor, teacher: Tensor, gamma: float, length: int, count: 
     with torch.no_grad():
         reward = rk.linear_logp(z, head, tokens).logp - rk.linear_logp(teacher[states], head, tokens).logp
     weights = -discounted(reward, gamma)  # −w·log π(y) has the gradient Σ r·∇log π
-    rk.linear_cross_entropy_loss(z, head, tokens, weights=weights, denominator=1.0).loss.backward()
+    rk.linear_loss(
+        z, head, tokens, rk.losses.CrossEntropy(), weights=weights, reduction=rk.Reduction(denominator=1.0)
+    ).loss.backward()
     assert z.grad is not None
     place = torch.arange(count)[:, None] * v + states
     g = torch.zeros(count * v, v).index_add_(0, place.flatten(), z.grad.flatten(0, 1)).view(count, -1)

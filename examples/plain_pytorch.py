@@ -36,8 +36,8 @@ def before(policy: Policy, tokens: Tensor, old_logp: Tensor, advantages: Tensor,
 
 def after(policy: Policy, tokens: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     head = rk.LMHead(policy.lm_head.weight, temperature=TEMPERATURE)
-    logp = rk.linear_logp(policy.hidden(tokens[:, :-1]), head, tokens[:, 1:], mask=mask).logp
-    return rk.grpo_loss(logp, old_logp, advantages, mask, clip=(CLIP, CLIP)).loss
+    grpo, hidden = rk.losses.GRPO(clip=(CLIP, CLIP)), policy.hidden(tokens[:, :-1])
+    return rk.linear_loss(hidden, head, tokens[:, 1:], grpo, old_logp=old_logp, advantages=advantages, mask=mask).loss
 
 
 @torch.no_grad()

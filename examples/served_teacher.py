@@ -97,11 +97,14 @@ def main() -> int:
         held_out = torch.randint(vocab_size, (batch, prompt + new))  # tokens at random: put your own prompts here and below
         truth = ask(url, args.teacher, held_out, prompt, args.k, vocab_size)
 
+        kl = rk.losses.TopKKL("forward", normalize="tail")
+        rlad = rk.losses.RLAD(topk=kl, topk_coef=1.0, teacher_clamp=2.0)
+
         @torch.no_grad()
         def distance() -> float:
             head = rk.LMHead.from_model(student)
-            kl = {"direction": "forward", "normalize": "tail"}
-            return rk.linear_topk_kl_loss(hidden_of(student, held_out, prompt), head, truth, **kl).loss.item()
+            hidden = hidden_of(student, held_out, prompt)
+            return rk.linear_loss(hidden, head, held_out[:, prompt:], kl, teacher=truth).loss.item()
 
         optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr)
         first = distance()
@@ -114,10 +117,7 @@ def main() -> int:
             head, hidden = rk.LMHead.from_model(student), hidden_of(student, sequences, prompt)
             with torch.no_grad():
                 old_logp = rk.linear_logp(hidden, head, target).logp
-            out = rk.rlad_loss(
-                hidden, head, target, old_logp=old_logp, advantages=advantages, teacher=teacher, topk_kl_coef=1.0,
-                direction="forward", normalize="tail", teacher_clamp=2.0,
-            )  # fmt: skip
+            out = rk.linear_loss(hidden, head, target, rlad, old_logp=old_logp, advantages=advantages, teacher=teacher)
             out.loss.backward()
             optimizer.step()
             optimizer.zero_grad()

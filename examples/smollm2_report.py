@@ -13,7 +13,6 @@ COLUMNS = {  # metric: heading
     "clip_frac_low": "clip low",
     "clip_frac_high": "clip high",
     "ratio_mean": "ratio",
-    "student_mass": "mass",
     "entropy": "entropy",
     "length": "tokens",
     "seconds": "seconds",
@@ -41,7 +40,7 @@ def table(history: Sequence[dict[str, float]]) -> None:
     print("\nstep" + "".join(f"{heading:>10}" for heading in COLUMNS.values()))
     for row in history:
         print(f"{row['step']:4d}" + "".join(f"{row.get(name, float('nan')):10.3f}" for name in COLUMNS))
-    print("kl teach: mean log π/π_T of the sampled tokens; mass: the student's probability on the teacher's top-K.")
+    print("kl teach: mean log π/π_T of the sampled tokens.")
 
 
 def curves(history: Sequence[dict[str, float]], points: Sequence[tuple[int, dict[str, Any]]], file: Path, title: str) -> None:

@@ -2,7 +2,7 @@
 
 Each step: the student answers a batch of problems, several times each (top-p rollouts); the answers are verified (reward 0 or 1)
 and compared within their group (GRPO advantages); the teacher, the untrained model shown the answer in its prompt, scores the very
-tokens the student wrote; and ``rlad_loss`` turns all of it into one gradient. No logits are built over a prompt, nor over a batch.
+tokens the student wrote; and ``linear_loss`` makes one gradient of all of it. No logits are built over a prompt, nor over a batch.
 """
 
 from __future__ import annotations
@@ -228,6 +228,10 @@ class Trainer:
         self.model, self.tokenizer, self.recipe, self.problems = model, tokenizer, recipe, problems
         self.teacher = copy.deepcopy(model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        topk = rk.losses.TopKKL("reverse", normalize="both")
+        self.rlad = rk.losses.RLAD(
+            alpha=recipe.alpha, teacher_clamp=recipe.teacher_clamp, topk=topk, topk_coef=recipe.topk_kl_coef
+        )  # fmt: skip
         self.generator = torch.Generator().manual_seed(seed)
         self.shuffler = random.Random(seed)
         self.queue: list[Problem] = []
@@ -264,18 +268,16 @@ class Trainer:
         recipe = self.recipe
         reading = read(self.model, self.tokenizer, [student_chat(problem) for problem in batch], recipe.group)
         hidden = response_hidden(self.model, reading, rollout.tokens)
-        out = rk.rlad_loss(
+        out = rk.linear_loss(
             hidden,
             rk.LMHead.from_model(self.model),
             rollout.tokens,
+            self.rlad,
             old_logp=rollout.logp,
             advantages=advantage,
             teacher=teacher,
-            topk_kl_coef=recipe.topk_kl_coef,
             mask=rollout.mask,
             filter_eps=recipe.filter_eps,
-            alpha=recipe.alpha,
-            teacher_clamp=recipe.teacher_clamp,
         )
         self.optimizer.zero_grad()
         out.loss.backward()

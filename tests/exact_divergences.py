@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlad_kernels.backends import reference
-from rlad_kernels.losses.divergence_kinds import Kind
+from rlad_kernels.core.divergence import Kind
 
 DIGITS = 150  # 1 − e^-200 still has 60 of its own
 Row = list[D]

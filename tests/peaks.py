@@ -7,14 +7,10 @@ import json
 import sys
 
 import torch
-from torch import Tensor
 
 import rlad_kernels as rk
+from bench.providers.ours import PolicyGradient
 from bench.worker import Peak
-
-
-def _policy_gradient(scores: rk.TokenScores, advantage: Tensor) -> Tensor:
-    return -scores.logp * advantage
 
 
 def step(path: str, n: int, d: int, v: int, dtype: str, k: int) -> int:
@@ -30,10 +26,10 @@ def step(path: str, n: int, d: int, v: int, dtype: str, k: int) -> int:
         out = -((hidden @ weight.T).float().log_softmax(-1).gather(1, target[:, None])[:, 0] * advantage).mean()
     elif path == "linear_logp":
         out = -(rk.linear_logp(hidden, head, target).logp * advantage).mean()
-    elif path == "fused_linear_loss":
-        out = rk.fused_linear_loss(hidden, head, target, _policy_gradient, inputs={"advantage": advantage}).loss
-    elif path == "linear_topk_kl":
-        out = rk.linear_topk_kl_loss(hidden, head, rk.TopK(ids, logp), normalize="both").loss
+    elif path == "linear_loss":
+        out = rk.linear_loss(hidden, head, target, PolicyGradient(), advantages=advantage).loss
+    elif path == "topk_kl":
+        out = rk.linear_loss(hidden, head, target, rk.losses.TopKKL(normalize="both"), teacher=rk.TopK(ids, logp)).loss
     else:
         rk.linear_topk(hidden, head, k, target=target)
         return peak.bytes()

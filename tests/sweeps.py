@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,28 @@ class Problem:
 
     def expected(self) -> reference.Scores:
         return reference.token_scores(self.logits(), self.target, self.ids, self.mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own(rk.TokenLoss):
+    """A loss of one formula on the scores that it names, times ``w`` where that is given."""
+
+    value: Callable[[rk.TokenScores], Tensor] = field(kw_only=False)
+    scores: tuple[str, ...] = ("logp",)
+
+    takes = ("w", "teacher")
+
+    def read(self) -> tuple[str, ...]:
+        return self.scores
+
+    def tokens(self, scores: rk.TokenScores, *, w: Tensor | None = None, teacher: rk.TopK | None = None) -> tuple[Tensor, Any]:
+        loss = self.value(scores)
+        return loss if w is None else w * loss, {}
+
+
+def support(ids: Tensor) -> rk.TopK:
+    """A teacher that only says which ids to read."""
+    return rk.TopK(ids, torch.zeros_like(ids, dtype=torch.float32))
 
 
 def leaf(x: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
 import rlad_kernels as rk
+from rlad_kernels.core.token_loss import Metrics
 from tests.sweeps import Problem, leaf, problem
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -27,8 +29,16 @@ def topk(p: Problem) -> Tensor:
     return torch.cat([found.logp, found.target_logp[:, None], found.entropy[:, None]], 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Confident(rk.TokenLoss):
+    reads = ("logp", "entropy")
+
+    def tokens(self, scores: rk.TokenScores) -> tuple[Tensor, Metrics]:
+        return scores.entropy - scores.logp, {}
+
+
 def fused(p: Problem, eps: float = 0.0) -> Tensor:
-    return rk.fused_linear_loss(p.hidden, p.head, p.target, lambda s: s.entropy - s.logp, inputs={}, filter_eps=eps).loss
+    return rk.linear_loss(p.hidden, p.head, p.target, Confident(), filter_eps=eps).loss
 
 
 CALLS: dict[str, Callable[[Problem], Tensor]] = {
@@ -39,9 +49,9 @@ CALLS: dict[str, Callable[[Problem], Tensor]] = {
     "gather": lambda p: rk.linear_gather(p.hidden, p.head, p.ids),
     "fused": fused,
     "fused filter_eps": lambda p: fused(p, 0.01),
-    "divergence": lambda p: rk.linear_divergence(p.hidden, p.head, *teacher(p)),
-    "divergence frozen": lambda p: rk.linear_divergence(p.hidden, frozen(p), *teacher(p)),
-    "divergence_loss": lambda p: rk.linear_divergence_loss(p.hidden, p.head, *teacher(p)).loss,
+    "divergence": lambda p: rk.linear_divergence(p.hidden, p.head, *teacher(p), rk.losses.ForwardKL()),
+    "divergence frozen": lambda p: rk.linear_divergence(p.hidden, frozen(p), *teacher(p), rk.losses.ForwardKL()),
+    "divergence_loss": lambda p: rk.linear_divergence_loss(p.hidden, p.head, *teacher(p), rk.losses.ForwardKL()).loss,
 }
 
 

@@ -16,7 +16,7 @@ import torch
 
 import rlad_kernels as rk
 from rlad_kernels.backends.contract import INTERPRET, has_cpp
-from tests.sweeps import problem, relative
+from tests.sweeps import Own, problem, relative
 
 if INTERPRET or not has_cpp():
     pytest.skip("the C++ backend is not loaded", allow_module_level=True)
@@ -178,8 +178,8 @@ def test_sweeps_keep_the_contract(name, tile, monkeypatch):
         return logp, *torch.autograd.grad((logp * g.to(logp.dtype)).sum(), q.leaves)
 
     def inside(q):
-        loss = lambda scores, w: scores.logp * w  # noqa: E731
-        out = rk.fused_linear_loss(q.hidden, q.head, q.target, loss, inputs={"w": g}, denominator=1)
+        loss, reduction = Own(lambda scores: scores.logp), rk.Reduction(denominator=1)
+        out = rk.linear_loss(q.hidden, q.head, q.target, loss, w=g, reduction=reduction)
         return out.token_loss, *torch.autograd.grad(out.loss, q.leaves)
 
     exact = separate(p64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,6 +11,12 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
+from rlad_kernels.core.divergence import Divergence
+from rlad_kernels.core.token_loss import Metrics
+from rlad_kernels.losses.cross_entropy import CrossEntropy
+from rlad_kernels.losses.vocab.kl import JSD, ForwardKL, ReverseKL
+from rlad_kernels.losses.vocab.power import AlphaBeta, Hellinger, TotalVariation
+from rlad_kernels.losses.vocab.weighed import AKL, ToDi
 from tests.conftest import INTERPRET
 from tests.sweeps import Problem, leaf, problem, relative
 
@@ -35,26 +42,32 @@ def topk(p: Problem, _: dict[str, Any]) -> dict[str, Tensor]:
     return {k: v for k, v in found._asdict().items() if v is not None}
 
 
-def support(s: Any, old: Tensor, advantages: Tensor) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Support(rk.TokenLoss):
     """A loss that reads every score and explodes where log p is −∞."""
-    ratio = (s.logp - old).exp()
-    return -ratio * advantages + (old - s.logp).exp() - 0.1 * s.entropy + s.topk_logp.exp().sum(-1) - 0.1 * s.tail_logp
+
+    needs = ("old_logp", "advantages", "teacher")
+    reads = ("logp", "entropy", "topk_logp", "tail_logp")
+
+    def tokens(self, scores: rk.TokenScores, *, old_logp: Tensor, advantages: Tensor, teacher: rk.TopK) -> tuple[Tensor, Metrics]:
+        s, ratio = scores, (scores.logp - old_logp).exp()
+        on_support = (s.topk_logp.exp() * (1 + 0.1 * teacher.logp)).sum(-1)
+        return -ratio * advantages + (old_logp - s.logp).exp() - 0.1 * s.entropy + on_support - 0.1 * s.tail_logp, {}
 
 
 def fused(p: Problem, more: dict[str, Any], **options: Any) -> dict[str, Tensor]:
-    inputs = {k: more[k] for k in ("old", "advantages")}
-    out = rk.fused_linear_loss(p.hidden, p.head, p.target, support, inputs=inputs, topk_ids=p.ids, mask=p.mask, **options)
+    given = {"old_logp": more["old"], "advantages": more["advantages"], "teacher": rk.TopK(p.ids, more["teacher_logp"])}
+    out = rk.linear_loss(p.hidden, p.head, p.target, Support(), mask=p.mask, **given, **options)
     return {"loss": out.loss, "token_loss": out.token_loss, **{k: v for k, v in out.metrics.items() if k != "rows_skipped"}}
 
 
 def divergence(p: Problem, more: dict[str, Any], frozen: bool = False) -> dict[str, Tensor]:
     head = rk.LMHead(p.weight.detach(), p.bias.detach(), **p.options) if frozen else p.head
-    return {"value": rk.linear_divergence(p.hidden, head, *more["teacher"], divergence=more["divergence"], mask=p.mask)}
+    return {"value": rk.linear_divergence(p.hidden, head, *more["teacher"], more["divergence"], mask=p.mask)}
 
 
 def divergence_loss(p: Problem, more: dict[str, Any]) -> dict[str, Tensor]:
-    options = {"divergence": more["divergence"], "weights": more["weights"]}
-    out = rk.linear_divergence_loss(p.hidden, p.head, *more["teacher"], mask=p.mask, **options)
+    out = rk.linear_divergence_loss(p.hidden, p.head, *more["teacher"], more["divergence"], mask=p.mask, weights=more["weights"])
     return {"loss": out.loss, "token_loss": out.token_loss, **out.metrics}
 
 
@@ -66,7 +79,7 @@ CALLS: dict[str, Call] = {
     "linear_gather": lambda p, _: {"z": rk.linear_gather(p.hidden, p.head, p.ids, mask=p.mask)},
     "fused": fused,
     "fused filter_eps": lambda p, more: fused(p, more, filter_eps=1e-30),
-    "cross_entropy": lambda p, _: {"loss": rk.linear_cross_entropy_loss(p.hidden, p.head, p.target, mask=p.mask).loss},
+    "cross_entropy": lambda p, _: {"loss": rk.linear_loss(p.hidden, p.head, p.target, CrossEntropy(), mask=p.mask).loss},
     "divergence": divergence,
     "divergence_loss": divergence_loss,
     "divergence frozen": lambda p, more: divergence(p, more, frozen=True),
@@ -75,14 +88,14 @@ CALLS: dict[str, Call] = {
 
 # divergence, and whose columns 0 and 5 are outside the vocabulary by a bias of −∞
 SIDES = [
-    *((kind, "student teacher") for kind in ("forward_kl", "reverse_kl", "jsd", "alpha_beta", "todi", "akl")),
-    *((kind, side) for kind in ("jsd", "hellinger", "total_variation") for side in ("student", "teacher")),
-    ("reverse_kl", "student"),
-    ("forward_kl", "teacher"),
+    *((kind, "student teacher") for kind in (ForwardKL(), ReverseKL(), JSD(), AlphaBeta(), ToDi(), AKL())),
+    *((kind, side) for kind in (JSD(), Hellinger(), TotalVariation()) for side in ("student", "teacher")),
+    (ReverseKL(), "student"),
+    (ForwardKL(), "teacher"),
 ]
 
 
-def case(garbage: float | None, divergence: str, side: str) -> tuple[Problem, dict[str, Any]]:
+def case(garbage: float | None, divergence: Divergence, side: str) -> tuple[Problem, dict[str, Any]]:
     """``garbage`` stands in every masked row of every input."""
     torch.manual_seed(3)
     p = problem(n=N, v=V, k=K, temperature=torch.rand(N) + 0.5)
@@ -93,6 +106,7 @@ def case(garbage: float | None, divergence: str, side: str) -> tuple[Problem, di
             head.bias[[0, 5]] = -torch.inf if name in side else 0.0
     p.mask = torch.rand(N) > 0.4
     rows = {"states": torch.randn(N, 16), "old": torch.randn(N) - 3, "advantages": torch.randn(N), "weights": torch.rand(N)}
+    rows["teacher_logp"] = torch.randn(N, K)
     if garbage is not None:
         off = ~p.mask
         p.hidden = leaf(torch.where(off[:, None], garbage, p.hidden.detach()))
@@ -113,7 +127,7 @@ def run(call: Call, p: Problem, more: dict[str, Any]) -> tuple[dict[str, Tensor]
     return found, list(torch.autograd.grad(list(part.values()), p.leaves, pull, allow_unused=True))
 
 
-def compare(name: str, garbage: float | None, divergence: str = "jsd", side: str = "student teacher") -> None:
+def compare(name: str, garbage: float | None, divergence: Divergence, side: str) -> None:
     want, exact = run(CALLS[name], *case(None, divergence, side))
     assert all(g is None or g.isfinite().all() for g in exact)
     with rk.set_compaction(False):
@@ -132,11 +146,11 @@ any_garbage = pytest.mark.parametrize("garbage", GARBAGE, ids=str)
 @any_garbage
 @pytest.mark.parametrize("name", CALLS)
 def test_compaction_off_gives_what_on_gives(name: str, garbage: float | None) -> None:
-    compare(name, garbage)
+    compare(name, garbage, JSD(), "student teacher")
 
 
 @pytest.mark.parametrize("garbage", GARBAGE[1:2] if INTERPRET else GARBAGE, ids=str)
-@pytest.mark.parametrize(("kind", "side"), SIDES)
-def test_every_divergence(kind: str, side: str, garbage: float | None) -> None:
+@pytest.mark.parametrize(("kind", "side"), SIDES, ids=str)
+def test_every_divergence(kind: Divergence, side: str, garbage: float | None) -> None:
     compare("divergence_loss", garbage, kind, side)
     compare("divergence", garbage, kind, side)

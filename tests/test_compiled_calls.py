@@ -11,9 +11,9 @@ from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 
 import rlad_kernels as rk
-from rlad_kernels.core.registry import METHODS
+from tests.methods import FAMILIES, case, split
 from tests.sweeps import problem
-from tests.test_inference_mode import method_case, teacher_of
+from tests.test_inference_mode import teacher_of
 
 N = 6
 
@@ -37,11 +37,16 @@ class Compiled:
 
 
 @pytest.mark.slow_interpreted
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", rk.METHODS)
 def test_methods_compile_with_dynamic_shapes(name: str) -> None:
-    call, leaves, given = method_case(name)
-    tensors = {**given, **{k: given[k].clone().requires_grad_() for k in leaves}}
-    want, got = call(**tensors), Compiled(lambda xs: call(**xs), dynamic=True).call(tensors)
+    call, leaves, given = case(name)
+    given |= {k: given[k].clone().requires_grad_() for k in leaves}
+    want, args = call(**given), (given,)
+    if not hasattr(FAMILIES[rk.METHODS[name].family], "call"):  # one on scores: its options are chosen outside the graph
+        method, *args = split(rk.METHODS[name], **given)
+        got = Compiled(lambda scores, rest: method(scores, **rest), dynamic=True).call(*args)
+    else:
+        got = Compiled(lambda xs: call(**xs), dynamic=True).call(given)
     bound = 64 * torch.finfo(torch.float32).eps * want.token_loss.abs().max()
     assert (got.loss - want.loss).abs() <= bound
     assert (got.token_loss - want.token_loss).abs().max() <= bound
@@ -49,21 +54,24 @@ def test_methods_compile_with_dynamic_shapes(name: str) -> None:
 
 
 def _hidden_calls() -> dict[str, Callable[..., Tensor]]:
+    losses = rk.losses
+
     def old(h: Tensor) -> Tensor:
         return h[:, 0] - 3
+
+    def sampled(h: Tensor) -> dict[str, Tensor]:
+        return {"old_logp": old(h), "advantages": old(h) + 3}
 
     return {
         "linear_logp": lambda h, head, y, c: rk.linear_logp(h, head, y, entropy=True).logp.sum(),
         "linear_gather": lambda h, head, y, c: rk.linear_gather(h, head, y.unsqueeze(1)).sum(),
-        "linear_cross_entropy_loss": lambda h, head, y, c: rk.linear_cross_entropy_loss(h, head, y, z_loss=c).loss,
-        "linear_divergence": lambda h, head, y, c: rk.linear_divergence(
-            h, head, h.detach() + 1, head, divergence="taid", tau=c
-        ).sum(),
-        "linear_divergence_loss": lambda h, head, y, c: rk.linear_divergence_loss(
-            h, head, h.detach() + 1, head, divergence="jsd", beta=c
+        "linear_loss": lambda h, head, y, c: rk.linear_loss(h, head, y, losses.CrossEntropy(z_loss=c)).loss,
+        "linear_loss trrd": lambda h, head, y, c: rk.linear_loss(
+            h, head, y, losses.TRRD(alpha=c), **sampled(h), teacher_logp=old(h) + 0.1, reduction="token-mean"
         ).loss,
-        "rlad_loss": lambda h, head, y, c: rk.rlad_loss(
-            h, head, y, old_logp=old(h), advantages=old(h) + 3, teacher_logp=old(h) + 0.1, alpha=c, reduction="token-mean"
+        "linear_divergence": lambda h, head, y, c: rk.linear_divergence(h, head, h.detach() + 1, head, losses.TAID(c)).sum(),
+        "linear_divergence_loss": lambda h, head, y, c: rk.linear_divergence_loss(
+            h, head, h.detach() + 1, head, losses.JSD(c)
         ).loss,
     }  # fmt: skip
 
@@ -88,28 +96,45 @@ def _annealed() -> dict[str, Callable[[float], Tensor]]:
     teacher, other = teacher_of(p, weight.roll(1, 0)), rk.LMHead(weight.roll(1, 0))
     old, adv = torch.randn(N) - 3, torch.randn(N)
     s = (old + 0.1 * torch.randn(N)).requires_grad_()
-    hidden = _hidden_calls()
-    one = {"reduction": "token-mean"}
-    rlad = {"old_logp": old, "advantages": adv, "teacher": teacher, **one}
+    hidden, losses = _hidden_calls(), rk.losses
+    one, sampled = {"reduction": "token-mean"}, {"old_logp": old, "advantages": adv}
+    taught = {**sampled, "teacher_logp": old - 0.2, **one}
+
+    def sweep(loss: rk.TokenLoss, **given: Any) -> Tensor:
+        return rk.linear_loss(p.hidden, p.head, p.target, loss, **given).loss
+
+    def rlad(coef: float, scale: float = 1.0) -> Tensor:
+        loss = losses.RLAD(topk=losses.TopKKL(scale=scale), topk_coef=coef)
+        return sweep(loss, **sampled, teacher=teacher, **one)
+
+    def divergence(teachers: int = 1, **given: Any) -> Tensor:
+        states, heads = [p.hidden.detach()] * teachers, [other] * teachers
+        return rk.linear_divergence_loss(p.hidden, p.head, states, heads, losses.ForwardKL(), **given).loss
+
     return {
-        "grpo kl_coef": lambda c: rk.grpo_loss(s, old, adv, ref_logp=old, kl_coef=c).loss,
-        "grpo clip": lambda c: rk.grpo_loss(s, old, adv, clip=(c, c + 0.1)).loss,
-        "grpo denominator": lambda c: rk.grpo_loss(s, old, adv, denominator=100 * c).loss,
-        "trrd alpha": lambda c: rk.trrd_loss(s, old, old - 0.2, adv, alpha=c, **one).loss,
-        "trrd teacher_clamp": lambda c: rk.trrd_loss(s, old, old - 0.2, adv, teacher_clamp=c, **one).loss,
-        "kdrl kd_coef": lambda c: rk.kdrl_loss(s, old, old - 0.2, adv, kd_coef=c, **one).loss,
-        "opd coef": lambda c: rk.opd_loss(s, old, old - 0.2, coef=c, **one).loss,
-        "topk_kl scale": lambda c: rk.linear_topk_kl_loss(p.hidden, p.head, teacher, scale=c).loss,
-        "rlad topk_kl_coef": lambda c: rk.rlad_loss(p.hidden, p.head, p.target, topk_kl_coef=c, **rlad).loss,
-        "rlad scale": lambda c: rk.rlad_loss(p.hidden, p.head, p.target, topk_kl_coef=1.0, scale=c, **rlad).loss,
+        "grpo reference.coef": lambda c: losses.GRPO(reference=losses.Reference(c))(s, **sampled, ref_logp=old).loss,
+        "grpo clip": lambda c: losses.GRPO(clip=(c, c + 0.1))(s, **sampled).loss,
+        "grpo denominator": lambda c: losses.GRPO()(s, **sampled, reduction=rk.Reduction(denominator=100 * c)).loss,
+        "trrd alpha": lambda c: losses.TRRD(alpha=c)(s, **taught).loss,
+        "trrd teacher_clamp": lambda c: losses.TRRD(teacher_clamp=c)(s, **taught).loss,
+        "kdrl kd_coef": lambda c: losses.KDRL(kd_coef=c)(s, **taught).loss,
+        "opd coef": lambda c: losses.OPD(coef=c)(s, old_logp=old, teacher_logp=old - 0.2, **one).loss,
+        "sweep grpo clip": lambda c: sweep(losses.GRPO(clip=(c, c + 0.1)), **sampled),
+        "sweep grpo rollout": lambda c: sweep(losses.GRPO(rollout=losses.Rollout(high=c)), **sampled, rollout_logp=old - 0.1),
+        "sweep gspo clip": lambda c: sweep(
+            losses.GSPO(clip=(c, c + 0.1)), **sampled, reduction=rk.Reduction("token-mean", seq_ids=torch.zeros(N).long())
+        ),
+        "sweep grpo reference.coef": lambda c: sweep(losses.GRPO(reference=losses.Reference(c)), **sampled, ref_logp=old),
+        "sweep topk_kl scale": lambda c: sweep(losses.TopKKL(scale=c), teacher=teacher),
+        "sweep topk_kl tail": lambda c: sweep(losses.TopKKL("mixed", normalize="tail", beta=c), teacher=teacher),
+        "sweep rlad topk_coef": lambda c: rlad(c),
+        "sweep rlad topk.scale": lambda c: rlad(1.0, scale=c),
         "temperature": lambda c: rk.linear_logp(p.hidden, rk.LMHead(p.weight, temperature=c), p.target).logp.sum(),
-        "divergence scale": lambda c: rk.linear_divergence_loss(p.hidden, p.head, p.hidden.detach(), other, scale=c).loss,
-        "teacher_weights": lambda c: rk.linear_divergence_loss(
-            p.hidden, p.head, [p.hidden.detach()] * 2, [other] * 2, teacher_weights=(c, 1 - c)
-        ).loss,
+        "divergence scale": lambda c: divergence(scale=c),
+        "teacher_weights": lambda c: divergence(2, teacher_weights=(c, 1 - c)),
         **{
             name: lambda c, f=hidden[name]: f(p.hidden, p.head, p.target, c)
-            for name in ("linear_cross_entropy_loss", "linear_divergence", "linear_divergence_loss", "rlad_loss")
+            for name in hidden if name not in ("linear_logp", "linear_gather")
         },
     }  # fmt: skip
 
@@ -131,18 +156,19 @@ def test_compiled_calls_check_values(backend: str) -> None:
     """A mask of other numbers, decreasing seq_ids, a denominator of 0: ValueErrors of the running graph (on CUDA on request)."""
 
     def f(s: Tensor, mask: Tensor, ids: Tensor, denominator: Tensor) -> Tensor:
-        options = {"reduction": "seq-mean-token-mean", "seq_ids": ids, "denominator": denominator}
-        return rk.grpo_loss(s, s.detach() - 0.1, s.detach(), mask, **options).loss
+        reduction = rk.Reduction("seq-mean-token-mean", seq_ids=ids, denominator=denominator)
+        return grpo(s, old_logp=s.detach() - 0.1, advantages=s.detach(), mask=mask, reduction=reduction).loss
 
+    grpo = rk.losses.GRPO()
     call = torch.compile(f, backend=backend, fullgraph=True)
     s, mask, ids, two = torch.randn(N).requires_grad_(), torch.ones(N), torch.tensor([0, 0, 1, 1, 1, 4]), torch.tensor(2.0)
     with rk.set_checks(True):
         call(s, mask, ids, two).backward()
         assert s.grad.abs().max() > 0
         for bad, message in (
-            ((mask * 2, ids, two), r"^grpo_loss: mask must hold bools, or numbers equal to 0 or 1, got 2.0"),
-            ((mask, ids.flip(0), two), r"^grpo_loss: seq_ids must be non-decreasing"),
-            ((mask, ids, two * 0), r"^grpo_loss: denominator must be positive, got 0.0"),
+            ((mask * 2, ids, two), r"^GRPO: mask must hold bools, or numbers equal to 0 or 1, got 2.0"),
+            ((mask, ids.flip(0), two), r"^GRPO: seq_ids must be non-decreasing"),
+            ((mask, ids, two * 0), r"^GRPO: denominator must be positive, got 0.0"),
         ):
             for g in (f, call):
                 with pytest.raises(ValueError, match=message):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import rlad_kernels as rk
 from tests.conftest import INTERPRET
-from tests.sweeps import Problem, leaf, relative
+from tests.sweeps import Own, Problem, leaf, relative, support
 
 N, D, V = 5, 8, 61
 RAW = 12.0  # of a row's confident column: z is 20 at a temperature of 0.6
@@ -38,13 +38,13 @@ CASES: dict[str, tuple[bool, bool, Callable[[Any], Tensor]]] = {
 }  # fmt: skip
 
 
-def confident(dtype: torch.dtype = torch.float32, target: bool = True, support: bool = True, **options: Any) -> Problem:
+def confident(dtype: torch.dtype = torch.float32, target: bool = True, held: bool = True, **options: Any) -> Problem:
     """Row i is sure of column i. Every raw logit is a multiple of 1/32: all dtypes and all orders of its sum have it exactly."""
     with_bias = options.pop("bias", False)
     weight = torch.cat([torch.eye(V, N), torch.randint(-4, 5, (V, D)) / 8 * (torch.arange(V) >= N).unsqueeze(1)], 1)
     hidden = torch.cat([RAW * torch.eye(N), torch.randint(-2, 3, (N, D)) / 4], 1)
     bias = leaf((torch.randint(-2, 3, (V,)) / 4 * (torch.arange(V) >= N)).to(dtype)) if with_bias else None
-    ids = torch.stack([OWN if support else OTHER + N, OTHER + 2 * N, OTHER + 3 * N, torch.full((N,), -1)], 1)
+    ids = torch.stack([OWN if held else OTHER + N, OTHER + 2 * N, OTHER + 3 * N, torch.full((N,), -1)], 1)
     where = OWN if target else OTHER
     return Problem(
         leaf(hidden.to(dtype)), leaf(weight.to(dtype)), bias, where.to(hidden.device), ids.to(hidden.device), None, options
@@ -52,26 +52,29 @@ def confident(dtype: torch.dtype = torch.float32, target: bool = True, support: 
 
 
 def gradients(
-    p: Problem, loss: Callable[[Any], Tensor], path: str, *, entropy: bool = False, support: bool = False, eps: float = 1e-30
+    p: Problem, loss: Callable[[Any], Tensor], path: str, *, entropy: bool = False, on_ids: bool = False, eps: float = 1e-30
 ) -> list[Tensor]:
     """d_hidden, d_weight and d_bias of Σ loss, which may read the entropy and the support."""
     eps = eps if "sparse" in path else 0.0
     if path == "frozen":
         p = Problem(p.hidden, p.weight.detach(), None if p.bias is None else p.bias.detach(), p.target, p.ids, None, p.options)
-    ids = p.ids if support else None
     if "fused" in path:
-        total = rk.fused_linear_loss(
-            p.hidden, p.head, p.target, loss, inputs={}, topk_ids=ids, filter_eps=eps, denominator=1.0, reduction="token-mean"
-        ).loss
+        reads = ("logp", "entropy", *(("topk_logp", "tail_logp") if on_ids else ()))
+        given = {"teacher": support(p.ids)} if on_ids else {}
+        reduction = rk.Reduction("token-mean", denominator=1.0)
+        total = rk.linear_loss(
+            p.hidden, p.head, p.target, Own(loss, scores=reads), filter_eps=eps, reduction=reduction, **given
+        ).loss  # fmt: skip
     else:
-        total = loss(rk.linear_logp(p.hidden, p.head, p.target, topk_ids=ids, entropy=entropy, tail=support, filter_eps=eps)).sum()
+        ids = p.ids if on_ids else None
+        total = loss(rk.linear_logp(p.hidden, p.head, p.target, topk_ids=ids, entropy=entropy, tail=on_ids, filter_eps=eps)).sum()
     return list(torch.autograd.grad(total, [x for x in p.leaves if x.requires_grad]))
 
 
 def check(dtype: torch.dtype, head: str, case: str, path: str) -> None:
-    target, support, loss = CASES[case]
-    p = confident(dtype, target, support, **HEADS[head])
-    found = gradients(p, loss, path, entropy="entropy" in case, support=case not in ("logp", "entropy"))
+    target, held, loss = CASES[case]
+    p = confident(dtype, target, held, **HEADS[head])
+    found = gradients(p, loss, path, entropy="entropy" in case, on_ids=case not in ("logp", "entropy"))
     twin = p.twin()
     z = twin.logits()
     exact = torch.autograd.grad(loss(twin.expected()).sum(), twin.leaves)

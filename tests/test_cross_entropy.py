@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -9,11 +11,13 @@ from torch.nn.functional import cross_entropy
 import rlad_kernels as rk
 from tests.sweeps import leaf, problem, relative
 
+CE, CrossEntropy = rk.losses.CrossEntropy(), rk.losses.CrossEntropy
+
 
 def test_without_options_it_is_torchs() -> None:
     p = problem(shape=(3, 7))
     target = torch.where(torch.rand(3, 7) < 0.3, -100, p.target)
-    out = rk.linear_cross_entropy_loss(p.hidden, p.head, target)
+    out = rk.linear_loss(p.hidden, p.head, target, CE)
     want = cross_entropy(p.logits().flatten(0, 1), target.flatten())
     assert torch.allclose(out.loss, want, rtol=1e-6)
     for got, exact in zip(torch.autograd.grad(out.loss, p.leaves), torch.autograd.grad(want, p.leaves), strict=True):
@@ -24,11 +28,11 @@ def test_without_options_it_is_torchs() -> None:
 def test_a_weight_of_zero_is_no_cross_entropy_but_keeps_its_z_loss() -> None:
     p = problem(n=6, bias=False)
     weights = torch.tensor([0.0, 1.0, 0.0, 2.0, 1.0, 0.0])
-    bare = rk.linear_cross_entropy_loss(p.hidden, p.head, p.target, weights=weights)
+    bare = rk.linear_loss(p.hidden, p.head, p.target, CE, weights=weights)
     assert bare.metrics["rows_skipped"] == (0.5 if not p.hidden.is_cuda else 0)
     slope = torch.autograd.grad(bare.loss, p.hidden)[0]
     assert not slope[weights == 0].any()
-    both = rk.linear_cross_entropy_loss(p.hidden, p.head, p.target, weights=weights, z_loss=0.1)
+    both = rk.linear_loss(p.hidden, p.head, p.target, CrossEntropy(z_loss=0.1), weights=weights)
     lse = rk.linear_logp(p.hidden, p.head, p.target).lse
     assert torch.allclose(both.token_loss - bare.token_loss, 0.1 * lse.detach().square(), rtol=1e-5, atol=1e-6)
     assert torch.autograd.grad(both.loss, p.hidden)[0][weights == 0].any()
@@ -38,11 +42,12 @@ def test_weights_do_not_enter_the_divisor_and_get_no_gradient() -> None:
     p = problem(n=8)
     weights = torch.rand(8).requires_grad_()
     nll = -rk.linear_logp(p.hidden, p.head, p.target).logp.detach()
-    out = rk.linear_cross_entropy_loss(p.hidden, p.head, p.target, weights=weights)
+    out = rk.linear_loss(p.hidden, p.head, p.target, CE, weights=weights)
     assert torch.allclose(out.loss, (weights * nll).mean(), rtol=1e-6)
     out.loss.backward()
     assert weights.grad is None
-    mean = rk.linear_cross_entropy_loss(p.hidden, p.head, p.target, weights=weights, denominator=weights.sum())
+    reduction = rk.Reduction(denominator=weights.sum())
+    mean = rk.linear_loss(p.hidden, p.head, p.target, CE, weights=weights, reduction=reduction)
     assert torch.allclose(mean.loss, (weights * nll).sum() / weights.sum(), rtol=1e-6)
 
 
@@ -50,11 +55,12 @@ def test_weights_do_not_enter_the_divisor_and_get_no_gradient() -> None:
 def test_garbage_at_masked_tokens(compaction: bool) -> None:
     p = problem(n=9)
     weights, mask = torch.rand(9), torch.arange(9) % 3 > 0
-    want = rk.linear_cross_entropy_loss(p.hidden, p.head, p.target, weights=weights, z_loss=0.01, mask=mask)
+    loss = CrossEntropy(z_loss=0.01)
+    want = rk.linear_loss(p.hidden, p.head, p.target, loss, weights=weights, mask=mask)
     dirty = leaf(torch.where(mask[:, None], p.hidden.detach(), torch.nan))
-    options = {"weights": torch.where(mask, weights, torch.nan), "z_loss": 0.01, "mask": mask}
+    weights = torch.where(mask, weights, torch.nan)
     with rk.set_compaction(compaction):
-        got = rk.linear_cross_entropy_loss(dirty, p.head, torch.where(mask, p.target, 10**6), **options)
+        got = rk.linear_loss(dirty, p.head, torch.where(mask, p.target, 10**6), loss, weights=weights, mask=mask)
     assert torch.allclose(got.loss, want.loss, rtol=1e-6)
     for a, b in zip(torch.autograd.grad(got.loss, (dirty, p.weight)), torch.autograd.grad(want.loss, p.leaves[:2]), strict=True):
         assert relative(a, b) <= 1e-6
@@ -63,10 +69,11 @@ def test_garbage_at_masked_tokens(compaction: bool) -> None:
 def test_the_z_loss_in_the_sparse_backward() -> None:
     """It takes the gradient of lse too, and errs by less than the probability it drops."""
     p = problem(n=9, v=101, sigma=6.0, bias=False)
-    exact = rk.linear_cross_entropy_loss(p.hidden, p.head, p.target, z_loss=0.1)
+    loss = CrossEntropy(z_loss=0.1)
+    exact = rk.linear_loss(p.hidden, p.head, p.target, loss)
     want = torch.autograd.grad(exact.loss, p.leaves)
     for eps in (1e-2, 1e-3, 1e-4):
-        out = rk.linear_cross_entropy_loss(p.hidden, p.head, p.target, z_loss=0.1, filter_eps=eps)
+        out = rk.linear_loss(p.hidden, p.head, p.target, loss, filter_eps=eps)
         assert torch.equal(out.loss, exact.loss)
         for got, full in zip(torch.autograd.grad(out.loss, p.leaves), want, strict=True):
             assert relative(got, full) <= out.metrics["dropped_mass_max"]
@@ -77,7 +84,7 @@ def test_compiles_fullgraph() -> None:
     weights = torch.rand(8)
 
     def f(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return rk.linear_cross_entropy_loss(hidden, rk.LMHead(weight), p.target, weights=weights, z_loss=1e-2).loss
+        return rk.linear_loss(hidden, rk.LMHead(weight), p.target, CrossEntropy(z_loss=1e-2), weights=weights).loss
 
     want, got = f(p.hidden, p.weight), torch.compile(f, fullgraph=True, backend="aot_eager")(p.hidden, p.weight)
     assert torch.allclose(got, want, rtol=1e-6)
@@ -86,19 +93,23 @@ def test_compiles_fullgraph() -> None:
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
 
 
-WRONG = {
-    "weights": ({"weights": torch.ones(3, device="cpu")}, r"weights has shape \(3,\), wanted \(4,\)"),
-    "z_negative": ({"z_loss": -1.0}, r"z_loss must be finite and at least 0, got -1.0"),
-    "z_nan": ({"z_loss": float("nan")}, r"z_loss must be finite"),
-    "target": ({"target": torch.zeros(3).long()}, r"target has shape \(3,\)"),
-    "reduction": ({"reduction": "mean"}, r"reduction must be one of"),
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "weights": ({"weights": torch.ones(3, device="cpu")}, r"CrossEntropy: weights has shape \(3,\), wanted \(4,\)"),
+    "target": ({"target": torch.zeros(3).long()}, r"linear_loss: target has shape \(3,\)"),
+    "reduction": ({"reduction": "mean"}, r"CrossEntropy: reduction must be a Reduction or one of .* got 'mean'"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_message(case: str) -> None:
     p = problem(n=4)
-    options, message = WRONG[case]
-    options = {k: v.to(p.hidden.device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    with pytest.raises(ValueError, match=f"^linear_cross_entropy_loss: {message}"):
-        rk.linear_cross_entropy_loss(**{"hidden": p.hidden, "head": p.head, "target": p.target} | options)
+    given, message = WRONG[case]
+    given = {k: v.to(p.hidden.device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        rk.linear_loss(**{"hidden": p.hidden, "head": p.head, "target": p.target, "loss": CE} | given)
+
+
+@pytest.mark.parametrize("z_loss", [-1.0, torch.nan, torch.inf, None, "0"])
+def test_z_loss_is_checked(z_loss: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^CrossEntropy: z_loss must be in \[0, inf\), got {z_loss!r}"):
+        CrossEntropy(z_loss=z_loss)

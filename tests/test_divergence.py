@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,23 +11,21 @@ from torch import Tensor
 
 import rlad_kernels as rk
 from rlad_kernels.backends import reference
+from rlad_kernels.core.divergence import Divergence
 from rlad_kernels.engine.tiles import Tiles
-from rlad_kernels.losses.divergence_kinds import DIVERGENCES, adaptive_coefficients
+from rlad_kernels.losses.vocab.kl import JSD, ForwardKL, Jeffreys, ReverseKL, SkewKL, SkewRKL
+from rlad_kernels.losses.vocab.power import AlphaBeta, AlphaDivergence, PowerDivergence
+from rlad_kernels.losses.vocab.weighed import AKL, TAID, ToDi
 from tests.conftest import INTERPRET
-from tests.methods.divergence import VALUES, kl
+from tests.methods.divergence import DIVERGENCES, VALUES, kl
 from tests.oracles import budgets, hold, within
 from tests.sweeps import Problem, leaf, problem, relative
 
-NAMES = {"jsd": "gkd_jsd", "alpha_beta": "abkd", "alpha": "alpha_divergence", "power": "power_divergence"}
-OPTIONS = {"taid": {"tau": 0.4}}
 TOKENS = (2, 6) if INTERPRET else (4, 16)
-SWEPT = ("reverse_kl", "jsd") if INTERPRET else tuple(DIVERGENCES)  # interpreted, each formula is tests/test_methods.py's matter
+# interpreted, each formula is tests/test_methods.py's matter
+SWEPT = ("reverse_kl", "gkd_jsd") if INTERPRET else tuple(DIVERGENCES)
 slow = pytest.mark.skipif(INTERPRET, reason="facts of formulas and of Python, which other tests hold to this backend; slow here")
 HEADS: dict[str, dict[str, Any]] = {"bias": {}, "softcap": {"softcap": 8.0, "logit_scale": 1.2, "temperature": 0.7}}
-
-
-def value(name: str, lq: Tensor, lp: Tensor) -> Tensor:
-    return VALUES[NAMES.get(name, name)](lq, lp)
 
 
 def teacher(shape: tuple[int, ...], v: int, d: int = 10, dtype: torch.dtype = torch.float32, **options: Any) -> Problem:
@@ -48,18 +47,18 @@ def test_value_and_gradient(name: str, head: str) -> None:
 
     def formula() -> list[Tensor]:
         q, lp = p.twin(), t.twin().logits().log_softmax(-1)
-        out = torch.where(p.mask, value(name, q.logits().log_softmax(-1), lp), 0)
+        out = torch.where(p.mask, VALUES[name](q.logits().log_softmax(-1), lp), 0)
         return [out, out * g, *grads((out * g).sum(), q)]
 
     bounded, weighted, *slopes = budgets(formula)
-    args = (p.hidden, p.head, t.hidden, t.head)
+    args = (p.hidden, p.head, t.hidden, t.head, DIVERGENCES[name])
     for tile in ((3, 20),) if INTERPRET else ((None, None), (3, 20)):
         with rk.set_tile(*tile):
-            found = rk.linear_divergence(*args, divergence=name, mask=p.mask, **OPTIONS.get(name, {}))
+            found = rk.linear_divergence(*args, mask=p.mask)
             within(found, *bounded, "value")
             for a, slope in zip(grads((found * g).sum(), p), slopes, strict=True):
                 within(a, *slope, "gradient")
-    out = rk.linear_divergence_loss(*args, divergence=name, mask=p.mask, weights=g, denominator=1.0, **OPTIONS.get(name, {}))
+    out = rk.linear_divergence_loss(*args, mask=p.mask, weights=g, reduction=rk.Reduction(denominator=1.0))
     within(out.token_loss, *weighted, "token loss")
     for a, slope in zip(grads(out.loss, p), slopes, strict=True):
         within(a, *slope, "gradient of the loss")
@@ -71,42 +70,43 @@ def test_gradcheck(name: str) -> None:
     p, t = problem(n=3, d=4, v=9, dtype=torch.float64, sigma=1.0, softcap=5.0), teacher((3,), 9, dtype=torch.float64)
 
     def f(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return rk.linear_divergence(hidden, rk.LMHead(weight, bias, softcap=5.0), t.hidden, t.head, divergence=name)
+        return rk.linear_divergence(hidden, rk.LMHead(weight, bias, softcap=5.0), t.hidden, t.head, DIVERGENCES[name])
 
     assert torch.autograd.gradcheck(f, p.leaves)
 
 
-def pair(name: str, p: Problem, t: Problem, **options: Any) -> tuple[Tensor, list[Tensor]]:
-    found = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, divergence=name, **options)
+def pair(divergence: Divergence, p: Problem, t: Problem, scale: float = 1.0) -> tuple[Tensor, list[Tensor]]:
+    found = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, divergence, scale=scale)
     return found.detach(), grads(found.sum(), p)
 
 
 LIMITS = [
-    (("alpha_beta", {"alpha": 1.0, "beta": 0.0}), ("forward_kl", {}), 1e-5),
-    (("alpha_beta", {"alpha": 0.0, "beta": 1.0}), ("reverse_kl", {}), 1e-5),
-    (("alpha_beta", {"alpha": 1.0, "beta": 1e-4}), ("forward_kl", {}), 2e-3),
-    (("alpha", {"alpha": 1.0}), ("forward_kl", {}), 1e-5),
-    (("alpha", {"alpha": 0.0}), ("reverse_kl", {}), 1e-5),
-    (("power", {"lam": 0.0}), ("forward_kl", {}), 1e-5),
-    (("power", {"lam": -1.0}), ("reverse_kl", {}), 1e-5),
-    (("power", {"lam": 0.3}), ("alpha_beta", {"alpha": 1.3, "beta": -0.3}), 1e-6),
-    (("jsd", {"beta": 0.0}), ("forward_kl", {}), 0.0),
-    (("jsd", {"beta": 1.0}), ("reverse_kl", {}), 0.0),
-    (("jsd", {"beta": 1e-5, "scale": 1e5}), ("forward_kl", {}), 1e-2),
-    (("skew_kl", {"lam": 0.0}), ("forward_kl", {}), 0.0),
-    (("skew_kl", {"lam": 1e-6}), ("forward_kl", {}), 1e-2),
-    (("skew_rkl", {"lam": 0.0}), ("reverse_kl", {}), 0.0),
-    (("skew_rkl", {"lam": 1e-6}), ("reverse_kl", {}), 1e-2),
-    (("todi", {"beta": 1e-5}), ("jeffreys", {}), 1e-3),
-    (("taid", {"tau": 1.0}), ("forward_kl", {}), 0.0),
-]  # fmt: skip
+    (AlphaBeta(1.0, 0.0), ForwardKL(), 1e-5),
+    (AlphaBeta(0.0, 1.0), ReverseKL(), 1e-5),
+    (AlphaBeta(1.0, 1e-4), ForwardKL(), 2e-3),
+    (AlphaDivergence(1.0), ForwardKL(), 1e-5),
+    (AlphaDivergence(0.0), ReverseKL(), 1e-5),
+    (PowerDivergence(0.0), ForwardKL(), 1e-5),
+    (PowerDivergence(-1.0), ReverseKL(), 1e-5),
+    (PowerDivergence(0.3), AlphaBeta(1.3, -0.3), 1e-6),
+    (JSD(0.0), ForwardKL(), 0.0),
+    (JSD(1.0), ReverseKL(), 0.0),
+    (JSD(1e-5), ForwardKL(), 1e-2),
+    (SkewKL(0.0), ForwardKL(), 0.0),
+    (SkewKL(1e-6), ForwardKL(), 1e-2),
+    (SkewRKL(0.0), ReverseKL(), 0.0),
+    (SkewRKL(1e-6), ReverseKL(), 1e-2),
+    (ToDi(1e-5), Jeffreys(), 1e-3),
+    (TAID(1.0), ForwardKL(), 0.0),
+]
 
 
 @slow
-@pytest.mark.parametrize("left, right, tolerance", LIMITS, ids=[f"{a[0]} {b[0]} {i}" for i, (a, b, _) in enumerate(LIMITS)])
-def test_limits(left: tuple[str, dict[str, float]], right: tuple[str, dict[str, float]], tolerance: float) -> None:
+@pytest.mark.parametrize("left, right, tolerance", LIMITS, ids=[f"{a} {b}" for a, b, _ in LIMITS])
+def test_limits(left: Divergence, right: Divergence, tolerance: float) -> None:
     p, t = problem(shape=(3,), d=8, v=40, sigma=1.0), teacher((3,), 40)
-    (a, da), (b, db) = (pair(name, p, t, **options) for name, options in (left, right))
+    scale = 1e5 if left == JSD(1e-5) else 1.0  # which tends to β times the forward KL
+    (a, da), (b, db) = pair(left, p, t, scale), pair(right, p, t)
     assert relative(a, b) <= tolerance
     assert all(relative(x, y) <= tolerance for x, y in zip(da, db, strict=True))
 
@@ -114,7 +114,7 @@ def test_limits(left: tuple[str, dict[str, float]], right: tuple[str, dict[str, 
 @slow
 def test_taid_at_0_has_nothing_to_learn() -> None:
     p, t = problem(shape=(3,), d=8, v=40), teacher((3,), 40)
-    found, gradients = pair("taid", p, t, tau=0.0)
+    found, gradients = pair(TAID(0.0), p, t)
     assert (found == 0).all()
     assert all((g == 0).all() for g in gradients)
 
@@ -125,7 +125,7 @@ def test_identical_models_with_other_paddings_are_exactly_0_apart(name: str) -> 
     longer = torch.cat([p.weight.detach(), torch.randn(27, 8) * 50])
     shorter = torch.cat([p.weight.detach(), torch.randn(3, 8) * 50]).requires_grad_()
     head, other = rk.LMHead(shorter, vocab_size=37), rk.LMHead(longer, vocab_size=37)
-    found = rk.linear_divergence(p.hidden, head, p.hidden, other, divergence=name, **OPTIONS.get(name, {}))
+    found = rk.linear_divergence(p.hidden, head, p.hidden, other, DIVERGENCES[name])
     assert (found == 0).all()
     for g in torch.autograd.grad(found.sum(), (p.hidden, shorter)):
         assert (g == 0).all()
@@ -133,14 +133,14 @@ def test_identical_models_with_other_paddings_are_exactly_0_apart(name: str) -> 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(
-    "name", ["reverse_kl"] if INTERPRET else ["forward_kl", "reverse_kl", "jsd", "skew_rkl", "todi", "hellinger", "akl"]
+    "name", ["reverse_kl"] if INTERPRET else ["forward_kl", "reverse_kl", "gkd_jsd", "skew_rkl", "todi", "hellinger", "akl"]
 )
 def test_low_precision_gradients(name: str, dtype: torch.dtype) -> None:
     n = 8 if INTERPRET else 24
     p, t = problem(shape=(n,), d=24, v=101, dtype=dtype, sigma=1.5), teacher((n,), 101)
-    loss = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, divergence=name).loss
+    loss = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, DIVERGENCES[name]).loss
     q, lp = p.twin(), t.twin().logits().log_softmax(-1)
-    for a, e in zip(grads(loss, p), grads(value(name, q.logits().log_softmax(-1), lp).mean(), q), strict=True):
+    for a, e in zip(grads(loss, p), grads(VALUES[name](q.logits().log_softmax(-1), lp).mean(), q), strict=True):
         assert a.dtype == dtype
         assert relative(a, e) <= 3e-3
 
@@ -152,7 +152,7 @@ def test_reverse_kl_gradient_of_close_models_in_bfloat16(size: float) -> None:
     t = Problem(p.hidden.detach().clone(), p.weight.detach().clone(), None, p.target, p.ids)
     near = leaf((p.weight.detach().float() * (1 + 0.9 * size**0.5 * torch.randn(p.weight.shape))).bfloat16())
     p = Problem(p.hidden, near, None, p.target, p.ids)
-    found = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, divergence="reverse_kl")
+    found = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, ReverseKL())
     q, lp = p.twin(), t.twin().logits().log_softmax(-1)
     want = kl(q.logits().log_softmax(-1), lp)
     assert size / 10 < want.mean() < size * 10
@@ -161,17 +161,17 @@ def test_reverse_kl_gradient_of_close_models_in_bfloat16(size: float) -> None:
         assert relative(a, e) <= 5e-3
 
 
-@pytest.mark.parametrize("name", ["reverse_kl"] if INTERPRET else ["forward_kl", "reverse_kl", "jsd", "alpha_beta", "todi"])
+@pytest.mark.parametrize("name", ["reverse_kl"] if INTERPRET else ["forward_kl", "reverse_kl", "gkd_jsd", "abkd", "todi"])
 @pytest.mark.parametrize("level", [-120.0, 150.0])
 def test_far_away_logits(name: str, level: float) -> None:
     """Every logit of both sides near ``level``: only differences matter."""
     p, t = problem(shape=(4,), d=8, v=40, bias=False), teacher((4,), 40)
     shift = torch.full((40,), level)
     student = rk.LMHead(p.weight, shift.clone().requires_grad_())
-    found = rk.linear_divergence(p.hidden, student, t.hidden, rk.LMHead(t.weight, shift), divergence=name)
+    found = rk.linear_divergence(p.hidden, student, t.hidden, rk.LMHead(t.weight, shift), DIVERGENCES[name])
 
     def formula(*sides: Tensor) -> Tensor:
-        return value(name, *((h @ w.T + level).log_softmax(-1) for h, w in (sides[:2], sides[2:])))
+        return VALUES[name](*((h @ w.T + level).log_softmax(-1) for h, w in (sides[:2], sides[2:])))
 
     hold(found, formula, *(x.detach() for x in (p.hidden, p.weight, t.hidden, t.weight)))
     assert all(g.isfinite().all() for g in torch.autograd.grad(found.sum(), (p.hidden, p.weight, student.bias)))
@@ -183,9 +183,9 @@ def test_a_column_dead_on_both_sides_counts_nothing(name: str) -> None:
     dead = torch.arange(40) == 11
     with torch.no_grad():
         p.bias[dead] = t.bias[dead] = -torch.inf
-    found = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, divergence=name, **OPTIONS.get(name, {}))
+    found = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, DIVERGENCES[name])
     less = [rk.LMHead(x.weight[~dead], x.bias[~dead]) for x in (p, t)]
-    want = rk.linear_divergence(p.hidden, less[0], t.hidden, less[1], divergence=name, **OPTIONS.get(name, {}))
+    want = rk.linear_divergence(p.hidden, less[0], t.hidden, less[1], DIVERGENCES[name])
     assert torch.allclose(found, want, rtol=1e-5, atol=1e-6)
     assert all(g.isfinite().all() for g in grads(found.sum(), p))
 
@@ -193,8 +193,8 @@ def test_a_column_dead_on_both_sides_counts_nothing(name: str) -> None:
 def test_masked_rows_may_hold_anything() -> None:
     p, t = problem(shape=(2, 5), d=8, v=40), teacher((2, 5), 40)
     mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 1]], dtype=torch.bool)
-    args = {"divergence": "reverse_kl", "mask": mask}
-    clean = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, **args)
+    given = {"divergence": ReverseKL(), "mask": mask}
+    clean = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, **given)
     want = grads(clean.loss, p)
     with torch.no_grad():
         p.hidden[~mask] = torch.nan
@@ -202,12 +202,12 @@ def test_masked_rows_may_hold_anything() -> None:
     weights = torch.where(mask, 1.0, torch.nan)
     for compaction in (True, False):
         with rk.set_compaction(compaction):
-            out = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, weights=weights, **args)
+            out = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, weights=weights, **given)
             assert torch.allclose(out.loss, clean.loss)
             assert (out.token_loss[~mask] == 0).all()
             for a, e in zip(grads(out.loss, p), want, strict=True):
                 assert torch.allclose(a, e, atol=1e-7)
-            token = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, **args)
+            token = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, **given)
             for a, e in zip(grads((token * weights / mask.sum()).sum(), p), want, strict=True):
                 assert torch.allclose(a, e, atol=1e-7)
 
@@ -215,10 +215,10 @@ def test_masked_rows_may_hold_anything() -> None:
 @pytest.mark.parametrize("n", [0, 3])
 def test_nothing_to_do(n: int) -> None:
     p, t = problem(shape=(n,), d=8, v=40), teacher((n,), 40)
-    out = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, mask=torch.zeros(n))
+    out = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, ForwardKL(), mask=torch.zeros(n))
     assert out.loss == 0
     assert all((g == 0).all() for g in grads(out.loss, p))
-    token = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, mask=torch.zeros(n))
+    token = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, ForwardKL(), mask=torch.zeros(n))
     assert all((g == 0).all() for g in grads(token.sum(), p))
 
 
@@ -226,16 +226,16 @@ def test_nothing_to_do(n: int) -> None:
 def test_reductions_scale_and_weights() -> None:
     p, t = problem(shape=(2, 5), d=8, v=40, temperature=2.0), teacher((2, 5), 40, temperature=2.0)
     mask, weights = torch.rand(2, 5) > 0.3, torch.rand(2, 5)
-    token = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, mask=mask)
+    token = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, ForwardKL(), mask=mask)
     out = rk.linear_divergence_loss(
-        p.hidden, p.head, t.hidden, t.head, mask=mask, weights=weights, scale=4.0, reduction="seq-mean-token-mean"
+        p.hidden, p.head, t.hidden, t.head, ForwardKL(), mask=mask, weights=weights, scale=4.0, reduction="seq-mean-token-mean"
     )
     want = 4 * torch.stack([(token * weights)[i][mask[i]].mean() for i in range(2)]).mean()
     assert torch.allclose(out.loss, want)
     assert torch.allclose(out.token_loss, (4 * token * weights).detach())
     for a, e in zip(grads(3 * out.loss, p), grads(3 * want, p), strict=True):
         assert relative(a, e) <= 1e-6
-    scaled = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, mask=mask, scale=4.0)
+    scaled = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, ForwardKL(), mask=mask, scale=4.0)
     assert torch.allclose(scaled, 4 * token)
 
 
@@ -267,34 +267,34 @@ def test_products(monkeypatch: pytest.MonkeyPatch) -> None:
     n, d, v = 12, 8, 40
     p, t = problem(shape=(n,), d=d, v=v), teacher((n,), v, d=d)
     flops, one = Flops(monkeypatch), n * d * v
-    loss = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head).loss
+    loss = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, ForwardKL()).loss
     loss.backward()
     assert flops.take() == 4 * one
-    rk.linear_divergence(p.hidden, p.head, t.hidden, t.head).sum().backward()
+    rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, ForwardKL()).sum().backward()
     assert flops.take() == 6 * one
     frozen = rk.LMHead(p.weight.detach(), p.bias.detach())
-    rk.linear_divergence(p.hidden, frozen, t.hidden, t.head).sum().backward()
+    rk.linear_divergence(p.hidden, frozen, t.hidden, t.head, ForwardKL()).sum().backward()
     assert flops.take() == 3 * one
-    rk.linear_divergence_loss(p.hidden, frozen, t.hidden, t.head).loss.backward()
+    rk.linear_divergence_loss(p.hidden, frozen, t.hidden, t.head, ForwardKL()).loss.backward()
     assert flops.take() == 3 * one
-    rk.linear_divergence_loss(p.hidden.detach(), p.head, t.hidden, t.head).loss.backward()
+    rk.linear_divergence_loss(p.hidden.detach(), p.head, t.hidden, t.head, ForwardKL()).loss.backward()
     assert flops.take() == 3 * one
     with torch.no_grad():
-        rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head)
+        rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, ForwardKL())
     assert flops.take() == 2 * one
     half = torch.arange(n) < n // 2
-    rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, mask=half).loss.backward()
+    rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, ForwardKL(), mask=half).loss.backward()
     assert flops.take() == 2 * one
-    rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, weights=half.float()).loss.backward()
+    rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, ForwardKL(), weights=half.float()).loss.backward()
     assert flops.take() == 2 * one
 
 
 def test_frozen_head_gradient() -> None:
     p, t = problem(shape=(7,), d=8, v=40), teacher((7,), 40)
     g = torch.randn(7)
-    (want,) = torch.autograd.grad((rk.linear_divergence(p.hidden, p.head, t.hidden, t.head) * g).sum(), p.hidden)
+    (want,) = torch.autograd.grad((rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, ForwardKL()) * g).sum(), p.hidden)
     frozen = rk.LMHead(p.weight.detach(), p.bias.detach())
-    (got,) = torch.autograd.grad((rk.linear_divergence(p.hidden, frozen, t.hidden, t.head) * g).sum(), p.hidden)
+    (got,) = torch.autograd.grad((rk.linear_divergence(p.hidden, frozen, t.hidden, t.head, ForwardKL()) * g).sum(), p.hidden)
     assert relative(got, want) <= 1e-6
 
 
@@ -306,8 +306,8 @@ def test_several_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
     first = torch.arange(n) < 2
     weights = [torch.where(first, 0.5, 0.0), torch.where(first, 0.0, torch.rand(n)), 0.3]
     heads, hiddens = [t.head for t in ts], [t.hidden for t in ts]
-    call = {"divergence": "reverse_kl", "teacher_weights": weights}
-    singles = [rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, divergence="reverse_kl") for t in ts]
+    call = {"divergence": ReverseKL(), "teacher_weights": weights}
+    singles = [rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, ReverseKL()) for t in ts]
     want = sum(w * d for w, d in zip(weights, singles, strict=True))
     assert isinstance(want, Tensor)
     want_grads = grads(want.mean(), p)
@@ -327,7 +327,7 @@ def test_several_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.cpu
 def test_a_teacher_in_float64_beside_a_student_in_float32() -> None:
     p, t = problem(shape=(5,), d=8, v=40), teacher((5,), 40, dtype=torch.float64)
-    found = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head)
+    found = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, ForwardKL())
     want = kl(t.logits().log_softmax(-1), p.twin().logits().log_softmax(-1))
     assert found.dtype == torch.float32
     assert torch.allclose(found.double(), want.detach(), rtol=1e-5)
@@ -335,65 +335,90 @@ def test_a_teacher_in_float64_beside_a_student_in_float32() -> None:
 
 def test_teachers_receive_no_gradient() -> None:
     p, t = problem(shape=(3,), d=8, v=40), teacher((3,), 40)
-    rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head).loss.backward()
-    rk.linear_divergence(p.hidden, p.head, t.hidden, t.head).sum().backward()
+    rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, ForwardKL()).loss.backward()
+    rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, ForwardKL()).sum().backward()
     assert t.hidden.grad is None
     assert t.weight.grad is None
 
 
-def test_a_callable_of_ones_own() -> None:
-    """Chernoff's coefficient at 0.3, nowhere in the library, gets value and gradient by autograd on chunks."""
+@dataclass(frozen=True)
+class Chernoff(Divergence):
+    """Chernoff's coefficient, nowhere in the library."""
 
-    def chernoff(lq: Tensor, lp: Tensor) -> Tensor:
-        return -torch.logsumexp(0.3 * lp + 0.7 * lq, -1)
+    share: float
 
+    def values(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+        return -torch.logsumexp(self.share * teacher_logp + (1 - self.share) * student_logp, -1)
+
+
+class Columns(Divergence):
+    def values(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+        return student_logp - teacher_logp
+
+
+def test_a_divergence_of_ones_own() -> None:
+    """Value and gradient by autograd on chunks, reduced and for each token."""
+    chernoff = Chernoff(0.3)
     p, t = problem(shape=(9,), d=8, v=40, softcap=7.0), teacher((9,), 40)
     mask = torch.arange(9) % 3 > 0
     with rk.set_tile(rows=4):
-        out = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, divergence=chernoff, mask=mask)
+        out = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, chernoff, mask=mask)
     q = p.twin()
-    want = chernoff(q.logits().log_softmax(-1), t.twin().logits().log_softmax(-1))[mask].mean()
+    want = chernoff.values(q.logits().log_softmax(-1), t.twin().logits().log_softmax(-1))[mask].mean()
     assert torch.allclose(out.loss.double(), want, rtol=1e-5)
-    for a, e in zip(grads(out.loss, p), grads(want, q), strict=True):
+    want_grads = grads(want, q)
+    for a, e in zip(grads(out.loss, p), want_grads, strict=True):
+        assert relative(a, e) <= 1e-5
+    token = rk.linear_divergence(p.hidden, p.head, t.hidden, t.head, chernoff, mask=mask)
+    assert torch.allclose(token, out.token_loss)
+    for a, e in zip(grads(token.sum() / mask.sum(), p), want_grads, strict=True):
         assert relative(a, e) <= 1e-5
     with torch.no_grad():
-        again = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, divergence=chernoff, mask=mask)
+        again = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, chernoff, mask=mask)
     assert torch.allclose(again.loss, out.loss)
-    with pytest.raises(ValueError, match=r"divergence must return one value a row, shape \(9,\), got \(9, 40\)"):
-        rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, divergence=lambda lq, lp: lq - lp)
+    with pytest.raises(ValueError, match=r"Columns: values must return one value a row, shape \(9,\), got \(9, 40\)"):
+        rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, Columns())
 
 
 def test_akl_counts_ties_as_head() -> None:
     """Teacher ½, ¼, ¼ at μ = ½: the head is the first token; at μ = ¾ the two that tie come in together."""
     lp, lq = torch.tensor([[[0.5, 0.25, 0.25]], [[0.2, 0.5, 0.3]]]).log()
     gap = torch.tensor([0.3, 0.25, 0.05])
-    assert torch.allclose(adaptive_coefficients(lq, lp, 0.5)[:, 0], torch.stack([gap[0], gap[1:].sum()]) / gap.sum())
-    assert torch.allclose(adaptive_coefficients(lq, lp, 0.76)[:, 0], torch.tensor([1.0, 0.0]), atol=1e-6)
-    assert torch.allclose(adaptive_coefficients(lp, lp, 0.5)[:, 0], torch.tensor([0.5, 0.5]))
+    half, more = (AKL(mu).kind().coefficients for mu in (0.5, 0.76))
+    assert half is not None and more is not None
+    assert torch.allclose(half(lq, lp)[:, 0], torch.stack([gap[0], gap[1:].sum()]) / gap.sum())
+    assert torch.allclose(more(lq, lp)[:, 0], torch.tensor([1.0, 0.0]), atol=1e-6)
+    assert torch.allclose(half(lp, lp)[:, 0], torch.tensor([0.5, 0.5]))
 
 
 def test_two_runs_are_bitwise_equal() -> None:
     p, t = problem(shape=(9,), d=8, v=40), teacher((9,), 40)
     runs = []
     for _ in range(2):
-        out = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, divergence="jsd")
+        out = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, JSD())
         runs.append([out.loss, out.token_loss, *grads(out.loss, p)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_backward_of_the_loss_runs_once() -> None:
     p, t = problem(shape=(3,), d=8, v=40), teacher((3,), 40)
-    loss = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head).loss
+    loss = rk.linear_divergence_loss(p.hidden, p.head, t.hidden, t.head, ForwardKL()).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="linear_divergence_loss: backward has run already"):
         loss.backward()
 
 
+def test_every_divergence_is_tested_here() -> None:
+    found = {x for x in vars(rk.losses).values() if isinstance(x, type) and issubclass(x, Divergence)}
+    assert found - {Divergence} == {type(x) for x in DIVERGENCES.values()}
+
+
 def test_the_reference_agrees_with_the_papers() -> None:
     lq, lp = torch.randn(2, 3, 20, dtype=torch.float64).log_softmax(-1)
     for name, divergence in DIVERGENCES.items():
+        kind = divergence.kind()
+        assert kind is not None
         if name == "akl":
             continue
-        kind = divergence.kind(*(0.4 if p.default is None else p.default for p in divergence.parameters.values()))
         found = kind.factor * reference.divergence(lq, lp, kind.family, kind.numbers, kind.forward, kind.reverse)
-        assert torch.allclose(found, value(name, lq, lp), rtol=1e-10), name
+        assert torch.allclose(found, VALUES[name](lq, lp), rtol=1e-10), name

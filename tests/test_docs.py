@@ -1,4 +1,4 @@
-"""The documentation's Python runs as printed, its make targets exist, its new method is one file, and every method has its row."""
+"""The documentation's Python runs as printed, what it names exists, its new method is one file, and every method has its row."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import rlad_kernels as rk
 from rlad_kernels import losses
-from rlad_kernels.core.registry import FAMILIES, METHODS, TOKEN_LOSSES
+from rlad_kernels.losses.methods import FAMILIES, METHODS, Method
 from tests.oracles import gradient, hold, reduced
+from tests.test_house import FLOORS
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,28 +56,42 @@ def test_readme_example_runs_and_its_loss_moves_the_student() -> None:
 
 
 @pytest.fixture
-def new_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[rk.registry.Method]:
+def new_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Method]:
     """CONTRIBUTING's example, as one more file of ``losses``."""
     (code,) = blocks(ROOT / "CONTRIBUTING.md")
     (tmp_path / "entropy_bonus.py").write_text(code)
     monkeypatch.setattr(losses, "__path__", [*losses.__path__, str(tmp_path)])
-    before = dict(METHODS), dict(TOKEN_LOSSES)
+    before, names = dict(METHODS), [*losses.__all__]
     losses.load()
     yield METHODS["entropy_bonus"]
-    for now, then in zip((METHODS, TOKEN_LOSSES), before, strict=True):
-        now.clear()
-        now.update(then)
-    del sys.modules["rlad_kernels.losses.entropy_bonus"], losses.entropy_bonus  # type: ignore[attr-defined]
+    METHODS.clear()
+    METHODS.update(before)
+    losses.__all__[:] = names
+    del sys.modules["rlad_kernels.losses.entropy_bonus"], losses.entropy_bonus, losses.EntropyBonus  # type: ignore[attr-defined]
 
 
-def test_a_new_method_is_one_file(new_method: rk.registry.Method) -> None:
+def in_the_sweep(loss: rk.TokenLoss, hidden: Tensor, weight: Tensor, target: Tensor, **given: Any) -> losses.LossOutput:
+    return rk.linear_loss(hidden, rk.LMHead(weight), target, loss, **given)
+
+
+def on_log_probs(loss: rk.TokenLoss, hidden: Tensor, weight: Tensor, target: Tensor, **given: Any) -> losses.LossOutput:
+    return loss(rk.linear_logp(hidden, rk.LMHead(weight), target, entropy=True, mask=given.get("mask")), **given)
+
+
+ROADS = (in_the_sweep, on_log_probs)
+each_road = pytest.mark.parametrize("road", ROADS, ids=lambda road: road.__name__)
+
+
+@each_road
+def test_a_new_method_is_one_file(new_method: Method, road: Any) -> None:
     shape, v = (3, 5), 11
     hidden, weight = torch.randn(*shape, 4, requires_grad=True), torch.randn(v, 4, requires_grad=True)
     target, advantages, mask = torch.randint(v, shape), torch.randn(shape), torch.rand(shape) > 0.3
-    out = new_method(hidden, rk.LMHead(weight), target, advantages, mask, beta=0.3, reduction="seq-mean-token-mean")
+    loss = rk.losses.EntropyBonus(beta=0.3)
+    out = road(loss, hidden, weight, target, advantages=advantages, mask=mask, reduction="seq-mean-token-mean")
     out.loss.backward()
 
-    def oracle(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def oracle(hidden: Tensor, weight: Tensor) -> Tensor:
         logp = (hidden @ weight.T).log_softmax(-1)
         entropy = -(logp.exp() * logp).sum(-1)
         token = -advantages.to(logp.dtype) * logp.gather(-1, target[..., None])[..., 0] - 0.3 * entropy
@@ -82,29 +100,39 @@ def test_a_new_method_is_one_file(new_method: rk.registry.Method) -> None:
     hold(out.loss.detach(), oracle, hidden.detach(), weight.detach())
     hold(hidden.grad, gradient(oracle), hidden.detach(), weight.detach())
     hold(weight.grad, gradient(lambda w, h: oracle(h, w)), weight.detach(), hidden.detach())
-    assert set(out.metrics) == {"entropy", "rows_skipped"}
-    with pytest.raises(ValueError, match="entropy_bonus_loss: beta must be at least 0, got -1"):
-        new_method(hidden, rk.LMHead(weight), target, advantages, beta=-1)
+    assert set(out.metrics) - {"rows_skipped"} == {"entropy"}
 
 
-def test_a_new_method_compiles(new_method: rk.registry.Method) -> None:
+def test_a_new_method_checks_what_it_is_given(new_method: Method) -> None:
+    assert new_method.loss == rk.losses.EntropyBonus() and new_method.needs == ("advantages",)
+    with pytest.raises(ValueError, match=r"EntropyBonus: beta must be in \[0, inf\), got -1"):
+        rk.losses.EntropyBonus(beta=-1)
+    with pytest.raises(ValueError, match="EntropyBonus: advantages is None"):
+        new_method(rk.TokenScores(logp=torch.zeros(3), entropy=torch.zeros(3)))
+    with pytest.raises(ValueError, match="EntropyBonus: scores must be TokenScores with logp, entropy, got Tensor"):
+        new_method(torch.zeros(3), advantages=torch.zeros(3))
+
+
+@each_road
+def test_a_new_method_compiles(new_method: Method, road: Any) -> None:
     hidden, weight, target = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4), torch.randint(9, (6,))
 
-    def loss(hidden: torch.Tensor) -> torch.Tensor:
-        return new_method.call(hidden, rk.LMHead(weight), target, torch.ones(6)).loss
+    def call(hidden: Tensor) -> losses.LossOutput:
+        return road(new_method.loss, hidden, weight, target, advantages=torch.ones(6))
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # outputs that alias are only warned of
-        got = torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden)
-    want = loss(hidden)
-    assert torch.allclose(got, want, rtol=1e-6)
-    grads = [torch.autograd.grad(x, hidden)[0] for x in (got, want)]
+        got = torch.compile(call, fullgraph=True, backend="aot_eager")(hidden)
+    want = call(hidden)
+    assert torch.allclose(got.loss, want.loss, rtol=1e-6)
+    assert set(got.metrics) == set(want.metrics)
+    grads = [torch.autograd.grad(x.loss, hidden)[0] for x in (got, want)]
     assert torch.allclose(*grads, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.cpu
-def test_a_new_method_gets_its_row_and_its_panel(new_method: rk.registry.Method) -> None:
-    assert "| `entropy_bonus` | −Â·log π(y) − β·H, β = 0.01 | `entropy_bonus_loss` | `advantages` |" in make_methods.page()
+def test_a_new_method_gets_its_row_and_its_panel(new_method: Method) -> None:
+    assert "| `entropy_bonus` | −Â·log π(y) − β·H, β = 0.01 | `EntropyBonus()` | `advantages` |" in make_methods.page()
     for x, y in make_methods.curves(new_method):
         assert x.shape == y.shape
     assert "entropy_bonus" in panels(make_methods.draw("other"))
@@ -121,6 +149,11 @@ def test_the_page_of_methods_is_what_the_registry_says() -> None:
     committed = (ROOT / "docs" / "methods.md").read_text()
     assert committed == make_methods.page(), "run `make docs`"
     assert all(f"\n| `{name}` |" in committed for name in METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_loss_on_the_page_is_what_one_writes(name: str) -> None:
+    assert eval(make_methods.written(METHODS[name].loss), vars(losses).copy()) == METHODS[name].loss
 
 
 @pytest.mark.cpu
@@ -142,26 +175,32 @@ def test_panels_are_drawn_from_the_methods_own_gradients(name: str) -> None:
 
 @pytest.mark.cpu
 def test_a_method_that_cannot_be_drawn_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"make_methods: grpo wants \['mystery'\]; add them to the inputs of 'ratio'"):
-        make_methods.curves(replace(METHODS["grpo"], needs=("mystery",)))
-    with pytest.raises(ValueError, match="make_methods: grpo takes no denominator"):
-        make_methods.curves(replace(METHODS["grpo"], call=lambda logp: logp, needs=()))
-    for factor in (0, torch.nan):
+    @dataclass(frozen=True, kw_only=True)
+    class Scaled(rk.TokenLoss):
+        factor: float = 0.0
 
-        def flat(logp: torch.Tensor, factor: float = factor, denominator: float = 1.0) -> rk.LossOutput:
-            return rk.LossOutput((logp * factor).sum(), logp, {})
+        def tokens(self, scores: rk.TokenScores) -> tuple[Tensor, dict[str, Tensor]]:
+            return scores.logp * self.factor, {}
 
+    class Mysterious(Scaled):
+        needs = ("mystery",)
+
+    with pytest.raises(ValueError, match=r"make_methods: grpo needs \['mystery'\]; add them to what 'ratio' knows"):
+        make_methods.curves(replace(METHODS["grpo"], loss=Mysterious()))
+    for factor in (0.0, torch.nan):
         with pytest.raises(ValueError, match="make_methods: grpo has no finite gradient"):
-            make_methods.curves(replace(METHODS["grpo"], call=flat, needs=()))
+            make_methods.curves(replace(METHODS["grpo"], loss=Scaled(factor=factor)))
 
 
 @pytest.mark.cpu
 def test_the_examples_of_the_page_run() -> None:
-    for code in blocks(ROOT / "docs" / "methods.md"):
-        world: dict[str, object] = {}
+    worlds: list[dict[str, Any]] = [{} for _ in blocks(ROOT / "docs" / "methods.md")]
+    for code, world in zip(blocks(ROOT / "docs" / "methods.md"), worlds, strict=True):
         exec(code, world)
-        assert world["out"].loss.item() == -1
-        assert world["reward"].shape == (1,)
+    roads, spans = worlds
+    assert roads["dapo"] is METHODS["dapo"] and set(roads["out"].metrics) == {"infinite"}
+    assert spans["out"].loss.item() == -1
+    assert spans["reward"].shape == (1,)
 
 
 @pytest.mark.cpu
@@ -178,8 +217,70 @@ def test_make_targets_and_files_named_in_the_docs_exist(page: Path) -> None:
     text = page.read_text()
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`make ([\w-]+)`", text)) <= targets
-    for link in re.findall(r"\]\(([^)#:,]+)\)", text):
-        assert (page.parent / link).exists(), link
+    for link in re.findall(r"\]\(([^):,]+)\)", text):
+        path, _, anchor = link.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), link
+        assert not anchor or anchor in anchors(linked), link
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as GitHub links to them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_contributing_draws_the_house_as_it_is() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rule = next(x for x in re.findall(r"`([^`\n]+)`", text) if x.startswith("integrations, tools →"))
+    assert [set(re.split(r", | \| ", floor)) for floor in rule.split(" → ")] == [set(floor) for floor in FLOORS]
+    rooms = {p.name for p in (ROOT / "rlad_kernels").iterdir() if (p / "__init__.py").exists()}
+    table = re.findall(r"^\| `(?:rlad_kernels|csrc|tests|bench)/.*$", text, re.MULTILINE)
+    rows = {named(row)[0]: row for row in table}
+    assert {Path(path).name for path in rows if path.startswith("rlad_kernels/")} == rooms == {x for floor in FLOORS for x in floor}
+    for folder, row in rows.items():
+        for path in named(row.rpartition(" | ")[2]):
+            assert (ROOT / folder / path).exists(), f"{folder}{path}"
+    drawn = text.split("```")[1]
+    assert set(re.findall(r"─ (\w+) ─", drawn)) == rooms
+    assert len({len(line) for line in drawn.strip().split("\n")}) == 1
+    for path in re.findall(r"`((?:rlad_kernels|csrc|tests|docs|linear|engine|backends)/[\w./]+)`", text):
+        assert any((base / path).exists() for base in (ROOT, ROOT / "rlad_kernels")), path
+
+
+def named(row: str) -> list[str]:
+    return re.findall(r"`([\w./]+)`", row)
+
+
+def resolved(name: str) -> Any:
+    """What ``rk.losses.GRPO`` or ``rlad_kernels.core.config`` names."""
+    x: Any = rk
+    for part in name.split(".")[1:]:
+        x = getattr(x, part) if hasattr(x, part) else import_module(f"{x.__name__}.{part}")
+    return x
+
+
+def renamed() -> tuple[set[str], set[str]]:
+    """CHANGELOG's table: names that were in ``rk`` and are gone, and the new ones in full."""
+    _, table = (ROOT / "CHANGELOG.md").read_text().split("### Old names and new ones")
+    rows = [row.strip("| ").split(" | ") for row in table.split("\n") if row.startswith("| ")]
+    old, new = (" ".join(column) for column in zip(*rows, strict=True))
+    return set(re.findall(r"\brk\.(\w+)", old)), set(re.findall(r"\b(?:rk|rlad_kernels)\.[\w.]*\w", new))
+
+
+def test_the_changelog_knows_old_names_and_new_ones() -> None:
+    old, new = renamed()
+    assert len(old) == 40 and not [name for name in old if hasattr(rk, name)]
+    assert all(resolved(name) is not None for name in new)
+    bases, constants = {"SampledLoss", "ClippedLoss"}, {"TIS", "ICEPOP"}
+    assert {f"rk.losses.{name}" for name in {*losses.__all__} - bases - constants} <= new
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_no_page_has_an_old_name(page: Path) -> None:
+    old, _ = renamed()
+    used = {x for x in re.findall(r"\brk\.(\w+)", page.read_text()) if x in old}
+    assert not used | {x for x in re.findall(r"`(\w+_loss)\b", page.read_text()) if x in old}
 
 
 ON_TINY_MODELS = ("trl", "transformers", "liger")  # run by test_integration_docs.py

@@ -7,7 +7,7 @@ import torch
 
 import rlad_kernels as rk
 from rlad_kernels.core.config import settings
-from tests.test_fused import rlad_inputs
+from tests.sweeps import problem
 
 pytestmark = pytest.mark.interpreted
 
@@ -17,12 +17,14 @@ def test_public_functions_launch_every_kernel() -> None:
     from rlad_kernels.backends.triton.registry import REGISTRY
 
     LAUNCHES.clear()
-    p, inputs = rlad_inputs(shape=(2, 3))
-    rk.rlad_loss(p.hidden, p.head, p.target, **inputs).loss.backward()  # fold, dlogits, clipped ratio, top-K KL; top-K before
-    rk.linear_topk_kl_loss(p.hidden, p.head, inputs["teacher"]).loss.backward()  # gather and its two gradients
-    rk.linear_topk(p.hidden, p.head, 3)
+    p, kl = problem(shape=(2, 3)), rk.losses.TopKKL()
+    teacher = rk.linear_topk(p.hidden, p.head, 3, target=p.target)
+    rlad = rk.losses.RLAD(topk=kl, topk_coef=0.4)
+    given = {"old_logp": torch.zeros(2, 3), "advantages": torch.ones(2), "teacher": teacher}
+    rk.linear_loss(p.hidden, p.head, p.target, rlad, **given).loss.backward()  # fold, dlogits, clipped ratio, top-K KL
+    rk.linear_loss(p.hidden, p.head, p.target, kl, teacher=teacher).loss.backward()  # gather and its two gradients
     rk.linear_logp(p.hidden, p.head, p.target, filter_eps=1e-3)  # column statistics
-    rk.linear_divergence(p.hidden, p.head, p.hidden, p.head)
+    rk.linear_divergence(p.hidden, p.head, p.hidden, p.head, rk.losses.ForwardKL())
     settings.fused_scoring = True
     rk.linear_logp(torch.randn(2, 4), rk.LMHead(torch.randn(5, 4)), torch.tensor([0, 1]))
     assert set(LAUNCHES) == set(REGISTRY)

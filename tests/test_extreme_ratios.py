@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,12 +10,19 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels.core.registry import METHODS
+from rlad_kernels.losses import GRPO, Reference
+from rlad_kernels.losses.methods import METHODS
+from rlad_kernels.losses.ratio.cispo import CISPO
+from rlad_kernels.losses.ratio.gspo import GSPO
+from rlad_kernels.losses.ratio.sapo import SAPO
+from rlad_kernels.losses.ratio.trrd import TRRD
+from rlad_kernels.losses.support.sampled_tail import SampledTailKL
 from tests.extremes import GAPS, SIGNS, S, exact, hold, tokens
-from tests.methods import ratio
+from tests.methods import on_scores, ratio
 from tests.oracles import kl_estimate, straight_through, surrogate
 
 FAMILY = [name for name, method in METHODS.items() if method.family == "ratio"]
+SUM = rk.Reduction(denominator=1.0)
 WEIGHED = ("tis", "icepop")  # by e^{o − μ}, which may underflow beside an r that overflows
 
 
@@ -31,7 +37,7 @@ def test_every_method_is_its_formula(name: str, monkeypatch: pytest.MonkeyPatch)
     pool = {"advantages": columns[-1], "correct": torch.zeros(len(s)).bool(), "group_ids": torch.arange(len(s))}
     given |= {k: x for k, x in pool.items() if k in needs}
     options = ratio.OPTIONS.get(name, {}) | ({"denominator": 1.0} if name == "dr_grpo" else {})
-    out = METHODS[name](logp=s, **given, **options | {"denominator": 1.0})
+    out = on_scores(METHODS[name], logp=s, **given, **options | {"denominator": 1.0})
     slope = torch.autograd.grad(out.loss, s)[0]
 
     def alone(x: Tensor, i: int) -> Tensor:
@@ -52,11 +58,11 @@ def test_every_method_is_its_formula(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3", "k3+", "k3++", "k4", "k5"])
-@pytest.mark.parametrize("call", [rk.grpo_loss, rk.cispo_loss, rk.gspo_loss])
-def test_every_estimator_of_the_reference(call: Callable[..., rk.LossOutput], estimator: str) -> None:
+@pytest.mark.parametrize("loss", [GRPO, CISPO, GSPO])
+def test_every_estimator_of_the_reference(loss: type, estimator: str) -> None:
     s, (gap,) = tokens(GAPS)
-    options = {"denominator": 1.0, "kl_coef": 0.5, "kl_estimator": estimator}
-    out = call(s, s.detach(), torch.zeros(len(s)), ref_logp=S - gap, **options)
+    given = {"old_logp": s.detach(), "advantages": torch.zeros(len(s)), "ref_logp": S - gap}
+    out = loss(reference=Reference(0.5, estimator))(s, **given, reduction=SUM)
     value, want = exact(lambda x, i: 0.5 * kl_estimate(x, (S - gap[i : i + 1]).cpu().double(), estimator).sum(), s)
     if estimator == "k3++":  # k3 + (1 − e^{−x}), which float64 cannot add either
         want = 0.5 * gap.cpu().double()
@@ -67,7 +73,7 @@ def test_every_estimator_of_the_reference(call: Callable[..., rk.LossOutput], es
 @pytest.mark.parametrize("tau", [1e-8, 1e-3, 1.0, 1e4])
 def test_sapos_gate_saturates_where_its_temperature_says(tau: float) -> None:
     s, (gap, sign) = tokens((*GAPS, 1.0, 16.0, 25.0), SIGNS)
-    out = rk.sapo_loss(s, S - gap, sign, temperatures=(tau, tau), denominator=1.0)
+    out = SAPO(temperatures=(tau, tau))(s, old_logp=S - gap, advantages=sign, reduction=SUM)
 
     def gate(x: Tensor, i: int) -> Tensor:
         a, o = sign[i].double().cpu(), S - gap[i].double().cpu()
@@ -78,11 +84,11 @@ def test_sapos_gate_saturates_where_its_temperature_says(tau: float) -> None:
     hold(torch.autograd.grad(out.loss, s)[0], want, scale=4 / tau + 64)
 
 
-@pytest.mark.parametrize("call", [rk.cispo_loss, rk.grpo_loss, rk.sapo_loss, rk.gspo_loss])
-def test_a_token_without_mass_has_no_loss(call: Callable[..., rk.LossOutput]) -> None:
+@pytest.mark.parametrize("loss", [CISPO, GRPO, SAPO, GSPO])
+def test_a_token_without_mass_has_no_loss(loss: type) -> None:
     """r = 0: e^s·s → 0, not 0·(−∞)."""
     s = torch.full((2, 1), -math.inf).requires_grad_()
-    out = call(s, torch.full((2, 1), -3.0), torch.tensor([1.0, 0.0]), denominator=1.0)
+    out = loss()(s, old_logp=torch.full((2, 1), -3.0), advantages=torch.tensor([1.0, 0.0]), reduction=SUM)
     assert not out.token_loss.isnan().any()
     assert torch.autograd.grad(out.loss, s)[0].flatten().tolist() == [0, 0]
 
@@ -96,7 +102,8 @@ def test_an_anchor_of_weight_zero_has_no_effect(values: tuple[float, float, floa
     found = []
     for old in (o, s.clamp(min=-3)):
         leaf = s.clone().requires_grad_()
-        out = rk.trrd_loss(leaf, old, t, a, alpha=0.0, teacher_clamp=clamp, reduction="token-mean", denominator=1)
+        trrd = TRRD(alpha=0.0, teacher_clamp=clamp, reduction="token-mean")
+        out = trrd(leaf, old_logp=old, teacher_logp=t, advantages=a, reduction=SUM)
         found.append((out.token_loss, torch.autograd.grad(out.loss, leaf)[0]))
     gap = values[0] - values[2]
     bound = gap if clamp is None else max(min(gap, clamp), -clamp)
@@ -115,10 +122,8 @@ def test_the_sampled_tail_and_its_importance_weight(direction: str, unbiased: bo
     s = s.detach().squeeze(1).requires_grad_()
     empty = torch.full((len(s), 1), -math.inf)
     teacher = rk.TopK(torch.full((len(s), 1), -1), empty, target_logp=S - gap.squeeze(1))
-    out = rk.topk_sampled_tail_loss(
-        empty, s, torch.zeros(len(s)).long(), teacher, old_logp=S - old.squeeze(1), direction=direction, unbiased=unbiased,
-        denominator=1.0,
-    )  # fmt: skip
+    given = {"target": torch.zeros(len(s)).long(), "teacher": teacher, "old_logp": S - old.squeeze(1)}
+    out = SampledTailKL(direction=direction, unbiased=unbiased)(rk.TokenScores(s, topk_logp=empty), **given, reduction=SUM)
 
     def formula(x: Tensor, i: int) -> Tensor:
         w, d = old[i].double().cpu().exp(), gap[i].double().cpu()
@@ -139,17 +144,16 @@ def test_ratios_of_the_top_k_methods(name: str) -> None:
     if name == "thunlp_opd":
         rows = s.view(n, 1)
         teacher = rk.TopK(torch.ones(n, 1).int(), S - old - gap)  # A = log p − log q_old = −gap, of weight 1
-        out, advantages = METHODS[name](rows, S - old, teacher, denominator=1.0), -gap
+        out, advantages = METHODS[name](rows, old_topk_logp=S - old, teacher=teacher, reduction=SUM), -gap
     else:
         support = torch.zeros(n, 1).int(), torch.zeros(n, 1)
         teacher = rk.TopK(*support, target_logp=(S - old - gap).squeeze(1), entropy=torch.zeros(n))
-        flat, advantages = s.squeeze(1), -gap
-        if name == "eopd":
-            out = METHODS[name](flat, torch.zeros(n, 1), (S - old).squeeze(1), teacher, denominator=1.0)
-        else:  # KL of a teacher sure of a token whose log-prob here is ±gap or more: clipped to [0, 10]
+        student, advantages = torch.zeros(n, 1), -gap
+        if name == "verl_topk_pg":  # KL of a teacher sure of a token whose log-prob here is ±gap or more: clipped to [0, 10]
             student = -gap.abs()
-            out = METHODS[name](flat, (S - old).squeeze(1), student, teacher, denominator=1.0)
             advantages = student.clamp(-10, 0)
+        scores = rk.TokenScores(s.squeeze(1), topk_logp=student)
+        out = METHODS[name](scores, old_logp=(S - old).squeeze(1), teacher=teacher, reduction=SUM)
     slope = torch.autograd.grad(out.loss, s)[0]
 
     def alone(x: Tensor, i: int) -> Tensor:
@@ -164,6 +168,6 @@ def test_sequence_ratios_with_gaps_of_both_signs() -> None:
     """A mean of ±200 and 0 is finite although no token's ratio is, and so are GSPO's gradients."""
     s = torch.full((2, 3), S).requires_grad_()
     gaps = torch.tensor([[200.0, -200.0, 0.0], [200.0, 200.0, 200.0]])
-    out = rk.gspo_loss(s, S - gaps, torch.tensor([1.0, 1.0]), denominator=1)
+    out = GSPO()(s, old_logp=S - gaps, advantages=torch.tensor([1.0, 1.0]), reduction=SUM)
     assert torch.autograd.grad(out.loss, s)[0].flatten().tolist() == pytest.approx([-1 / 3] * 3 + [0] * 3)
     assert out.loss.item() == pytest.approx(-1 - 1.0004)

@@ -77,18 +77,16 @@ def tailed(p: Problem, teacher: rk.TopK, direction: str) -> tuple[Tensor, list[T
 def test_a_kl_with_a_tail_bucket(depth: float, direction: str, way: str) -> None:
     p = far(depth)
     logp = torch.randn(N, K + 1).log_softmax(1)  # the teacher puts about a quarter outside
-    teacher = rk.TopK(p.ids.int(), logp[:, :K], None, logp[:, K], torch.full((N,), -1.0))
-    kl = {"direction": direction, "normalize": "tail", "reduction": "token-mean"}
+    teacher = rk.TopK(p.ids.int(), logp[:, :K], tail_logp=logp[:, K], target_logp=torch.full((N,), -1.0))
+    kl = rk.losses.TopKKL(direction, normalize="tail")
     if way == "linear":
-        loss = rk.linear_topk_kl_loss(p.hidden, p.head, teacher, **kl).loss
+        loss = rk.linear_loss(p.hidden, p.head, p.target, kl, teacher=teacher).loss
     elif way == "log-probs":
         s = rk.linear_logp(p.hidden, p.head, p.target, topk_ids=p.ids, tail=True)
-        loss = rk.topk_kl_loss(s.topk_logp, teacher, tail_logp=s.tail_logp, **kl).loss
+        loss = kl(s, teacher=teacher).loss
     else:
-        zero = torch.zeros(N)
-        loss = rk.rlad_loss(
-            p.hidden, p.head, p.target, old_logp=zero, advantages=zero, teacher=teacher, topk_kl_coef=1.0, **kl
-        ).loss
+        rlad, zero = rk.losses.RLAD(topk=kl, topk_coef=1.0, reduction="token-mean"), torch.zeros(N)
+        loss = rk.linear_loss(p.hidden, p.head, p.target, rlad, old_logp=zero, advantages=zero, teacher=teacher).loss
     want, grads = tailed(p, teacher, direction)
     assert abs(loss.item() - want.item()) <= slack(p) * max(1, want.item())
     got = torch.autograd.grad(loss, p.leaves)

@@ -217,7 +217,6 @@ CHECKS: dict[str, tuple[dict[str, Any], str]] = {
     "vocab_size_0": ({"vocab_size": 0}, r"vocab_size .*5.* 0"),
     "vocab_size_too_large": ({"vocab_size": 6}, r"vocab_size .*5.* 6"),
     "vocab_size_float": ({"vocab_size": 3.5}, r"vocab_size .*3\.5"),
-    "group": ({"group": "ranks"}, "group .*ranks"),
 }
 
 

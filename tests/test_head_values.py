@@ -11,10 +11,13 @@ from torch import Tensor
 
 import rlad_kernels as rk
 from rlad_kernels.backends import reference
+from tests.sweeps import Own
 
 N, D, V, K = 5, 8, 16, 3
 CODES = [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool, torch.complex64]
 Call = Callable[[Tensor, rk.LMHead], Any]
+TRRD, KL, KL_WITH_TAIL = rk.losses.TRRD(reduction="token-mean"), rk.losses.TopKKL(), rk.losses.TopKKL(normalize="tail")
+GSPO, CE, DIVERGENCE = rk.losses.GSPO(reduction="token-mean"), rk.losses.CrossEntropy(), rk.losses.ForwardKL()
 
 
 def sweeps() -> dict[str, Call]:
@@ -28,16 +31,18 @@ def sweeps() -> dict[str, Call]:
         "linear_topk": lambda h, w: rk.linear_topk(h, w, K),
         "linear_gather": lambda h, w: rk.linear_gather(h, w, ids),
         "linear_support": lambda h, w: rk.linear_support(h, w, ids),
-        "fused_linear_loss": lambda h, w: rk.fused_linear_loss(h, w, target, lambda scores: -scores.logp, inputs={}),
-        "linear_cross_entropy_loss": lambda h, w: rk.linear_cross_entropy_loss(h, w, target),
-        "rlad_loss": lambda h, w: rk.rlad_loss(
-            h, w, target, old_logp=o, advantages=a, teacher_logp=s, reduction="token-mean"
+        "linear_loss": lambda h, w: rk.linear_loss(h, w, target, CE),
+        "linear_loss own": lambda h, w: rk.linear_loss(h, w, target, Own(lambda scores: -scores.logp)),
+        "linear_loss sparse": lambda h, w: rk.linear_loss(h, w, target, CE, filter_eps=0.01),
+        "linear_loss trrd": lambda h, w: rk.linear_loss(h, w, target, TRRD, old_logp=o, advantages=a, teacher_logp=s),
+        "linear_loss of sequences": lambda h, w: rk.linear_loss(
+            h, w, target, GSPO, old_logp=o, advantages=a, reduction=rk.Reduction(seq_ids=torch.zeros(N).long())
         ),
-        "linear_topk_kl_loss": lambda h, w: rk.linear_topk_kl_loss(h, w, teacher),
-        "linear_topk_kl_loss tail": lambda h, w: rk.linear_topk_kl_loss(h, w, teacher, normalize="tail"),
-        "linear_divergence": lambda h, w: rk.linear_divergence(h, w, states, head),
-        "linear_divergence teacher": lambda h, w: rk.linear_divergence(states, head, h, w),
-        "linear_divergence_loss": lambda h, w: rk.linear_divergence_loss(h, w, states, head),
+        "linear_loss support": lambda h, w: rk.linear_loss(h, w, target, KL, teacher=teacher),
+        "linear_loss tail": lambda h, w: rk.linear_loss(h, w, target, KL_WITH_TAIL, teacher=teacher),
+        "linear_divergence": lambda h, w: rk.linear_divergence(h, w, states, head, DIVERGENCE),
+        "linear_divergence teacher": lambda h, w: rk.linear_divergence(states, head, h, w, DIVERGENCE),
+        "linear_divergence_loss": lambda h, w: rk.linear_divergence_loss(h, w, states, head, DIVERGENCE),
     }  # fmt: skip
 
 
@@ -120,16 +125,17 @@ def test_temperatures_of_masked_tokens_do_not_matter(value: float) -> None:
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         head = rk.LMHead(w, temperature=temperature)
         outs = (
-            rk.linear_gather(h, head, ids, mask=mask).sum(), rk.linear_topk_kl_loss(h, head, teacher, mask).loss,
-            rk.linear_logp(h, head, ids[:, 0], mask=mask).logp.sum(), rk.linear_divergence(h, head, hidden, head, mask=mask).sum(),
-            rk.linear_cross_entropy_loss(h, head, ids[:, 0], mask=mask).loss,
+            rk.linear_gather(h, head, ids, mask=mask).sum(),
+            rk.linear_loss(h, head, ids[:, 0], KL, teacher=teacher, mask=mask).loss,
+            rk.linear_logp(h, head, ids[:, 0], mask=mask).logp.sum(), rk.linear_loss(h, head, ids[:, 0], CE, mask=mask).loss,
+            rk.linear_divergence(h, head, hidden, head, DIVERGENCE, mask=mask).sum(),
         )  # fmt: skip
         found.append([*outs, *(g for x in outs for g in torch.autograd.grad(x, (h, w), allow_unused=True) if g is not None)])
     for x, y in zip(*found, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["linear_gather", "linear_topk_kl_loss", "linear_logp", "linear_cross_entropy_loss"])
+@pytest.mark.parametrize("name", ["linear_gather", "linear_loss support", "linear_logp", "linear_loss", "linear_loss of sequences"])
 def test_compiled_calls_check_temperatures(name: str) -> None:
     call, weight = sweeps()[name], torch.randn(V, D)
 
@@ -139,7 +145,10 @@ def test_compiled_calls_check_temperatures(name: str) -> None:
 
     hidden = torch.randn(N, D)
     step(hidden, torch.full((N,), 0.7))
-    with pytest.raises(ValueError, match=rf"^{name}: temperature must be positive and finite, got nan$"), rk.set_checks(True):
+    with (
+        pytest.raises(ValueError, match=rf"^{name.split()[0]}: temperature must be positive and finite, got nan$"),
+        rk.set_checks(True),
+    ):
         step(hidden, torch.full((N,), torch.nan))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,18 +12,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import rlad_kernels as rk
-from rlad_kernels.core.registry import METHODS
+from rlad_kernels.losses.methods import METHODS
+from tests.methods import case
 from tests.sweeps import Problem, problem
-from tests.test_methods import FAMILIES
-
-
-def method_case(name: str) -> tuple[Callable[..., rk.LossOutput], list[str], dict[str, Any]]:
-    method = METHODS[name]
-    family = FAMILIES[method.family]
-    leaves, given = getattr(family, "INPUTS", {}).get(name, family.inputs)(method.needs)
-    given |= getattr(family, "OPTIONS", {}).get(name, {})
-    call = getattr(family, "call", lambda method, **xs: method(**xs))
-    return lambda **xs: call(method, **xs), leaves, given
 
 
 def made_in_inference_mode(x: Any) -> Any:
@@ -33,7 +25,7 @@ def made_in_inference_mode(x: Any) -> Any:
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_without_autograd(name: str, mode: type) -> None:
-    call, leaves, given = method_case(name)
+    call, leaves, given = case(name)
     want = call(**{**given, **{k: given[k].clone().requires_grad_() for k in leaves}})
     with mode():
         got = call(**given)
@@ -45,7 +37,7 @@ def test_methods_without_autograd(name: str, mode: type) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_on_tensors_of_inference_mode(name: str) -> None:
-    call, leaves, given = method_case(name)
+    call, leaves, given = case(name)
     found = []
     for rest in (given, made_in_inference_mode(given)):
         tensors = [given[k].clone().requires_grad_() for k in leaves]
@@ -59,10 +51,25 @@ def teacher_of(p: Problem, weight: Tensor) -> rk.TopK:
 
 
 def _rlad(p: Problem, weight: Tensor, old: Tensor, teacher: rk.TopK, mask: Tensor) -> Any:
-    return rk.rlad_loss(
-        p.hidden, p.head, p.target, old_logp=old, advantages=old + 2, teacher=teacher, topk_kl_coef=0.5, normalize="tail",
-        mask=mask, reduction="token-mean", denominator=old.new_full((), 7.0),
-    )  # fmt: skip
+    rlad = rk.losses.RLAD(topk=rk.losses.TopKKL(normalize="tail"), topk_coef=0.5, reduction="token-mean")
+    reduction = rk.Reduction(denominator=old.new_full((), 7.0))
+    given = {"old_logp": old, "advantages": old + 2, "teacher": teacher}
+    return rk.linear_loss(p.hidden, p.head, p.target, rlad, **given, mask=mask, reduction=reduction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own(rk.TokenLoss):
+    needs = ("w",)
+    reads = ("logp", "entropy")
+
+    def tokens(self, scores: rk.TokenScores, *, w: Tensor) -> Any:
+        return scores.logp.exp() * w + scores.entropy, {}
+
+
+@dataclass(frozen=True)
+class OwnDivergence(rk.losses.Divergence):
+    def values(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+        return (student_logp.exp() * (student_logp - teacher_logp)).sum(1)
 
 
 CALLS: dict[str, Callable[..., Any]] = {
@@ -79,23 +86,17 @@ CALLS: dict[str, Callable[..., Any]] = {
     "linear_gather": lambda p, weight, old, teacher, mask: rk.linear_gather(p.hidden, p.head, teacher.ids, mask=mask),
     "linear_support": lambda p, weight, old, teacher, mask: rk.linear_support(p.hidden, p.head, teacher.ids, mask=mask),
     "linear_divergence": lambda p, weight, old, teacher, mask: rk.linear_divergence(
-        p.hidden, p.head, p.hidden.detach(), rk.LMHead(weight), mask=mask
+        p.hidden, p.head, p.hidden.detach(), rk.LMHead(weight), rk.losses.ForwardKL(), mask=mask
     ),
-    "linear_topk_kl_loss": lambda p, weight, old, teacher, mask: rk.linear_topk_kl_loss(p.hidden, p.head, teacher, mask),
-    "rlad_loss": _rlad,
-    "fused_linear_loss": lambda p, weight, old, teacher, mask: rk.fused_linear_loss(
-        p.hidden, p.head, p.target, lambda s, w: s.logp.exp() * w + s.entropy, inputs={"w": old}, mask=mask
+    "linear_loss on a support": lambda p, weight, old, teacher, mask: rk.linear_loss(
+        p.hidden, p.head, p.target, rk.losses.TopKKL(), teacher=teacher, mask=mask
     ),
-    "callable divergence": lambda p, weight, old, teacher, mask: rk.linear_divergence_loss(
-        p.hidden,
-        p.head,
-        p.hidden.detach(),
-        rk.LMHead(weight),
-        divergence=lambda q, p: (q.exp() * (q - p)).sum(1),
-        mask=mask,
-        weights=old.abs(),
+    "linear_loss rlad": _rlad,
+    "linear_loss own": lambda p, weight, old, teacher, mask: rk.linear_loss(p.hidden, p.head, p.target, Own(), w=old, mask=mask),
+    "own divergence": lambda p, weight, old, teacher, mask: rk.linear_divergence_loss(
+        p.hidden, p.head, p.hidden.detach(), rk.LMHead(weight), OwnDivergence(), mask=mask, weights=old.abs()
     ),
-    "sequence_stat": lambda p, weight, old, teacher, mask: rk.sequence_stat(
+    "sequence_stat": lambda p, weight, old, teacher, mask: rk.spans.sequence_stat(
         rk.linear_logp(p.hidden, p.head, p.target).logp, mask, how="min", seq_ids=torch.arange(9) // 3
     ),
 }
@@ -122,7 +123,7 @@ def test_calls_from_hidden_states(name: str) -> None:
 
 
 def _tensors(out: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(out[:2] if isinstance(out, rk.LossOutput) else out) if isinstance(x, Tensor)]
+    return [x for x in tree_leaves(out[:2] if isinstance(out, rk.losses.LossOutput) else out) if isinstance(x, Tensor)]
 
 
 def _gradients(out: Any, p: Problem) -> list[Tensor]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
 import rlad_kernels as rk
+from rlad_kernels.core.token_loss import Metrics
 from tests.conftest import DEVICE, INTERPRET
 from tests.sweeps import Problem, leaf, problem, relative
 
 TOKENS, SCALE = 1 << 20, 65_536.0
+MEAN = rk.Reduction("token-mean", denominator=TOKENS)
 EPS16, TINY16 = 2.0**-11, 2.0**-14
 # Triton has no float64; float32 is far from underflow here, and its error 1e-3 of what is allowed
 EXACT = torch.float64 if DEVICE == "cpu" and not INTERPRET else torch.float32
@@ -20,44 +23,49 @@ Loss = Callable[[Problem, Tensor, float], Tensor]
 
 
 def cross_entropy(p: Problem, other: Tensor, eps: float) -> Tensor:
-    return rk.linear_cross_entropy_loss(p.hidden, p.head, p.target, z_loss=1e-4, filter_eps=eps, denominator=TOKENS).loss
+    return rk.linear_loss(p.hidden, p.head, p.target, rk.losses.CrossEntropy(z_loss=1e-4), reduction=MEAN, filter_eps=eps).loss
 
 
 def rlad(p: Problem, other: Tensor, eps: float) -> Tensor:
     logp = torch.linspace(-3, -1, 6).repeat(len(p.target), 1)
     teacher = rk.TopK(p.ids.int(), logp[:, 1:], None, logp[:, 0], logp[:, 2])
     old = torch.full_like(logp[:, 0], -2.0)
-    return rk.rlad_loss(
-        p.hidden, p.head, p.target, old_logp=old, advantages=old.new_ones(()).expand_as(old), teacher=teacher, topk_kl_coef=0.5,
-        clip=(0.9, 1e9), normalize="tail", filter_eps=eps, reduction="token-mean", denominator=TOKENS,
-    ).loss  # fmt: skip
+    loss = rk.losses.RLAD(clip=(0.9, 1e9), topk=rk.losses.TopKKL(normalize="tail"), topk_coef=0.5)
+    given = {"old_logp": old, "advantages": old.new_ones(()).expand_as(old), "teacher": teacher}
+    return rk.linear_loss(p.hidden, p.head, p.target, loss, reduction=MEAN, filter_eps=eps, **given).loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own(rk.TokenLoss):
+    needs = ("w",)
+    reads = ("logp", "entropy")
+
+    def tokens(self, scores: rk.TokenScores, *, w: Tensor) -> tuple[Tensor, Metrics]:
+        return -w * scores.logp - 0.01 * scores.entropy, {}
 
 
 def token_loss(p: Problem, other: Tensor, eps: float) -> Tensor:
-    return rk.fused_linear_loss(
-        p.hidden, p.head, p.target, _tokens, inputs={"w": torch.ones_like(p.target)}, filter_eps=eps, denominator=TOKENS
-    ).loss
+    w = torch.ones_like(p.target)
+    return rk.linear_loss(p.hidden, p.head, p.target, Own(), w=w, reduction=MEAN, filter_eps=eps).loss
 
 
-def _tokens(scores: rk.TokenScores, w: Tensor) -> Tensor:
-    return -w * scores.logp - 0.01 * scores.entropy
+class KL(rk.losses.Divergence):
+    def values(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+        return (teacher_logp.exp() * (teacher_logp - student_logp)).sum(1)
 
 
-def _kl(lq: Tensor, lp: Tensor) -> Tensor:
-    return (lp.exp() * (lp - lq)).sum(1)
-
-
-def divergence(kind: object) -> Loss:
+def divergence(chosen: rk.losses.Divergence) -> Loss:
     def loss(p: Problem, other: Tensor, eps: float) -> Tensor:
         head = rk.LMHead(p.weight.detach().roll(1, 0))
-        return rk.linear_divergence_loss(p.hidden, p.head, other.to(p.hidden.dtype), head, divergence=kind, denominator=TOKENS).loss
+        return rk.linear_divergence_loss(p.hidden, p.head, other.to(p.hidden.dtype), head, chosen, reduction=MEAN).loss
 
     return loss
 
 
 def gathered(p: Problem, other: Tensor, eps: float) -> Tensor:
     logp = torch.linspace(-3, -1, 5).repeat(len(p.target), 1)
-    return rk.linear_topk_kl_loss(p.hidden, p.head, rk.TopK(p.ids.int(), logp), denominator=TOKENS).loss
+    teacher = rk.TopK(p.ids.int(), logp)
+    return rk.linear_loss(p.hidden, p.head, p.target, rk.losses.TopKKL(), teacher=teacher, reduction=MEAN).loss
 
 
 def scores(p: Problem, other: Tensor, eps: float) -> Tensor:
@@ -65,12 +73,13 @@ def scores(p: Problem, other: Tensor, eps: float) -> Tensor:
 
 
 def values(p: Problem, other: Tensor, eps: float) -> Tensor:
-    return rk.linear_divergence(p.hidden, p.head, other.to(p.hidden.dtype), rk.LMHead(p.weight.detach().roll(1, 0))).sum() / TOKENS
+    head = rk.LMHead(p.weight.detach().roll(1, 0))
+    return rk.linear_divergence(p.hidden, p.head, other.to(p.hidden.dtype), head, rk.losses.ForwardKL()).sum() / TOKENS
 
 
 LOSSES: dict[str, Loss] = {
-    "cross_entropy": cross_entropy, "rlad": rlad, "token_loss": token_loss, "forward_kl": divergence("forward_kl"),
-    "callable": divergence(_kl), "topk_kl": gathered, "linear_logp": scores, "linear_divergence": values,
+    "cross_entropy": cross_entropy, "rlad": rlad, "token_loss": token_loss, "forward_kl": divergence(rk.losses.ForwardKL()),
+    "own divergence": divergence(KL()), "topk_kl": gathered, "linear_logp": scores, "linear_divergence": values,
 }  # fmt: skip
 FILTERED = {"cross_entropy", "rlad", "token_loss", "linear_logp"}
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
+from rlad_kernels import masks
 
 B, T = 5, 9
 
@@ -27,37 +28,37 @@ def both(call, tokens: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def test_response_mask():
-    out = rk.response_mask(torch.tensor([2, 0, 3]), torch.tensor([4, 5, 3]), 5)
+    out = masks.response_mask(torch.tensor([2, 0, 3]), torch.tensor([4, 5, 3]), 5)
     assert out.int().tolist() == [[0, 0, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_special_tokens_leave_at_their_first_kept_occurrence(masked: bool):
     tokens, mask = torch.randint(4, (B, T)), torch.rand(B, T) > 0.4 if masked else None
-    out = both(lambda x, m, s: rk.special_token_mask(x, [1, 3], m, seq_ids=s), tokens, mask)
+    out = both(lambda x, m, s: masks.special_token_mask(x, [1, 3], m, seq_ids=s), tokens, mask)
     keep = torch.ones(B, T, dtype=torch.bool) if mask is None else mask
     for b in range(B):
         for i in (1, 3):
             found = [t for t in range(T) if keep[b, t] and tokens[b, t] == i]
             assert [bool(out[b, t]) for t in found] == [t != found[0] for t in found]
         assert out[b][(tokens[b] != 1) & (tokens[b] != 3)].all()
-    assert rk.special_token_mask(tokens, []).all()
+    assert masks.special_token_mask(tokens, []).all()
 
 
 def test_final_eos_leaves_only_where_the_response_ends_with_one():
     tokens = torch.tensor([[5, 1, 7, 7, 0], [5, 2, 0, 0, 0], [1, 1, 3, 0, 0], [4, 4, 4, 4, 4]])
     mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
-    out = rk.final_eos_mask(tokens, [1, 2, 4], mask)
+    out = masks.final_eos_mask(tokens, [1, 2, 4], mask)
     assert (~out).nonzero().tolist() == [[0, 1], [1, 1]]
     seq = torch.arange(4).repeat_interleave(5)
-    assert torch.equal(rk.final_eos_mask(tokens.flatten(), [1, 2, 4], mask.flatten(), seq_ids=seq), out.flatten())
+    assert torch.equal(masks.final_eos_mask(tokens.flatten(), [1, 2, 4], mask.flatten(), seq_ids=seq), out.flatten())
 
 
 @pytest.mark.parametrize("fraction", [0, 0.2, 0.5, 0.83, 1])
 def test_top_entropy_keeps_an_exact_number_and_breaks_ties_by_position(fraction: float):
     entropy, mask = torch.randint(4, (B, T)).float(), torch.rand(B, T) > 0.3
     entropy[~mask] = torch.nan
-    out = rk.top_entropy_mask(entropy, fraction, mask)
+    out = masks.top_entropy_mask(entropy, fraction, mask)
     n = int(mask.sum())
     count = int(fraction * n + 0.5)
     assert out.sum() == count
@@ -67,31 +68,33 @@ def test_top_entropy_keeps_an_exact_number_and_breaks_ties_by_position(fraction:
 
 def test_nan_entropy_ranks_last_among_the_kept():
     entropy = torch.tensor([torch.nan, 0.0, 1.0, torch.nan])
-    assert rk.top_entropy_mask(entropy, 0.5).tolist() == [False, True, True, False]
-    assert rk.top_entropy_mask(entropy, 0.75).tolist() == [True, True, True, False]
-    assert rk.top_entropy_mask(entropy, 1.0, torch.tensor([1, 1, 1, 0])).tolist() == [True, True, True, False]
+    assert masks.top_entropy_mask(entropy, 0.5).tolist() == [False, True, True, False]
+    assert masks.top_entropy_mask(entropy, 0.75).tolist() == [True, True, True, False]
+    assert masks.top_entropy_mask(entropy, 1.0, torch.tensor([1, 1, 1, 0])).tolist() == [True, True, True, False]
 
 
 def test_reward_masks():
     correct, groups = torch.tensor([1, 0, 0, 0, 0, 1]), torch.tensor([7, 2, 7, 2, 9, 1])
-    assert rk.reward_mask(correct).tolist() == [False, True, True, True, True, False]
-    assert rk.reward_mask(correct.bool(), groups, "group").tolist() == [False, True, False, True, True, False]
-    keep = rk.reward_mask(correct, groups, "group")
+    assert masks.reward_mask(correct).tolist() == [False, True, True, True, True, False]
+    assert masks.reward_mask(correct.bool(), groups, "group").tolist() == [False, True, False, True, True, False]
+    keep = masks.reward_mask(correct, groups, "group")
     tokens = torch.zeros(6, 3)
-    spread = rk.spread(keep, tokens)
+    spread = masks.spread(keep, tokens)
     assert torch.equal(spread, keep[:, None].expand(6, 3))
-    assert torch.equal(rk.spread(keep, tokens.flatten(), seq_ids=torch.arange(6).repeat_interleave(3)), spread.flatten())
+    assert torch.equal(masks.spread(keep, tokens.flatten(), seq_ids=torch.arange(6).repeat_interleave(3)), spread.flatten())
 
 
 @pytest.mark.parametrize("call,named", [
-    (lambda x: rk.reward_mask(x, level="batch"), "reward_mask: level"),
-    (lambda x: rk.reward_mask(x, level="group"), "reward_mask: group_ids is None"),
-    (lambda x: rk.reward_mask(x + 2), "reward_mask: correct must hold bools"),
-    (lambda x: rk.reward_mask(x[None]), "reward_mask: correct"),
-    (lambda x: rk.spread(x, torch.zeros(2, 4)), "spread: responses"),
-    (lambda x: rk.top_entropy_mask(x.float(), 1.5), "top_entropy_mask: fraction"),
-    (lambda x: rk.special_token_mask(x, [1]), "special_token_mask: a response of packed"),
-    (lambda x: rk.final_eos_mask(x, [1], seq_ids=torch.tensor([1, 0, 0])), "final_eos_mask: seq_ids must be non-decreasing"),
+    (lambda x: masks.reward_mask(x, level="batch"), "reward_mask: level"),
+    (lambda x: masks.reward_mask(x, level="group"), "reward_mask: group_ids is None"),
+    (lambda x: masks.reward_mask(x, x[:2], "group"), r"reward_mask: group_ids has shape \(2,\)"),
+    (lambda x: masks.reward_mask(x, x.float(), "group"), "reward_mask: group_ids must be integers"),
+    (lambda x: masks.reward_mask(x + 2), "reward_mask: correct must hold bools"),
+    (lambda x: masks.reward_mask(x[None]), "reward_mask: correct"),
+    (lambda x: masks.spread(x, torch.zeros(2, 4)), "spread: responses"),
+    (lambda x: masks.top_entropy_mask(x.float(), 1.5), "top_entropy_mask: fraction"),
+    (lambda x: masks.special_token_mask(x, [1]), "special_token_mask: a response of packed"),
+    (lambda x: masks.final_eos_mask(x, [1], seq_ids=torch.tensor([1, 0, 0])), "final_eos_mask: seq_ids must be non-decreasing"),
 ])  # fmt: skip
 def test_bad_input_is_named(call, named: str):
     with pytest.raises(ValueError, match=named), rk.set_checks(True):
@@ -101,6 +104,7 @@ def test_bad_input_is_named(call, named: str):
 def test_masks_combine_into_a_loss():
     lq, mask = torch.randn(B, T, 3).log_softmax(-1), torch.rand(B, T) > 0.2
     teacher = rk.TopK(torch.arange(3).expand(B, T, 3), torch.randn(B, T, 3).log_softmax(-1))
-    keep = mask & rk.top_entropy_mask(torch.rand(B, T), 0.5, mask) & rk.spread(rk.reward_mask(torch.arange(B) % 2), mask)
-    out = rk.topk_kl_loss(lq, teacher, keep)
+    wrong = masks.spread(masks.reward_mask(torch.arange(B) % 2), mask)
+    keep = mask & masks.top_entropy_mask(torch.rand(B, T), 0.5, mask) & wrong
+    out = rk.losses.TopKKL()(lq, teacher=teacher, mask=keep)
     assert not out.token_loss[~keep].any()

@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.registry import METHODS
-from tests.methods import divergence, other, ratio, topk
+from rlad_kernels.losses.methods import METHODS
+from tests.methods import FAMILIES, case
 from tests.oracles import hold
 
 SMALL = 2e-5  # a budget above this share of the largest element would let a wrong number pass
-FAMILIES = {"ratio": ratio, "top-k": topk, "divergence": divergence, "other": other}
 
 
 def test_every_method_has_an_oracle():
@@ -23,14 +22,10 @@ def test_every_method_has_an_oracle():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_value_and_gradients(name):
-    method = METHODS[name]
-    family = FAMILIES[method.family]
-    leaves, given = getattr(family, "INPUTS", {}).get(name, family.inputs)(method.needs)
-    given |= getattr(family, "OPTIONS", {}).get(name, {})
-    oracle = family.ORACLES[name]
+    call, leaves, given = case(name)
+    oracle = FAMILIES[METHODS[name].family].ORACLES[name]
     tensors = {k: given[k].detach().requires_grad_() for k in leaves}
-    call = getattr(family, "call", lambda method, **xs: method(**xs))  # a family whose arguments are made of the leaves
-    out = call(method, **{**given, **tensors})
+    out = call(**{**given, **tensors})
     out.loss.backward()
     assert torch.equal(out.token_loss, torch.where(given["mask"], out.token_loss, 0))
 

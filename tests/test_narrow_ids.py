@@ -34,7 +34,12 @@ def calls() -> dict[str, Callable[[dict[str, Tensor]], Any]]:
     hidden, head = torch.randn(B, T, D), rk.LMHead(torch.randn(V, D))
     s, o, t, a = torch.randn(4, B, T)
     lp, lq = torch.randn(2, B, T, K).log_softmax(-1) - 0.1
-    mean = {"reduction": "seq-mean-token-mean"}
+    losses, supports, masks, spans = rk.losses, rk.supports, rk.masks, rk.spans
+    rlad = losses.RLAD(topk=losses.TopKKL(), topk_coef=0.5)
+    sampled = {"old_logp": o, "advantages": a}
+
+    def mean(w: dict[str, Tensor]) -> rk.Reduction:
+        return rk.Reduction("seq-mean-token-mean", seq_ids=w["seq_ids"])
 
     def teacher(w: dict[str, Tensor]) -> rk.TopK:
         return rk.TopK(w["ids"], lp, tail_logp=-torch.ones(B, T), target_logp=t)
@@ -47,28 +52,37 @@ def calls() -> dict[str, Callable[[dict[str, Tensor]], Any]]:
         "linear_topk": lambda w: rk.linear_topk(hidden, head, 3, target=w["target"]),
         "linear_gather": lambda w: rk.linear_gather(hidden, head, w["ids"]),
         "linear_support": lambda w: rk.linear_support(hidden, head, w["ids"], target=w["target"]),
-        "cross_entropy": lambda w: rk.linear_cross_entropy_loss(hidden, head, w["target"], seq_ids=w["seq_ids"], **mean),
-        "rlad": lambda w: rk.rlad_loss(
-            hidden, head, w["target"], old_logp=o, advantages=a, teacher=teacher(w), topk_kl_coef=0.5, seq_ids=w["seq_ids"]
+        "linear_loss": lambda w: rk.linear_loss(hidden, head, w["target"], losses.CrossEntropy(), reduction=mean(w)),
+        "linear_loss rlad": lambda w: rk.linear_loss(
+            hidden, head, w["target"], rlad, **sampled, teacher=teacher(w), reduction=mean(w)
         ),
-        "linear_topk_kl": lambda w: rk.linear_topk_kl_loss(hidden, head, teacher(w), normalize="tail"),
-        "topk_kl": lambda w: rk.topk_kl_loss(lq, teacher(w), seq_ids=w["seq_ids"], **mean),
-        "sampled_tail": lambda w: rk.topk_sampled_tail_loss(lq, s, w["target"], teacher(w)),
-        "gspo": lambda w: rk.gspo_loss(s, o, a, seq_ids=w["seq_ids"], clip=(0.2, 0.2)),
-        "hdpo": lambda w: rk.hdpo_loss(s, o, t, a, torch.zeros(B), w["group_ids"]),
-        "union": lambda w: rk.union(teacher(w), other(w)),
-        "intersection": lambda w: rk.intersection(teacher(w), w["student_ids"]),
-        "symmetric_difference": lambda w: rk.symmetric_difference(teacher(w), other(w)),
-        "with_sampled": lambda w: rk.with_sampled(teacher(w), w["target"]),
-        "probability_band": lambda w: rk.probability_band(teacher(w), 0.2, 0.5, target=w["target"]),
+        "linear_loss support": lambda w: rk.linear_loss(hidden, head, w["target"], losses.TopKKL(), teacher=teacher(w)),
+        "linear_loss tail": lambda w: rk.linear_loss(
+            hidden, head, w["target"], losses.TopKKL(normalize="tail"), teacher=teacher(w)
+        ),
+        "linear_loss sampled tail": lambda w: rk.linear_loss(
+            hidden, head, w["target"], losses.SampledTailKL(), teacher=teacher(w)
+        ),
+        "linear_loss gspo": lambda w: rk.linear_loss(hidden, head, w["target"], losses.GSPO(), **sampled, reduction=mean(w)),
+        "topk_kl": lambda w: losses.TopKKL()(lq, teacher=teacher(w), reduction=mean(w)),
+        "sampled_tail": lambda w: losses.SampledTailKL()(
+            rk.TokenScores(logp=s, topk_logp=lq), target=w["target"], teacher=teacher(w)
+        ),
+        "gspo": lambda w: losses.GSPO(clip=(0.2, 0.2))(s, **sampled, reduction=mean(w)),
+        "hdpo": lambda w: losses.HDPO()(s, **sampled, teacher_logp=t, correct=torch.zeros(B), group_ids=w["group_ids"]),
+        "union": lambda w: supports.union(teacher(w), other(w)),
+        "intersection": lambda w: supports.intersection(teacher(w), w["student_ids"]),
+        "symmetric_difference": lambda w: supports.symmetric_difference(teacher(w), other(w)),
+        "with_sampled": lambda w: supports.with_sampled(teacher(w), w["target"]),
+        "probability_band": lambda w: supports.probability_band(teacher(w), 0.2, 0.5, target=w["target"]),
         "from_logprobs": lambda w: from_logprobs((w["ids"], lp), w["target"], vocab_size=V, offset=-130),
-        "special_token_mask": lambda w: rk.special_token_mask(w["target"], [5, 5 + 256, 119 - 256], seq_ids=w["seq_ids"]),
-        "final_eos_mask": lambda w: rk.final_eos_mask(w["target"], [64 + 256, 119], seq_ids=w["seq_ids"]),
-        "response_mask": lambda w: rk.response_mask(w["prompts"], w["lengths"], 300),
-        "reward_mask": lambda w: rk.reward_mask(torch.zeros(B), w["group_ids"], "group"),
-        "spread": lambda w: rk.spread(torch.arange(4.0), w["target"], seq_ids=w["seq_ids"]),
-        "span_ids": lambda w: rk.span_ids(w["spans"], seq_ids=w["seq_ids"]),
-        "sequence_stat": lambda w: rk.sequence_stat(s.flatten(), seq_ids=w["seq_ids"].flatten()),
+        "special_token_mask": lambda w: masks.special_token_mask(w["target"], [5, 5 + 256, 119 - 256], seq_ids=w["seq_ids"]),
+        "final_eos_mask": lambda w: masks.final_eos_mask(w["target"], [64 + 256, 119], seq_ids=w["seq_ids"]),
+        "response_mask": lambda w: masks.response_mask(w["prompts"], w["lengths"], 300),
+        "reward_mask": lambda w: masks.reward_mask(torch.zeros(B), w["group_ids"], "group"),
+        "spread": lambda w: masks.spread(torch.arange(4.0), w["target"], seq_ids=w["seq_ids"]),
+        "span_ids": lambda w: spans.span_ids(w["spans"], seq_ids=w["seq_ids"]),
+        "sequence_stat": lambda w: spans.sequence_stat(s.flatten(), seq_ids=w["seq_ids"].flatten()),
     }  # fmt: skip
 
 
@@ -90,7 +104,8 @@ def test_an_id_that_would_wrap_is_seen(dtype: torch.dtype, target: int, fused: b
     ids = torch.tensor([target], dtype=dtype)
 
     def loss() -> Tensor:
-        return rk.linear_cross_entropy_loss(hidden, head, ids).loss if fused else -rk.linear_logp(hidden, head, ids).logp
+        nll = rk.losses.CrossEntropy()
+        return rk.linear_loss(hidden, head, ids, nll).loss if fused else -rk.linear_logp(hidden, head, ids).logp
 
     if target == 156:
         torch.testing.assert_close(loss().squeeze(), -(hidden @ head.weight.T).log_softmax(1)[0, 156])
@@ -102,8 +117,9 @@ def test_an_id_that_would_wrap_is_seen(dtype: torch.dtype, target: int, fused: b
 def test_decreasing_sequences_are_seen() -> None:
     """The difference of two uint8 numbers is never negative."""
     ids = torch.tensor([3, 1, 1], dtype=torch.uint8)
-    with pytest.raises(ValueError, match="grpo_loss: seq_ids must be non-decreasing"), rk.set_checks(True):
-        rk.grpo_loss(*torch.randn(3, 3), reduction="seq-mean-token-sum", seq_ids=ids)
+    s, o, a = torch.randn(3, 3)
+    with pytest.raises(ValueError, match=r"^GRPO: seq_ids must be non-decreasing"), rk.set_checks(True):
+        rk.losses.GRPO()(s, old_logp=o, advantages=a, reduction=rk.Reduction("seq-mean-token-sum", seq_ids=ids))
 
 
 def test_uint64_beyond_int64() -> None:

@@ -17,11 +17,11 @@ from rlad_kernels.tools.plan import MODELS, PATHS, Plan, loss_bytes, model_of, p
 ROOT = Path(__file__).parent.parent
 CASES = [  # sizes at which what is counted is hundreds of megabytes
     ("naive", 2048, 64, 32_768, "float32", 8),
-    ("fused_linear_loss", 1024, 64, 262_144, "float32", 8),
+    ("linear_loss", 1024, 64, 262_144, "float32", 8),
     ("linear_logp", 64, 640, 131_072, "float32", 8),
     ("linear_logp", 64, 640, 262_144, "bfloat16", 8),
     ("linear_topk", 100_000, 32, 1024, "float32", 72),
-    ("linear_topk_kl", 70_000, 32, 4096, "float32", 100),
+    ("topk_kl", 70_000, 32, 4096, "float32", 100),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,15 +12,22 @@ from torch import Tensor
 
 import rlad_kernels as rk
 from rlad_kernels.backends.contract import INTERPRET
-from rlad_kernels.core.registry import METHODS, TOKEN_LOSSES
-from rlad_kernels.losses.ratio.rollout import ICEPOP, TIS
+from rlad_kernels.losses import GRPO, ICEPOP, TIS, LossOutput, Reference, Rollout, annealed_coef
+from rlad_kernels.losses.methods import METHODS
+from rlad_kernels.losses.ratio.cispo import CISPO
+from rlad_kernels.losses.ratio.gspo import GSPO
+from rlad_kernels.losses.ratio.hdpo import HDPO
+from rlad_kernels.losses.ratio.opd import OPD
+from rlad_kernels.losses.ratio.rlsd import RLSD
+from rlad_kernels.losses.ratio.sapo import SAPO
 from rlad_kernels.losses.ratio.sequences import sequence_mean, suffix_sums
-from tests.methods import ratio
+from tests.methods import on_scores, ratio, split
 from tests.oracles import gradient, hold, surrogate
 from tests.sweeps import problem, relative
 
 EPS = torch.finfo(torch.float32).eps
 FAMILY = [name for name, method in METHODS.items() if method.family == "ratio"]
+SUM = rk.Reduction(denominator=1)
 TAUGHT = [name for name in FAMILY if "teacher_logp" in METHODS[name].needs]
 
 
@@ -30,8 +38,8 @@ def given(name: str, **more: Any) -> dict[str, Any]:
     return inputs
 
 
-def run(name: str, inputs: dict[str, Any]) -> tuple[rk.LossOutput, Tensor]:
-    out = METHODS[name](**inputs)
+def run(name: str, inputs: dict[str, Any]) -> tuple[LossOutput, Tensor]:
+    out = on_scores(METHODS[name], **inputs)
     return out, torch.autograd.grad(out.loss, inputs["logp"])[0]
 
 
@@ -77,13 +85,19 @@ def test_all_masked_is_zero_and_attached_to_the_graph(name: str) -> None:
     assert all(x == 0 for x in out.metrics.values())
 
 
+def test_scores_of_different_shapes_are_refused() -> None:
+    scores = rk.TokenScores(torch.zeros(2, 3), entropy=torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"^GRPO: scores\.entropy has leading shape \(2, 4\), scores\.logp \(2, 3\)"):
+        GRPO()(scores, old_logp=torch.zeros(2, 3), advantages=torch.zeros(2))
+
+
 @pytest.mark.parametrize("name", FAMILY)
 def test_only_the_policy_receives_gradient(name: str) -> None:
     inputs = given(name)
     floats = {k: x for k, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()}
     for x in floats.values():
         x.requires_grad_()
-    METHODS[name](**inputs).loss.backward()
+    on_scores(METHODS[name], **inputs).loss.backward()
     assert [k for k, x in floats.items() if x.grad is not None] == ["logp"]
 
 
@@ -102,23 +116,6 @@ def test_a_teacher_value_that_is_not_finite_teaches_nothing_and_is_counted(name:
         assert slope[1, 3] == 0
 
 
-# Token losses that run inside the sweep: their name, the method they are, and the inputs that a wrapper would have prepared.
-SWEPT: dict[str, tuple[str, dict[str, Any]]] = {
-    "grpo": ("grpo", {}),
-    "icepop": ("grpo", {"rollout_form": "mask", "rollout_low": 0.5, "rollout_high": 5.0}),
-    "trrd": ("trrd", {"alpha": 0.5}),
-    "cispo": ("cispo", {}),
-    "sapo": ("sapo", {}),
-    "opd": ("opd", {}),
-    "exopd": ("opd", {"extrapolation": 1.25, "clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0}),
-    "mopd": ("mopd", {}),
-    "kdrl": ("kdrl", {}),
-    "kdrl_in_reward": ("kdrl", {"form": "in-reward"}),
-    "rlsd": ("rlsd", {}),
-    "sdar": ("sdar", {}),
-}  # fmt: skip
-
-
 def swept(name: str) -> tuple[Any, dict[str, Any]]:
     """A student, and the method's inputs near its log-probs."""
     p = problem(shape=(4, ratio.LENGTH), d=8, v=37, temperature=0.8)
@@ -129,37 +126,35 @@ def swept(name: str) -> tuple[Any, dict[str, Any]]:
     return p, {k: logp + (x - near) if k.endswith("_logp") else x for k, x in inputs.items()}
 
 
-@pytest.mark.parametrize("name", SWEPT)
+@pytest.mark.parametrize("name", FAMILY)
 def test_inside_the_sweep_equals_the_composed_loss(name: str) -> None:
     if INTERPRET and name not in ("cispo", "opd", "kdrl"):
         pytest.skip("three methods stand for the family where a sweep takes seconds")
-    token_loss, options = SWEPT[name]
     p, inputs = swept(name)
     scores = rk.linear_logp(p.hidden, p.head, p.target, mask=p.mask)
-    want = METHODS[name](logp=scores.logp, mask=p.mask, **inputs, reduction="token-mean")
+    method, _, rest = split(METHODS[name], **inputs, mask=p.mask)
+    want = method(scores.logp, **rest)
     slopes = torch.autograd.grad(want.loss, p.leaves)
     with rk.set_tile(16, 20):
-        out = rk.fused_linear_loss(
-            p.hidden, p.head, p.target, TOKEN_LOSSES[token_loss], inputs={**inputs, **options}, mask=p.mask
-        )  # fmt: skip
+        out = rk.linear_loss(p.hidden, p.head, p.target, method.loss, **rest)
         grads = torch.autograd.grad(out.loss, p.leaves)
+    assert torch.allclose(out.loss, want.loss, rtol=1e-5, atol=1e-5)
     assert torch.allclose(out.token_loss, want.token_loss, rtol=1e-5, atol=1e-5)
     for g, e in zip(grads, slopes, strict=True):
         assert relative(g, e) <= 1e-5
     for key, value in want.metrics.items():
         assert torch.allclose(out.metrics[key], value, rtol=1e-4, atol=1e-6), key
-    assert set(out.metrics) - set(want.metrics) == {"entropy", "rows_skipped"}
+    assert set(out.metrics) - set(want.metrics) == {"entropy", *(("rows_skipped",) if method.loss.rowwise else ())}
 
 
 @pytest.mark.cpu
 def test_they_compile_fullgraph_inside_the_sweep() -> None:
     p, _ = swept("grpo")
-    calls = {name: swept(name)[1] | SWEPT[name][1] for name in ("cispo", "opd", "kdrl")}
+    calls = {name: split(METHODS[name], **swept(name)[1], mask=p.mask) for name in ("cispo", "opd", "kdrl", "gspo")}
 
-    def f(hidden: Tensor, weight: Tensor, bias: Tensor) -> dict[str, rk.LossOutput]:
+    def f(hidden: Tensor, weight: Tensor, bias: Tensor) -> dict[str, LossOutput]:
         head = rk.LMHead(weight, bias)
-        args = (hidden, head, p.target)
-        return {k: rk.fused_linear_loss(*args, TOKEN_LOSSES[k], inputs=inputs, mask=p.mask) for k, inputs in calls.items()}
+        return {k: rk.linear_loss(hidden, head, p.target, method.loss, **rest) for k, (method, _, rest) in calls.items()}
 
     want, got = f(*p.leaves), torch.compile(f, fullgraph=True, backend="aot_eager")(*p.leaves)
     for name in calls:
@@ -171,28 +166,32 @@ def test_they_compile_fullgraph_inside_the_sweep() -> None:
 
 @pytest.mark.cpu
 def test_losses_that_read_other_rows_compile_fullgraph() -> None:
-    gspo, hdpo = given("gspo"), given("hdpo", rollout_logp=-torch.rand(4, ratio.LENGTH), rollout=ICEPOP)
-    hdpo["logp"] = gspo["logp"]
+    gspo, hdpo = given("gspo"), given("hdpo", rollout_logp=-torch.rand(4, ratio.LENGTH))
+    logp = gspo.pop("logp")
+    del hdpo["logp"]
 
     def f() -> Tensor:
-        return rk.gspo_loss(**gspo).loss + rk.hdpo_loss(**hdpo).loss
+        return GSPO()(logp, **gspo).loss + HDPO(rollout=ICEPOP)(logp, **hdpo).loss
 
     want, got = f(), torch.compile(f, fullgraph=True, backend="aot_eager")()
     assert torch.allclose(got, want, rtol=1e-6)
-    slopes = [torch.autograd.grad(x, gspo["logp"])[0] for x in (got, want)]
+    slopes = [torch.autograd.grad(x, logp)[0] for x in (got, want)]
     assert torch.allclose(*slopes, rtol=1e-6, atol=1e-8)
 
 
-def test_a_sequence_level_ratio_is_refused_inside_the_sweep() -> None:
+def test_a_sequence_level_ratio_needs_the_sequences() -> None:
+    """It reads other rows: a call from hidden states takes a fourth product."""
     p = problem(n=6)
-    with pytest.raises(ValueError, match="fused_linear_loss: token_loss needs other rows"):
-        rk.fused_linear_loss(p.hidden, p.head, p.target, TOKEN_LOSSES["gspo"], inputs={})
+    near = {"old_logp": torch.zeros(6), "advantages": torch.ones(6)}
+    assert (GSPO().products, GRPO().products) == (4, 3)
+    with pytest.raises(ValueError, match=r"^GSPO: the ratio of packed \(N,\) tokens needs Reduction\(seq_ids=…\)"):
+        rk.linear_loss(p.hidden, p.head, p.target, GSPO(), **near, reduction="token-mean")
 
 
 def test_gspo_keeps_or_clips_a_sequence_as_a_whole() -> None:
     old = torch.full((2, 4), -1.0)
     s = torch.tensor([[-1.0, -1.0, -1.0, -0.998], [-0.5, -1.5, -0.9, -1.1]]).requires_grad_()  # mean gaps 5e-4 and 0
-    out = rk.gspo_loss(s, old, torch.ones(2), denominator=1)
+    out = GSPO()(s, old_logp=old, advantages=torch.ones(2), reduction=SUM)
     slope = torch.autograd.grad(out.loss, s)[0]
     assert slope[0].tolist() == [0] * 4  # 1.0005 > 1 + 4e-4
     assert torch.allclose(slope[1], torch.full((4,), -0.25), rtol=4 * EPS)  # −r/|y|, the same for every token
@@ -235,8 +234,9 @@ def test_sums_over_packed_sequences(n: int) -> None:
 def test_cispo_keeps_the_gradient_that_the_clip_kills() -> None:
     s = torch.tensor([2.0, 0.5]).log().requires_grad_()
     zero, a = torch.zeros(2), torch.tensor([1.0, -1.0])
-    assert torch.autograd.grad(rk.grpo_loss(s, zero, a).loss, s)[0].tolist() == [0, 0]
-    slope = torch.autograd.grad(rk.cispo_loss(s, zero, a, clip=(0.2, 0.2), denominator=1).loss, s)[0]
+    given = {"old_logp": zero, "advantages": a}
+    assert torch.autograd.grad(GRPO()(s, **given).loss, s)[0].tolist() == [0, 0]
+    slope = torch.autograd.grad(CISPO(clip=(0.2, 0.2))(s, **given, reduction=SUM).loss, s)[0]
     assert torch.allclose(slope, torch.tensor([-1.2, 0.8]), rtol=2 * EPS)
 
 
@@ -244,7 +244,8 @@ def test_sapos_gate_is_one_on_policy_falls_on_both_sides_and_faster_for_negative
     log_r = torch.tensor([-2.0, -0.5, 0.0, 0.5, 2.0, 100.0])
     for sign, tau in ((1.0, 1.0), (-1.0, 1.05)):
         s = log_r.clone().requires_grad_()
-        loss = rk.sapo_loss(s, torch.zeros(6), sign * torch.ones(6), reduction="token-mean", denominator=1).loss
+        given = {"old_logp": torch.zeros(6), "advantages": sign * torch.ones(6)}
+        loss = SAPO()(s, **given, reduction=SUM._replace(kind="token-mean")).loss
         weight = -sign * torch.autograd.grad(loss, s)[0] / log_r.exp()
         gate = torch.sigmoid(tau * (log_r.double().exp() - 1))
         assert torch.allclose(weight.double(), 4 * gate * (1 - gate), rtol=32 * EPS, atol=4 * EPS)
@@ -257,11 +258,11 @@ def test_a_rollout_weight_multiplies_the_loss_and_not_the_kl() -> None:
     inputs = given("tis", dual_clip=1.5, mask=None)
     _, mu = inputs["logp"], inputs["rollout_logp"]
     ref = inputs["old_logp"] + 0.1
-    for rollout in (TIS, ICEPOP, ICEPOP._replace(policy="current")):
+    for rollout in (TIS, ICEPOP, replace(ICEPOP, policy="current")):
         top = inputs["logp"].detach() if rollout.policy == "current" else inputs["old_logp"]
         x = (top - mu).exp()
         w = x.clamp(max=2) if rollout.form == "truncate" else torch.where((x >= 0.5) & (x <= 5), x, 0)
-        out = rk.grpo_loss(**inputs | {"rollout": rollout}, ref_logp=ref, kl_coef=0.5)
+        out = on_scores(METHODS["grpo"], **inputs | {"rollout": rollout}, ref_logp=ref, reference=Reference(0.5))
         hold(
             out.token_loss,
             lambda s, o, a, w: w * surrogate(s, o, a, dual=1.5) + 0.5 * ((o + 0.1 - s).exp() - 1 - (o + 0.1 - s)),
@@ -274,9 +275,9 @@ def test_a_rollout_weight_multiplies_the_loss_and_not_the_kl() -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("rollout", [TIS, ICEPOP], ids=["tis", "icepop"])
-def test_a_sampler_value_that_is_not_finite_takes_the_tokens_loss(rollout: rk.Rollout, bad: float) -> None:
+def test_a_sampler_value_that_is_not_finite_takes_the_tokens_loss(rollout: Rollout, bad: float) -> None:
     s = torch.full((2,), -1.0).requires_grad_()
-    out = rk.grpo_loss(s, s, torch.ones(2), rollout_logp=torch.tensor([bad, -1.0]), rollout=rollout)
+    out = GRPO(rollout=rollout)(s, old_logp=s, advantages=torch.ones(2), rollout_logp=torch.tensor([bad, -1.0]))
     assert out.token_loss.tolist() == [0, -1]
     assert torch.autograd.grad(out.loss, s)[0].tolist() == [0, -0.5]
     assert out.metrics["rollout_clip_frac"] == 0.5
@@ -287,13 +288,13 @@ def test_a_row_does_not_go_without_what_makes_it_the_method() -> None:
         inputs = given(name)
         del inputs[missing]
         with pytest.raises(ValueError, match=missing):
-            METHODS[name](**inputs)
+            on_scores(METHODS[name], **inputs)
 
 
 def test_kdrl_without_a_coefficient_is_reinforcement_and_without_a_reward_distillation() -> None:
     inputs = given("kdrl")
     none, _ = run("kdrl", inputs | {"kd_coef": 0.0})
-    plain = rk.grpo_loss(**{k: inputs[k] for k in ("logp", "old_logp", "advantages", "mask")}, clip=None)
+    plain = GRPO(clip=None)(inputs["logp"], **{k: inputs[k] for k in ("old_logp", "advantages", "mask")})
     assert torch.equal(none.token_loss, plain.token_loss)
     zero = torch.zeros_like(inputs["advantages"])
     only, slope = run("kdrl", inputs | {"advantages": zero, "kd_coef": 1.0})
@@ -305,8 +306,8 @@ def test_kdrl_without_a_coefficient_is_reinforcement_and_without_a_reward_distil
 
 
 def test_kdrls_coefficient_falls_to_its_floor() -> None:
-    assert [rk.annealed_coef(step) for step in (0, 10, 80, 280)] == pytest.approx([5e-3, 4.5e-3, 1e-3, 1e-3])
-    assert rk.annealed_coef(3, start=0.2, decrement=0.1, floor=0.002) == 0.002
+    assert [annealed_coef(step) for step in (0, 10, 80, 280)] == pytest.approx([5e-3, 4.5e-3, 1e-3, 1e-3])
+    assert annealed_coef(3, start=0.2, decrement=0.1, floor=0.002) == 0.002
 
 
 def test_groups_of_sequences_in_any_order_and_only_kept_ones_count() -> None:
@@ -316,7 +317,8 @@ def test_groups_of_sequences_in_any_order_and_only_kept_ones_count() -> None:
     mask[3] = False  # the only right one of group 9
     s = torch.full((6, 2), -1.0).requires_grad_()
     t = torch.zeros(6, 2)
-    out = rk.hdpo_loss(s, s, t, torch.zeros(6), correct, groups, mask, denominator=1)
+    given = {"old_logp": s, "teacher_logp": t, "advantages": torch.zeros(6), "correct": correct, "group_ids": groups}
+    out = HDPO()(s, **given, mask=mask, reduction=SUM)
     slope = torch.autograd.grad(out.loss, s)[0][:, 0]
     assert slope.tolist() == [0, -1, 0, 0, -1, -1]  # −β·(t − s) where every kept response of the group is wrong
 
@@ -326,7 +328,7 @@ def test_opd_pays_for_a_tokens_own_divergence_or_for_what_follows_too() -> None:
     s = o.clone().requires_grad_()
     mask = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 0]])
     for gamma in (0.0, 0.5, 1.0):
-        out = rk.opd_loss(s, o, t, mask, gamma=gamma, coef=2.0, denominator=1)
+        out = OPD(gamma=gamma, coef=2.0)(s, old_logp=o, teacher_logp=t, mask=mask, reduction=SUM)
         slope = torch.autograd.grad(out.loss, s)[0]
         reward = (t - o) * mask
         want = [2 * sum(gamma**j * reward[:, i + j] for j in range(5 - i)) for i in range(5)]
@@ -335,17 +337,18 @@ def test_opd_pays_for_a_tokens_own_divergence_or_for_what_follows_too() -> None:
 
 def test_a_second_teacher_is_mixed_in_or_chosen() -> None:
     t = torch.stack([torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-3.0, -torch.inf, -1.0])])
-    assert rk.combine_teachers(t[:, ::2], torch.tensor([0.25, 0.75])).tolist() == [-2.5, -1.5]
-    chosen = rk.combine_teachers([*t], torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0]]))
+    assert rk.supports.combine_teachers(t[:, ::2], torch.tensor([0.25, 0.75])).tolist() == [-2.5, -1.5]
+    chosen = rk.supports.combine_teachers([*t], torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0]]))
     assert chosen.tolist() == [-3.0, -2.0, -1.0]
     with pytest.raises(ValueError, match=r"combine_teachers: weights has shape \(3,\), wanted \(2,\) or \(2, 3\)"):
-        rk.combine_teachers(t, torch.ones(3))
+        rk.supports.combine_teachers(t, torch.ones(3))
 
 
 def test_rlsd_never_turns_the_sign_of_an_advantage() -> None:
     inputs = given("rlsd", mask=None)
     s, t, a = inputs["logp"].detach(), inputs["teacher_logp"], inputs["advantages"]
-    weight = torch.autograd.grad(rk.rlsd_loss(s.requires_grad_(), s.detach(), t, a, denominator=1).loss, s)[0] / -a
+    out = RLSD()(s.requires_grad_(), old_logp=s.detach(), teacher_logp=t, advantages=a, reduction=SUM)
+    weight = torch.autograd.grad(out.loss, s)[0] / -a
     assert (weight >= 0.8 - EPS).all()
     assert (weight <= 1.2 + EPS).all()
     assert ((weight > 1) == ((t - s.detach()) * a > 0)).all()

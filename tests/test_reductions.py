@@ -11,22 +11,27 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import rlad_kernels as rk
+from rlad_kernels.losses import GRPO, LossOutput
+from rlad_kernels.losses.ratio.trrd import TRRD
+from rlad_kernels.losses.support.topk_kl import TopKKL
 from tests.oracles import gradient, reduced
 
 REDUCTIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
 EPS = torch.finfo(torch.float32).eps
 
 
-def values(a: Tensor, mask: Tensor | None = None, **options: Any) -> rk.LossOutput:
+def values(a: Tensor, mask: Tensor | None = None, **options: Any) -> LossOutput:
     """A loss whose token losses are −a: at r = 1 the surrogate is −rÂ, and its gradient by the log-prob is −a too."""
-    return rk.grpo_loss(torch.zeros_like(a).requires_grad_(), torch.zeros_like(a), a, mask, **options)
+    s, reduction = torch.zeros_like(a).requires_grad_(), rk.Reduction(**options)
+    return GRPO()(s, old_logp=torch.zeros_like(a), advantages=a, mask=mask, reduction=reduction)
 
 
 def check(a: Tensor, keep: Tensor, reduction: str, mask: Tensor | None, seq_ids: Tensor | None, denominator: Any) -> None:
     """Loss and gradient against Σ weight·(−a) in float64; two divisions and a product round each term, then every sum does."""
     divisor = denominator.item() if isinstance(denominator, Tensor) else denominator
     s = torch.zeros_like(a).requires_grad_()
-    out = rk.grpo_loss(s, torch.zeros_like(a), a, mask, reduction=reduction, seq_ids=seq_ids, denominator=denominator)
+    chosen = rk.Reduction(reduction, seq_ids=seq_ids, denominator=denominator)
+    out = GRPO()(s, old_logp=torch.zeros_like(a), advantages=a, mask=mask, reduction=chosen)
     terms = -a.double() * gradient(lambda x: reduced(x, keep, reduction, seq_ids, divisor))(a.double())
     exact = reduced(-a.double(), keep, reduction, seq_ids, divisor)
     assert (out.loss.double() - exact).abs() <= (3 + a.numel()) * EPS / 2 * terms.abs().sum()
@@ -66,16 +71,16 @@ def test_packed_equals_padded(name: str, reduction: str) -> None:
     lq, lp = torch.randn(*shape, 5).log_softmax(2), torch.randn(*shape, 5).log_softmax(2)
     ids = torch.arange(5).expand(*shape, 5)
 
-    def loss(cut: Any, leaf: Tensor, **options: Any) -> rk.LossOutput:
+    def loss(cut: Any, leaf: Tensor, reduction: Any, mask: Tensor | None = None) -> LossOutput:
         if name == "topk_kl":
-            return rk.topk_kl_loss(leaf, rk.TopK(cut(ids), cut(lp)), **options)
-        rest = (cut(o), cut(a)) if name == "grpo" else (cut(o), cut(t), cut(a))
-        return (rk.grpo_loss if name == "grpo" else rk.trrd_loss)(leaf, *rest, **options)
+            return TopKKL()(leaf, teacher=rk.TopK(cut(ids), cut(lp)), mask=mask, reduction=reduction)
+        rest = {"old_logp": cut(o), "advantages": cut(a)} | ({"teacher_logp": cut(t)} if name == "trrd" else {})
+        return (GRPO() if name == "grpo" else TRRD())(leaf, **rest, mask=mask, reduction=reduction)
 
     leaf = (lq if name == "topk_kl" else s).requires_grad_()
     packed_leaf = leaf.detach()[keep].requires_grad_()
-    padded = loss(lambda x: x, leaf, mask=keep, reduction=reduction)
-    packed = loss(lambda x: x[keep], packed_leaf, reduction=reduction, seq_ids=seq_ids)
+    padded = loss(lambda x: x, leaf, reduction, keep)
+    packed = loss(lambda x: x[keep], packed_leaf, rk.Reduction(reduction, seq_ids=seq_ids))
     assert torch.equal(padded.token_loss[keep], packed.token_loss)
     # the same terms in another order of summation: each partial sum rounds once
     bound = keep.sum() * EPS * packed.token_loss.abs().max()
@@ -91,8 +96,8 @@ def test_packed_equals_padded(name: str, reduction: str) -> None:
 def test_a_global_denominator_adds_up_over_micro_batches(reduction: str) -> None:
     a, keep = torch.randn(6, 5), torch.rand(6, 5) < 0.7
     total = int(keep.sum()) if reduction == "token-mean" else int(keep.any(1).sum())
-    whole = values(a, keep, reduction=reduction).loss
-    parts = [values(a[i : i + 2], keep[i : i + 2], reduction=reduction, denominator=total).loss for i in (0, 2, 4)]
+    whole = values(a, keep, kind=reduction).loss
+    parts = [values(a[i : i + 2], keep[i : i + 2], kind=reduction, denominator=total).loss for i in (0, 2, 4)]
     assert (whole - sum(parts)).abs() <= 30 * EPS * a.abs().max()  # 30 terms in another order
 
 
@@ -101,10 +106,11 @@ def test_defaults() -> None:
     keep = torch.tensor([[1, 1, 1], [1, 0, 0]])
     zeros, teacher = torch.zeros_like(a), rk.TopK(torch.zeros(2, 3, 1, dtype=torch.int32), torch.zeros(2, 3, 1))
     token_mean, seq_mean = -15 / 4, -(7 / 3 + 8) / 2
-    assert rk.grpo_loss(zeros, zeros, a, keep).loss.item() == token_mean
-    assert rk.trrd_loss(zeros, zeros, zeros, a, keep).loss.item() == pytest.approx(seq_mean, rel=2 * EPS)
+    rest = {"old_logp": zeros, "advantages": a, "mask": keep}
+    assert GRPO()(zeros, **rest).loss.item() == token_mean
+    assert TRRD()(zeros, **rest, teacher_logp=zeros).loss.item() == pytest.approx(seq_mean, rel=2 * EPS)
     lq = -torch.where(keep > 0, a, 0)[..., None]
-    assert rk.topk_kl_loss(lq, teacher, keep, normalize="none", direction="forward").loss.item() == -token_mean
+    assert TopKKL("forward", normalize="none")(lq, teacher=teacher, mask=keep).loss.item() == -token_mean
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -112,10 +118,10 @@ def test_defaults() -> None:
 def test_no_tokens(reduction: str, shape: tuple[int, ...]) -> None:
     seq_ids = torch.zeros(0, dtype=torch.int64) if len(shape) == 1 else None
     s, wide = torch.zeros(shape, requires_grad=True), torch.zeros(*shape, 2)
-    options: dict[str, Any] = {"reduction": reduction, "seq_ids": seq_ids}
+    chosen = rk.Reduction(reduction, seq_ids=seq_ids)
     for out in (
-        rk.grpo_loss(s, torch.zeros(shape), torch.zeros(shape), **options),
-        rk.topk_kl_loss(wide + s[..., None], rk.TopK(wide.int(), wide), **options),
+        GRPO()(s, old_logp=torch.zeros(shape), advantages=torch.zeros(shape), reduction=chosen),
+        TopKKL()(wide + s[..., None], teacher=rk.TopK(wide.int(), wide), reduction=chosen),
     ):
         assert out.loss.item() == 0
         assert out.token_loss.shape == shape
@@ -129,7 +135,8 @@ def test_no_tokens(reduction: str, shape: tuple[int, ...]) -> None:
 def test_all_masked_is_zero_and_attached(mask: str, reduction: str, denominator: int | None) -> None:
     s = torch.full((2, 3), torch.nan, requires_grad=True)
     nothing = torch.zeros(2, 3, dtype={"bool": torch.bool, "int": torch.int64, "float": torch.float32}[mask])
-    out = rk.grpo_loss(s, s, s, nothing, reduction=reduction, denominator=denominator)
+    chosen = rk.Reduction(reduction, denominator=denominator)
+    out = GRPO()(s, old_logp=s, advantages=s, mask=nothing, reduction=chosen)
     assert out.loss.item() == 0
     out.loss.backward()
     assert s.grad is not None
@@ -138,7 +145,7 @@ def test_all_masked_is_zero_and_attached(mask: str, reduction: str, denominator:
 
 
 BAD_SEQ_IDS = {
-    "missing": (None, "needs seq_ids"),
+    "missing": (None, r"needs Reduction\(seq_ids=…\)"),
     "wrong_shape": ([0, 0, 1], r"\(3,\)"),
     "floats": ([0.0, 0.0, 1.0, 1.0], "float"),
     "decreasing": ([0, 1, 1, 0], "non-decreasing"),
@@ -149,13 +156,13 @@ BAD_SEQ_IDS = {
 @pytest.mark.parametrize("reduction", REDUCTIONS[1:])
 def test_bad_seq_ids(reduction: str, case: str) -> None:
     ids, wanted = BAD_SEQ_IDS[case]
-    with pytest.raises(ValueError, match=rf"^grpo_loss: .*seq_ids.*{wanted}|^grpo_loss: .*{wanted}"), rk.set_checks(True):
-        values(torch.zeros(4), reduction=reduction, seq_ids=None if ids is None else torch.tensor(ids))
+    with pytest.raises(ValueError, match=rf"^GRPO: .*seq_ids.*{wanted}|^GRPO: .*{wanted}"), rk.set_checks(True):
+        values(torch.zeros(4), kind=reduction, seq_ids=None if ids is None else torch.tensor(ids))
 
 
 def test_seq_ids_belong_to_packed_tokens() -> None:
-    with pytest.raises(ValueError, match=r"^grpo_loss: seq_ids .*\(2, 2\)"):
-        values(torch.zeros(2, 2), reduction="seq-mean-token-mean", seq_ids=torch.zeros(4).int())
+    with pytest.raises(ValueError, match=r"^GRPO: seq_ids .*\(2, 2\)"):
+        values(torch.zeros(2, 2), kind="seq-mean-token-mean", seq_ids=torch.zeros(4).int())
 
 
 def test_the_denominator_receives_no_gradient() -> None:

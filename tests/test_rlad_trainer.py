@@ -54,7 +54,8 @@ def test_the_gradient_is_rlads(tmp_path: Path):
     assert gap.norm() <= 1e-5 * wanted.norm()
     row = run["logs"][0]
     assert row["rlad/clip_frac_high"] + row["rlad/clip_frac_low"] > 0 and row["rlad/invalid_teacher"] == 0
-    assert {"entropy", "rlad/kl_teacher", "rlad/student_mass", "rlad/teacher_mass", "rlad/ratio_max"} < row.keys()
+    assert {"entropy", "rlad/kl_teacher", "rlad/teacher_mass", "rlad/ratio_max"} < row.keys()
+    assert "rlad/student_mass" not in row  # normalize="both" does not read it
 
 
 def test_a_callable_teacher_is_as_good_as_its_model(tmp_path: Path):
@@ -66,6 +67,7 @@ def test_a_callable_teacher_is_as_good_as_its_model(tmp_path: Path):
 
     runs = [train("RLAD", tmp_path, teacher=x, topk=8, normalize="tail", max_steps=2) for x in (teacher_model(), ask)]
     assert_same_training(*runs)
+    assert all({"rlad/student_mass", "rlad/teacher_mass"} < run["logs"][0].keys() for run in runs)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
@@ -115,6 +117,8 @@ def test_wrong_wiring_names_the_fix(tmp_path: Path):
         train("RLAD", tmp_path, teacher=lambda ids, mask, length: ids)
     with pytest.raises(ValueError, match="the teacher gave id 264, the student has 264; map ids"):
         train("RLAD", tmp_path, teacher=lambda ids, mask, n: TopK(*_constant(ids[:, -n:], 264)))
+    with pytest.raises(ValueError, match=r"^TopKKL: normalize must be one of .*, got 'all'"):
+        train("RLAD", tmp_path, teacher=teacher_model(), topk=4, normalize="all")
     with pytest.raises(ValueError, match="importance_sampling_level must stay 'token'"):
         train("RLAD", tmp_path, teacher=teacher_model(), importance_sampling_level="sequence")
     student = tiny.model()

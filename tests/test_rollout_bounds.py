@@ -3,41 +3,48 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 
 import rlad_kernels as rk
+from rlad_kernels.losses import GRPO, Rollout
+from rlad_kernels.losses.ratio.cispo import CISPO
+from rlad_kernels.losses.ratio.kdrl import KDRL
+from rlad_kernels.losses.ratio.opd import OPD
+from rlad_kernels.losses.ratio.rlsd import RLSD
+from rlad_kernels.losses.ratio.sapo import SAPO
+from rlad_kernels.losses.ratio.sdar import SDAR
+from rlad_kernels.losses.ratio.srpo import SRPO
+from rlad_kernels.losses.ratio.trrd import TRRD
 
 LOG_X = (-3.0, -0.5, 0.0, 0.5, 3.0, 200.0)
-LOSSES = ("grpo_loss", "trrd_loss", "cispo_loss", "sapo_loss", "kdrl_loss", "opd_loss", "srpo_loss", "rlsd_loss", "sdar_loss")
+LOSSES = (GRPO, TRRD, CISPO, SAPO, KDRL, OPD, SRPO, RLSD, SDAR)
 
 
-def weights_of(loss: str, rollout: rk.Rollout) -> tuple[list[float], float]:
+def weights_of(loss: type, rollout: Rollout) -> tuple[list[float], float]:
     """The weight of each token, as the ratio of its loss to that without a sampler, and the fraction that the bounds changed."""
     o = torch.full((len(LOG_X),), -1.0)
-    given: dict[str, Any] = {"logp": o, "old_logp": o, "advantages": torch.ones_like(o), "reduction": "token-mean"}
-    if loss in ("trrd_loss", "opd_loss", "srpo_loss", "rlsd_loss", "sdar_loss", "kdrl_loss"):
-        given["teacher_logp"] = o if loss in ("kdrl_loss", "sdar_loss") else o + 0.1
-    if loss == "srpo_loss":
-        given["correct"] = torch.ones_like(o)
-    call = getattr(rk, loss)
-    plain = call(**given).token_loss
-    out = call(**given, rollout_logp=o - torch.tensor(LOG_X), rollout=rollout)
+    pool = {
+        "old_logp": o, "advantages": torch.ones_like(o), "correct": torch.ones_like(o),
+        "teacher_logp": o if loss in (KDRL, SDAR) else o + 0.1,
+    }  # fmt: skip
+    given = {k: pool[k] for k in loss.needs} | ({"advantages": pool["advantages"]} if loss is OPD else {})
+    plain = loss()(o, **given, reduction="token-mean").token_loss
+    out = loss(rollout=rollout)(o, **given, rollout_logp=o - torch.tensor(LOG_X), reduction="token-mean")
     return (out.token_loss / plain).tolist(), out.metrics["rollout_clip_frac"].item()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("low", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("form", ["truncate", "mask"])
-def test_bounds(form: str, low: float, loss: str) -> None:
+def test_bounds(form: str, low: float, loss: type) -> None:
     """The issue's input: e^-3 with bounds [0.5, 2] was weighed 0.0498, not 0.5."""
     x = [math.exp(v) for v in LOG_X]
     inside = [low <= v <= 2 for v in x]
     outside = [0.0 if form == "mask" else min(max(v, low), 2.0) for v in x]
     want = [v if keep else other for v, keep, other in zip(x, inside, outside, strict=True)]
-    weights, changed = weights_of(loss, rk.Rollout(form, low=low, high=2.0))
+    weights, changed = weights_of(loss, Rollout(form, low=low, high=2.0))
     assert weights == pytest.approx(want, rel=1e-5)
     assert changed == pytest.approx(1 - sum(inside) / len(x))
 
@@ -45,7 +52,7 @@ def test_bounds(form: str, low: float, loss: str) -> None:
 def test_bounds_inside_the_sweep() -> None:
     hidden, head, target = torch.randn(4, 8), rk.LMHead(torch.randn(9, 8)), torch.arange(4)
     logp = rk.linear_logp(hidden, head, target).logp
-    inputs = {"old_logp": logp, "advantages": torch.ones(4), "rollout_logp": logp + 3, "rollout_low": 0.5}
-    out = rk.fused_linear_loss(hidden, head, target, rk.TOKEN_LOSSES["grpo"], inputs=inputs)
+    given = {"old_logp": logp, "advantages": torch.ones(4), "rollout_logp": logp + 3}
+    out = rk.linear_loss(hidden, head, target, GRPO(rollout=Rollout(low=0.5)), **given)
     torch.testing.assert_close(out.token_loss, torch.full((4,), -0.5))
     assert out.metrics["rollout_clip_frac"] == 1

@@ -92,7 +92,7 @@ def test_sglang_gives_the_sampled_token_apart(world: World) -> None:
     tokens = [[None, int(world.target[0]), None]]
     tokens += [[float(x), int(i), "b"] for x, i in zip(world.target_logp[1:], world.target[1:], strict=True)]
     got = from_logprobs(top, world.target, token_logprobs=tokens)
-    check(rk.TopK(*[x[1:] if x is not None else None for x in got]), world, slice(1, None))
+    check(got[1:], world, slice(1, None))
     assert got.ids[0].eq(-1).all() and got.logp[0].eq(-INF).all() and got.tail_logp[0] == 0 and got.target_logp[0].isnan()
 
 
@@ -121,7 +121,7 @@ def test_tensors_of_k_plus_one_columns_with_fill(world: World) -> None:
     check(got, world)
     check(from_logprobs((ids.numpy(), logp.numpy()), world.target.numpy(), k=K), world)
     batch = from_logprobs((ids.view(2, 3, -1), logp.view(2, 3, -1)), world.target.view(2, 3), k=K)
-    check(rk.TopK(*[x.flatten(0, 1) if x is not None else None for x in batch]), world)
+    check(rk.TopK._make(None if x is None else x.flatten(0, 1) for x in batch), world)
 
 
 def test_real_id_0_survives_id_0_padding() -> None:
@@ -136,8 +136,8 @@ def test_ragged_batch(world: World) -> None:
     served, want = [rows[:2], rows[2:6], [None]], [world.target[:2].tolist(), world.target[2:6].tolist(), [7]]
     got = from_logprobs(served, want, k=K)
     assert got.ids.shape == (3, 4, K)
-    check(rk.TopK(*[x[0, :2] if x is not None else None for x in got]), world, slice(0, 2))
-    check(rk.TopK(*[x[1] if x is not None else None for x in got]), world, slice(2, 6))
+    check(got[0, :2], world, slice(0, 2))
+    check(got[1], world, slice(2, 6))
     ended = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
     assert got.ids[ended].eq(-1).all() and got.tail_logp[ended].eq(0).all() and got.target_logp[ended].isnan().all()
     padded = torch.full((3, 5), -100)
@@ -152,7 +152,7 @@ def test_a_batch_is_told_from_a_sequence(form: str, world: World) -> None:
     rows = FORMATS[form](world)
     got = from_logprobs([rows, rows], [world.target, world.target], k=K)
     assert got.ids.shape == (2, T, K)
-    check(rk.TopK(*[x[1] if x is not None else None for x in got]), world)
+    check(got[1], world)
 
 
 def test_offset_ids(world: World) -> None:
@@ -229,11 +229,11 @@ def test_a_served_teacher_trains_as_a_local_one_does() -> None:
     assert known.tolist() == [True, True, True, False]
     if int(target[3]) not in local.ids[3].tolist():
         assert torch.equal(teacher.ids, local.ids)
-    options = {"old_logp": torch.randn(4) - 3, "advantages": torch.randn(4), "topk_kl_coef": 0.5, "normalize": "tail"}
-    options |= {"reduction": "token-mean", "mask": known}
-    losses = [rk.rlad_loss(hidden, head, target, teacher=x, **options).loss for x in (local, teacher)]
+    rlad = rk.losses.RLAD(topk=rk.losses.TopKKL(normalize="tail"), topk_coef=0.5, reduction="token-mean")
+    given = {"old_logp": torch.randn(4) - 3, "advantages": torch.randn(4)}
+    losses = [rk.linear_loss(hidden, head, target, rlad, mask=known, teacher=x, **given).loss for x in (local, teacher)]
     grads = [torch.autograd.grad(loss, hidden)[0] for loss in losses]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
-    whole = rk.rlad_loss(hidden, head, target, teacher=teacher, **options | {"mask": None})
+    whole = rk.linear_loss(hidden, head, target, rlad, teacher=teacher, **given)
     assert whole.loss.isfinite() and whole.metrics["invalid_teacher"].item() == pytest.approx(0.25)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -25,22 +26,45 @@ def pool() -> Arguments:
         "old_logp": old, "teacher_logp": other, "base_logp": base, "rollout_logp": base, "ref_logp": base,
         "advantages": torch.randn(1), "correct": torch.zeros(1), "group_ids": torch.zeros(1, dtype=torch.long),
         "weights": torch.rand(1), "seq_ids": torch.full((1,), 3), "topk_logp": torch.randn(1, K).log_softmax(1) - 0.1,
-        "old_topk_logp": torch.randn(1, K).log_softmax(1) - 0.1, "topk_ids": ids, "entropy": torch.rand(1),
+        "old_topk_logp": torch.randn(1, K).log_softmax(1) - 0.1, "topk_ids": ids, "topk_weights": torch.randn(1, K),
+        "entropy": torch.rand(1),
         "teacher_hidden": torch.randn(1, D), "tokens": ids[:, 0], "x": torch.randn(1),
-        "teacher": rk.TopK(ids, torch.randn(1, K).log_softmax(1) - 0.2, None, -torch.ones(1), other, torch.ones(1)),
+        "teacher": rk.TopK(
+            ids, torch.randn(1, K).log_softmax(1) - 0.2, tail_logp=-torch.ones(1), target_logp=other, entropy=torch.ones(1)
+        ),
     }  # fmt: skip
 
 
-def weighted(
-    scores: rk.TokenScores, *, advantages: Tensor, topk_weights: Tensor, factor: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    assert scores.topk_logp is not None
-    return -factor * advantages * scores.logp + (topk_weights * scores.topk_logp).sum(-1), {"kl_old": advantages}
+@dataclass(frozen=True, kw_only=True)
+class Weighted(rk.TokenLoss):
+    """A loss of one's own that weighs every slot of its support."""
+
+    factor: float = 3.0
+
+    needs = ("advantages", "topk_weights", "teacher")
+    wide = ("topk_weights",)
+    reads = ("logp", "topk_logp")
+
+    def tokens(
+        self, scores: rk.TokenScores, *, advantages: Tensor, topk_weights: Tensor, teacher: rk.TopK
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = -self.factor * advantages * scores.logp + (topk_weights * scores.topk_logp).sum(-1)
+        return loss, {"kl_old": advantages}
 
 
-def fused(hidden: Tensor, advantages: Tensor, topk_logp: Tensor, **more: Any) -> rk.LossOutput:
-    inputs = {"advantages": advantages, "topk_weights": topk_logp, "factor": torch.tensor(3.0)}
-    return rk.fused_linear_loss(hidden, more.pop("head"), more.pop("target"), weighted, inputs=inputs, **more)
+def given_scores(loss: rk.TokenLoss, seq_ids: Tensor | None = None, **given: Any) -> rk.losses.LossOutput:
+    """The loss on log-probs that are at hand."""
+    scores = rk.TokenScores(**{k: given.pop(k) for k in rk.TokenScores._fields if k in given})
+    return loss(scores, reduction=rk.Reduction(seq_ids=seq_ids), **given)
+
+
+def swept(loss: rk.TokenLoss, seq_ids: Tensor | None = None, **given: Any) -> rk.losses.LossOutput:
+    """The loss from hidden states."""
+    return rk.linear_loss(loss=loss, reduction=rk.Reduction(seq_ids=seq_ids), **given)
+
+
+def divergence_loss(seq_ids: Tensor, **given: Any) -> rk.losses.LossOutput:
+    return rk.linear_divergence_loss(reduction=rk.Reduction("seq-mean-token-mean", seq_ids=seq_ids), **given)
 
 
 SEQ = {"reduction": "seq-mean-token-mean"}
@@ -48,6 +72,8 @@ SAMPLED = ("logp", "old_logp", "advantages", "mask")
 ANCHORED = ("logp", "old_logp", "teacher_logp", "advantages", "mask")
 FLAGGED = (*ANCHORED, "correct")
 LINEAR = ("hidden", "head", "target", "mask")
+TWO_HEADS = ("hidden", "head", "teacher_hidden", "teacher_head", "mask")
+TAIL = rk.losses.TopKKL(normalize="tail")
 # name → function, the tensors it gets, options
 CALLS: dict[str, tuple[Callable[..., Any], tuple[str, ...], Arguments]] = {
     "logp": (rk.linear_logp, (*LINEAR, "topk_ids"), {"entropy": True, "tail": True, "extras": ("mean_logits", "is_top1")}),
@@ -55,42 +81,51 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[str, ...], Arguments]] = {
     "topk": (rk.linear_topk, LINEAR, {"k": 3, "entropy": True}),
     "gather": (rk.linear_gather, ("hidden", "head", "ids", "mask"), {}),
     "support": (rk.linear_support, (*LINEAR, "ids"), {}),
-    "fused": (fused, (*LINEAR, "topk_ids", "advantages", "topk_logp"), {}),
-    "fused sequences": (fused, (*LINEAR, "topk_ids", "advantages", "topk_logp", "seq_ids"), SEQ),
-    "rlad": (rk.rlad_loss, (*LINEAR, "old_logp", "advantages", "teacher", "seq_ids"), {"topk_kl_coef": 0.5, "normalize": "tail"}),
-    "cross entropy": (rk.linear_cross_entropy_loss, (*LINEAR, "weights"), {"z_loss": 0.1}),
-    "linear top-K": (rk.linear_topk_kl_loss, ("hidden", "head", "teacher", "mask"), {}),
-    "linear top-K tail": (rk.linear_topk_kl_loss, ("hidden", "head", "teacher", "mask"), {"normalize": "tail"}),
-    "divergence": (rk.linear_divergence, ("hidden", "head", "teacher_hidden", "teacher_head", "mask"), {"divergence": "jsd"}),
-    "divergence loss": (
-        rk.linear_divergence_loss, ("hidden", "head", "teacher_hidden", "teacher_head", "mask", "weights", "seq_ids"), SEQ,
-    ),
-    "grpo": (rk.grpo_loss, (*SAMPLED, "ref_logp", "rollout_logp"), {"kl_coef": 0.1}),
-    "grpo sequences": (rk.grpo_loss, (*SAMPLED, "seq_ids"), SEQ),
-    "trrd": (rk.trrd_loss, (*ANCHORED, "seq_ids"), {}),
-    "cispo": (rk.cispo_loss, SAMPLED, {}),
-    "sapo": (rk.sapo_loss, (*SAMPLED, "seq_ids"), {}),
-    "gspo": (rk.gspo_loss, (*SAMPLED, "seq_ids"), {"clip": (0.2, 0.2)}),
-    "opd": (rk.opd_loss, ("logp", "old_logp", "teacher_logp", "base_logp", "mask", "seq_ids"), {"gamma": 0.9, "extrapolation": 2}),
-    "mopd": (rk.mopd_loss, ("logp", "rollout_logp", "teacher_logp", "mask", "seq_ids"), {}),
-    "kdrl": (rk.kdrl_loss, (*FLAGGED, "group_ids"), {"teach": "wrong-groups"}),
-    "srpo": (rk.srpo_loss, FLAGGED, {}),
-    "hdpo": (rk.hdpo_loss, (*FLAGGED, "group_ids"), {}),
-    "rlsd": (rk.rlsd_loss, ANCHORED, {}),
-    "sdar": (rk.sdar_loss, ANCHORED, {}),
-    "top-K": (rk.topk_kl_loss, ("topk_logp", "teacher", "mask"), {"direction": "jsd"}),
-    "top-K sequences": (rk.topk_kl_loss, ("topk_logp", "teacher", "mask", "seq_ids"), {"normalize": "tail", **SEQ}),
-    "top-K policy gradient": (rk.topk_pg_loss, ("topk_logp", "old_topk_logp", "teacher", "mask"), {}),
-    "top-K advantage": (rk.topk_advantage_loss, ("logp", "old_logp", "topk_logp", "teacher", "mask"), {}),
-    "sampled tail": (rk.topk_sampled_tail_loss, ("topk_logp", "logp", "target", "teacher", "mask"), {}),
-    "eopd": (rk.eopd_loss, ("logp", "topk_logp", "old_logp", "teacher", "mask"), {}),
-    "with_sampled": (rk.with_sampled, ("teacher", "target"), {}),
-    "intersection": (rk.intersection, ("teacher", "ids"), {}),
-    "probability_band": (rk.probability_band, ("teacher", "target"), {"low": 0.1, "high": 0.3}),
-    "special_token_mask": (rk.special_token_mask, ("tokens", "mask", "seq_ids"), {"special_ids": [3]}),
-    "final_eos_mask": (rk.final_eos_mask, ("tokens", "mask", "seq_ids"), {"eos_ids": list(range(V))}),
-    "top_entropy_mask": (rk.top_entropy_mask, ("entropy", "mask"), {"fraction": 1.0}),
+    "divergence": (rk.linear_divergence, TWO_HEADS, {"divergence": rk.losses.JSD()}),
+    "divergence loss": (divergence_loss, (*TWO_HEADS, "weights", "seq_ids"), {"divergence": rk.losses.ForwardKL()}),
+    "with_sampled": (rk.supports.with_sampled, ("teacher", "target"), {}),
+    "intersection": (rk.supports.intersection, ("teacher", "ids"), {}),
+    "probability_band": (rk.supports.probability_band, ("teacher", "target"), {"low": 0.1, "high": 0.3}),
+    "special_token_mask": (rk.masks.special_token_mask, ("tokens", "mask", "seq_ids"), {"special_ids": [3]}),
+    "final_eos_mask": (rk.masks.final_eos_mask, ("tokens", "mask", "seq_ids"), {"eos_ids": list(range(V))}),
+    "top_entropy_mask": (rk.masks.top_entropy_mask, ("entropy", "mask"), {"fraction": 1.0}),
 }  # fmt: skip
+# name → loss, the tensors that it gets from hidden states
+IN_SWEEP: dict[str, tuple[rk.TokenLoss, tuple[str, ...]]] = {
+    "fused": (Weighted(), ("advantages", "topk_weights", "teacher")),
+    "fused sequences": (Weighted(**SEQ), ("advantages", "topk_weights", "teacher", "seq_ids")),
+    "rlad": (rk.losses.RLAD(topk=TAIL, topk_coef=0.5), ("old_logp", "advantages", "teacher", "seq_ids")),
+    "cross entropy": (rk.losses.CrossEntropy(z_loss=0.1), ("weights",)),
+    "linear top-K": (rk.losses.TopKKL(), ("teacher",)),
+    "linear top-K tail": (TAIL, ("teacher",)),
+    "linear gspo": (rk.losses.GSPO(clip=(0.2, 0.2)), ("old_logp", "advantages", "seq_ids")),
+}  # fmt: skip
+# name → loss, the tensors that it gets, log-probs among them
+ON_SCORES: dict[str, tuple[rk.TokenLoss, tuple[str, ...]]] = {
+    "grpo": (rk.losses.GRPO(reference=rk.losses.Reference(0.1)), (*SAMPLED, "ref_logp", "rollout_logp")),
+    "grpo sequences": (rk.losses.GRPO(**SEQ), (*SAMPLED, "seq_ids")),
+    "trrd": (rk.losses.TRRD(), (*ANCHORED, "seq_ids")),
+    "cispo": (rk.losses.CISPO(), SAMPLED),
+    "sapo": (rk.losses.SAPO(), (*SAMPLED, "seq_ids")),
+    "gspo": (rk.losses.GSPO(clip=(0.2, 0.2)), (*SAMPLED, "seq_ids")),
+    "opd": (
+        rk.losses.OPD(gamma=0.9, extrapolation=2), ("logp", "old_logp", "teacher_logp", "base_logp", "mask", "seq_ids"),
+    ),
+    "mopd": (rk.losses.MOPD(), ("logp", "rollout_logp", "teacher_logp", "mask", "seq_ids")),
+    "kdrl": (rk.losses.KDRL(teach="wrong-groups"), (*FLAGGED, "group_ids")),
+    "srpo": (rk.losses.SRPO(), FLAGGED),
+    "hdpo": (rk.losses.HDPO(), (*FLAGGED, "group_ids")),
+    "rlsd": (rk.losses.RLSD(), ANCHORED),
+    "sdar": (rk.losses.SDAR(), ANCHORED),
+    "top-K": (rk.losses.TopKKL("jsd"), ("topk_logp", "teacher", "mask")),
+    "top-K sequences": (rk.losses.TopKKL(normalize="tail", **SEQ), ("topk_logp", "teacher", "mask", "seq_ids")),
+    "top-K policy gradient": (rk.losses.TopKPG(), ("topk_logp", "old_topk_logp", "teacher", "mask")),
+    "top-K advantage": (rk.losses.TopKAdvantage(), ("logp", "old_logp", "topk_logp", "teacher", "mask")),
+    "sampled tail": (rk.losses.SampledTailKL(), ("topk_logp", "logp", "target", "teacher", "mask")),
+    "eopd": (rk.losses.EOPD(), ("logp", "topk_logp", "old_logp", "teacher", "mask")),
+}  # fmt: skip
+CALLS |= {k: (swept, (*LINEAR, *tensors), {"loss": loss}) for k, (loss, tensors) in IN_SWEEP.items()}
+CALLS |= {k: (given_scores, tensors, {"loss": loss}) for k, (loss, tensors) in ON_SCORES.items()}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -104,7 +139,7 @@ def test_is_what_a_batch_of_one_is(name: str) -> None:
         given: Arguments = {}
         for k in wanted:
             x = tensors.get(k)
-            given[k] = type(x)(*(None if t is None else token(t) for t in x)) if isinstance(x, tuple) else x
+            given[k] = rk.TopK._make(None if t is None else token(t) for t in x) if isinstance(x, rk.TopK) else x
             if isinstance(x, Tensor):
                 given[k] = token(x).clone().requires_grad_(k in ("hidden", "logp", "topk_logp"))
         if "head" in wanted:
@@ -128,8 +163,8 @@ def test_is_what_a_batch_of_one_is(name: str) -> None:
 def test_the_fused_loss_of_one_token() -> None:
     """The issue's input: K weights of a token were taken for those of K tokens."""
     hidden, weight, ids, at = torch.randn(D), torch.randn(V, D), torch.arange(K), torch.randn(K)
-    inputs = {"advantages": torch.tensor(2.0), "topk_weights": at, "factor": torch.tensor(3.0)}
-    out = rk.fused_linear_loss(hidden, rk.LMHead(weight), torch.tensor(1), weighted, inputs=inputs, topk_ids=ids)
+    given = {"advantages": torch.tensor(2.0), "topk_weights": at, "teacher": rk.TopK(ids, at)}
+    out = rk.linear_loss(hidden, rk.LMHead(weight), torch.tensor(1), Weighted(), **given)
     logp = (weight.double() @ hidden.double()).log_softmax(0)
     want = -6 * logp[1] + (at * logp[:K]).sum()
     torch.testing.assert_close(out.loss.double(), want, rtol=1e-5, atol=1e-5)

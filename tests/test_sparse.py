@@ -12,7 +12,7 @@ import rlad_kernels as rk
 from rlad_kernels.engine import sparse
 from tests.conftest import DEVICE
 from tests.oracles import budgets, within
-from tests.sweeps import Problem, leaf, problem, relative, weighted_sum
+from tests.sweeps import Own, Problem, leaf, problem, relative, weighted_sum
 
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -22,6 +22,7 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 EPS = 2.0**-7
 N = 45
+LOGP = Own(lambda s: s.logp)
 
 
 @pytest.fixture(autouse=True)
@@ -92,10 +93,8 @@ def test_gradients_are_those_of_the_definition(head: str, path: str) -> None:
             scores.extras["dropped_mass"].double(), dropped, rtol=1e-3, atol=1e-5 * max(1, scores.lse.max().item() / 16)
         )
     else:
-        out = rk.fused_linear_loss(
-            p.hidden, p.head, p.target, lambda s, a: s.logp * a, inputs={"a": a}, mask=p.mask, filter_eps=EPS,
-            reduction="token-mean", denominator=1.0,
-        )  # fmt: skip
+        reduction = rk.Reduction("token-mean", denominator=1.0)
+        out = rk.linear_loss(p.hidden, p.head, p.target, LOGP, w=a, mask=p.mask, filter_eps=EPS, reduction=reduction)
         out.loss.backward()
         assert out.metrics["dropped_mass_max"].item() == pytest.approx(dropped.max().item(), rel=1e-3)
         assert out.metrics["dropped_mass_mean"].item() == pytest.approx(dropped.sum().item() / keep.sum().item(), rel=1e-3)
@@ -172,9 +171,7 @@ def test_a_tiny_eps_is_the_exact_backward(path: str) -> None:
         if path == "linear_logp":
             loss = (rk.linear_logp(hidden, head, p.target, mask=p.mask, filter_eps=eps).logp * a).sum()
         else:
-            loss = rk.fused_linear_loss(
-                hidden, head, p.target, lambda s, a: s.logp * a, inputs={"a": a}, mask=p.mask, filter_eps=eps
-            ).loss
+            loss = rk.linear_loss(hidden, head, p.target, LOGP, w=a, mask=p.mask, filter_eps=eps).loss
         loss.backward()
         grads.append((hidden.grad, weight.grad))
     for exact, filtered in zip(*grads, strict=True):

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
+from rlad_kernels import supports
 from tests.oracles import gradient, hold
+from tests.test_topk_kl_loss import kl, linear_kl
 
 N, V, K = 16, 13, 4
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -54,14 +56,14 @@ def test_the_teacher_at_the_students_ids(world):
 def test_union_intersection_and_symmetric_difference(world):
     lp, head, teacher, student, _ = world
     a, b = sets(teacher.ids), sets(student.ids)
-    both = rk.union(teacher, student)
+    both = supports.union(teacher, student)
     check(both, lp, [x | y for x, y in zip(a, b, strict=True)], 1e-4)  # a difference of float32 masses
     check(rk.linear_support(lp.float(), head, both.ids), lp, sets(both.ids))
-    check(rk.intersection(teacher, student.ids), lp, [x & y for x, y in zip(a, b, strict=True)])
-    check(rk.symmetric_difference(teacher, student), lp, [x ^ y for x, y in zip(a, b, strict=True)], 1e-4)
+    check(supports.intersection(teacher, student.ids), lp, [x & y for x, y in zip(a, b, strict=True)])
+    check(supports.symmetric_difference(teacher, student), lp, [x ^ y for x, y in zip(a, b, strict=True)], 1e-4)
     assert torch.equal(both.target_logp, teacher.target_logp)
     assert torch.equal(both.entropy, teacher.entropy)
-    same = rk.union(teacher, teacher)
+    same = supports.union(teacher, teacher)
     assert torch.equal(same.ids[:, :K], teacher.ids)
     assert torch.equal(same.tail_logp, teacher.tail_logp)
 
@@ -69,20 +71,20 @@ def test_union_intersection_and_symmetric_difference(world):
 def test_a_support_of_everything_leaves_no_tail(world):
     lp, head, teacher, _, _ = world
     rest = rk.linear_support(lp.float(), head, torch.arange(V).expand(N, V))
-    assert (rk.union(teacher, rest).tail_logp == -math.inf).all()
+    assert (supports.union(teacher, rest).tail_logp == -math.inf).all()
 
 
 def test_with_sampled_adds_the_token_once_and_takes_it_from_the_tail(world):
     lp, _, teacher, _, target = world
     target[0], target[1] = teacher.ids[0, 2], -100
     teacher = teacher._replace(target_logp=lp.gather(1, target.clamp_min(0)[:, None])[:, 0].float())
-    out = rk.with_sampled(teacher, target)
+    out = supports.with_sampled(teacher, target)
     check(out, lp, [x | ({y} - {-100}) for x, y in zip(sets(teacher.ids), target.tolist(), strict=True)], 1e-5)
     assert out.ids[:2, K].tolist() == [-1, -1]
     with pytest.raises(ValueError, match="with_sampled: target_logp"):
-        rk.with_sampled(teacher._replace(target_logp=None), target)
+        supports.with_sampled(teacher._replace(target_logp=None), target)
     with pytest.raises(ValueError, match="with_sampled: target has shape"):
-        rk.with_sampled(teacher, target[:3])
+        supports.with_sampled(teacher, target[:3])
 
 
 def test_a_small_tail_keeps_its_digits(world):
@@ -90,27 +92,27 @@ def test_a_small_tail_keeps_its_digits(world):
     p = torch.tensor([[1 - 1e-3 - 1e-6, 1e-3, 1e-6]], dtype=torch.float64)
     lp = p.log().float()
     teacher = rk.TopK(torch.tensor([[0]]), lp[:, :1], tail_logp=(p[:, 1] + p[:, 2]).log().float(), target_logp=lp[:, 1])
-    out = rk.with_sampled(teacher, torch.tensor([1]))
+    out = supports.with_sampled(teacher, torch.tensor([1]))
     assert abs(out.tail_logp.double().exp().item() / 1e-6 - 1) < 1e-3
-    assert abs(rk.intersection(out, torch.tensor([[0, 2]])).tail_logp.double().exp().item() / 1.001e-3 - 1) < 1e-6
+    assert abs(supports.intersection(out, torch.tensor([[0, 2]])).tail_logp.double().exp().item() / 1.001e-3 - 1) < 1e-6
 
 
 def test_student_log_probs_in_place_of_the_teachers_are_refused(world):
     _, head, teacher, _, _ = world
     student = rk.linear_topk(torch.randn(N, V), head, V)
     with pytest.raises(ValueError, match=r"^union: log-probs of id \d+ differ"), rk.set_checks(True):
-        rk.union(teacher, student)
+        supports.union(teacher, student)
     with pytest.raises(ValueError, match=r"other\.ids has shape"):
-        rk.union(teacher, rk.TopK(teacher.ids[:3], teacher.logp[:3]))
+        supports.union(teacher, rk.TopK(teacher.ids[:3], teacher.logp[:3]))
 
 
 def test_what_the_teacher_does_not_know_makes_the_tail_unknown(world):
     _, _, teacher, student, _ = world
     unknown = student._replace(logp=torch.where(torch.arange(K + 1) == K, torch.nan, student.logp))
     new = ~(unknown.ids[:, K:] == teacher.ids).any(1)
-    both = rk.union(teacher, unknown)
+    both = supports.union(teacher, unknown)
     assert both.tail_logp[new].isnan().all()
-    out = rk.topk_kl_loss(torch.randn(N, 2 * K + 1).log_softmax(1), both, normalize="none")
+    out = kl(torch.randn(N, 2 * K + 1).log_softmax(1), both, normalize="none")
     assert out.token_loss.isfinite().all()
     assert out.metrics["invalid_teacher"].item() == pytest.approx(new.float().mean().item())
 
@@ -120,12 +122,12 @@ def test_probability_band_keeps_the_region_and_the_target(world):
     low, high = 0.05, torch.full((N,), 0.4)
     p = teacher.logp.exp()
     for y in (None, target):
-        out = rk.probability_band(teacher, low, high, target=y)
+        out = supports.probability_band(teacher, low, high, target=y)
         keep = (p >= low) & (p <= high[:, None])
         keep |= False if y is None else teacher.ids == y[:, None]
         check(out, lp, sets(torch.where(keep, teacher.ids, -1)))
     with pytest.raises(ValueError, match="probability_band: high has shape"):
-        rk.probability_band(teacher, low, high[:2])
+        supports.probability_band(teacher, low, high[:2])
 
 
 def test_shapes_of_batches_and_masked_rows():
@@ -134,19 +136,20 @@ def test_shapes_of_batches_and_masked_rows():
     target = torch.randint(V, (2, 3))
     teacher = rk.linear_topk(h, head, K, target=target, mask=keep)
     student = rk.linear_support(h, head, rk.linear_topk(torch.randn(2, 3, 5), head, K, mask=keep).ids, mask=keep)
-    for support in (rk.union(teacher, student), rk.with_sampled(teacher, target), rk.intersection(teacher, student.ids)):
+    more = supports.union(teacher, student), supports.with_sampled(teacher, target)
+    for support in (*more, supports.intersection(teacher, student.ids)):
         assert support.ids.shape[:2] == support.tail_logp.shape == (2, 3)
         lq = torch.randn(support.ids.shape).log_softmax(-1)
-        out = rk.topk_kl_loss(lq, support, keep, normalize="tail", tail_logp=-torch.ones(2, 3))
+        out = kl(lq, support, keep, normalize="tail", tail_logp=-torch.ones(2, 3))
         assert out.token_loss.isfinite().all()
 
 
 def test_lsm_on_the_union_with_the_sampled_token_through_the_head(world):
     """No gradient outside the K + 1 ids, and the value of the definition."""
     lp, head, teacher, _, target = world
-    support = rk.with_sampled(teacher, target)
+    support = supports.with_sampled(teacher, target)
     z = torch.randn(N, V, requires_grad=True)
-    out = rk.linear_topk_kl_loss(z, head, support)
+    out = linear_kl(z, head, support)
     inside = torch.zeros(N, V).scatter(1, torch.cat([teacher.ids.long(), target[:, None]], 1), 1.0) > 0
 
     def formula(z: Tensor) -> Tensor:

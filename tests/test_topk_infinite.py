@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels.losses.support.topk_terms import DIRECTIONS, NORMALIZE
+from rlad_kernels.losses.support.terms import DIRECTIONS, NORMALIZE
 from tests.conftest import INTERPRET
+from tests.test_topk_kl_loss import kl
 
 CLAMPS = ({},) if INTERPRET else ({}, {"log_ratio_clamp": 2.0}, {"logp_floor": -10.0}, {"loss_max": 5.0})
 HOLES = [(False,) * 3, (True, False, False), (True,) * 3] if INTERPRET else [*product((False, True), repeat=3)]
@@ -38,10 +39,9 @@ def test_no_gradient_is_nan(direction: str, normalize: str, clamps: dict[str, fl
         leaf = lq.clone().requires_grad_()
         leaves = [leaf] if own is None else [leaf, torch.full((len(lq),), own).requires_grad_()]
         teacher = rk.TopK(ids=torch.arange(3).expand_as(lq), logp=lp, tail_logp=torch.full((len(lq),), theirs))
-        out = rk.topk_kl_loss(
-            leaf, teacher, tail_logp=None if own is None else leaves[1], direction=direction, normalize=normalize,
-            clamp_gradient=gradient, **clamps,
-        )  # fmt: skip
+        own_tail = None if own is None else leaves[1]
+        options = {"direction": direction, "normalize": normalize, "clamp_gradient": gradient, **clamps}
+        out = kl(leaf, teacher, tail_logp=own_tail, **options)
         assert not out.token_loss.isnan().any()
         assert all(g.isfinite().all() for g in torch.autograd.grad(out.loss, leaves))
         if not clamps:

@@ -1,4 +1,4 @@
-"""The axes of a top-K loss beyond topk_kl_loss's first ones: directions, clamps, gradient paths, and each inside the sweep."""
+"""TopKKL's axes beyond its first ones: directions, clamps, gradient paths, and each inside the sweep."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels.core.registry import METHODS, TOKEN_LOSSES
+from rlad_kernels.losses.methods import METHODS
 from tests.oracles import DTYPES, gradient, hold
+from tests.test_topk_kl_loss import kl, linear_kl
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 N, V, K = 8 if INTERPRET else 32, 11, 4
@@ -78,7 +79,7 @@ def test_every_direction_normalisation_and_clamp(dtype: torch.dtype, form: tuple
     direction, normalize = form
     o = {"direction": direction, "normalize": normalize, "beta": 0.3, **clamp, "clamp_gradient": how}
     lq, tail_q, teacher = draw(dtype)
-    out = rk.topk_kl_loss(lq, teacher, tail_logp=tail_q, **o)
+    out = kl(lq, teacher, tail_logp=tail_q, **o)
 
     def value(lq: Tensor, tail_q: Tensor) -> Tensor:
         return formula(lq, tail_q, teacher.logp.to(lq.dtype), teacher.tail_logp.to(lq.dtype), o)
@@ -96,7 +97,7 @@ def test_every_direction_normalisation_and_clamp(dtype: torch.dtype, form: tuple
 def test_the_clamps_bind_and_do_to_the_gradient_what_the_docstring_says(clamp: dict[str, Any], how: str):
     lq, _, teacher = draw()
     o = {"direction": "forward", "normalize": "none"}
-    free, out = rk.topk_kl_loss(lq, teacher, **o), rk.topk_kl_loss(lq, teacher, **o, **clamp, clamp_gradient=how)
+    free, out = kl(lq, teacher, **o), kl(lq, teacher, **o, **clamp, clamp_gradient=how)
     assert not torch.equal(free.token_loss, out.token_loss)
     usual, grad = (torch.autograd.grad(x.loss, lq)[0] for x in (free, out))
     if how == "pass" and "logp_floor" not in clamp:  # the floor also bounds p, a factor of the gradient
@@ -119,7 +120,7 @@ def test_straight_through_is_finite_where_the_student_has_no_mass():
         lq[0, 0] = -math.inf
     for how in ("kill", "pass"):
         for o in ({"logp_floor": -10.0}, {"log_ratio_clamp": 5.0}):
-            out = rk.topk_kl_loss(lq, teacher, direction="forward", normalize="none", clamp_gradient=how, **o)
+            out = kl(lq, teacher, direction="forward", normalize="none", clamp_gradient=how, **o)
             assert out.token_loss.isfinite().all()
             assert torch.autograd.grad(out.loss, lq)[0].isfinite().all()
 
@@ -130,7 +131,7 @@ def test_renormalised_losses_keep_small_values_in_float32(direction: str):
     z = 2 * torch.randn(N, K)
     lq, lp = z.log_softmax(1).requires_grad_(), (z + 0.0145 * torch.randn(N, K)).log_softmax(1)
     teacher = rk.TopK(torch.arange(K).expand(N, K), lp)
-    out = rk.topk_kl_loss(lq, teacher, direction=direction)
+    out = kl(lq, teacher, direction=direction)
     exact = lq.detach().double().requires_grad_()
     o = {"direction": direction, "normalize": "both"}
     want = formula(exact, exact[:, 0], lp.double(), lp[:, 0].double(), o)
@@ -146,7 +147,7 @@ def test_renormalised_losses_keep_small_values_in_float32(direction: str):
 def test_outside_logp_is_the_reverse_kl_to_a_teacher_with_that_log_prob_elsewhere(dtype: torch.dtype):
     z, head = torch.randn(N, V, dtype=dtype, requires_grad=True), rk.LMHead(torch.eye(V, dtype=dtype))
     teacher = rk.linear_topk(torch.randn_like(z), head, K)
-    out = rk.linear_topk_kl_loss(z, head, teacher, normalize="teacher", outside_logp=-20.0)
+    out = linear_kl(z, head, teacher, normalize="teacher", outside_logp=-20.0)
     ids = teacher.ids.long()
 
     def whole(z: Tensor) -> Tensor:
@@ -177,8 +178,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize("options,named", BAD, ids=lambda x: "-".join(map(str, x)) if isinstance(x, dict) else "")
 def test_options_without_a_meaning_are_refused(options: dict[str, Any], named: str):
     lq, _, teacher = draw()
-    with pytest.raises(ValueError, match=f"^topk_kl_loss: .*{named}"):
-        rk.topk_kl_loss(lq, teacher, **options)
+    with pytest.raises(ValueError, match=f"^TopKKL: .*{named}"):
+        kl(lq, teacher, **options)
 
 
 def everything(b: int = 2, t: int = 5, d: int = 6) -> tuple[Tensor, rk.LMHead, Tensor, rk.TopK, Tensor, Tensor, Tensor]:
@@ -190,56 +191,38 @@ def everything(b: int = 2, t: int = 5, d: int = 6) -> tuple[Tensor, rk.LMHead, T
     return hidden, head, target, teacher, mask, old.logp.detach(), old.topk_logp.detach()
 
 
-IN_SWEEP = [k for k, m in METHODS.items() if m.family == "top-k" and k != "lsm_sampled"]
+IN_SWEEP = [k for k, m in METHODS.items() if m.family == "top-k"]
 
 
 @pytest.mark.parametrize("name", ["ta_opd", "thunlp_opd"] if INTERPRET else IN_SWEEP)
 def test_inside_the_sweep_is_the_same_as_from_scores(name: str):
     hidden, head, target, teacher, mask, old, old_topk = everything()
-    method, token = METHODS[name], "topk_kl"
+    method = METHODS[name]
+    teacher = rk.supports.with_sampled(teacher, target) if name == "lsm_sampled" else teacher
+    given = {"teacher": teacher, "old_logp": old, "old_topk_logp": old_topk}
+    given = {k: x for k, x in given.items() if k in method.needs}
     scores = rk.linear_logp(hidden, head, target, topk_ids=teacher.ids, tail=True, entropy=True, mask=mask)
-    rows: dict[str, Any] = {"ids": teacher.ids, "teacher_logp": teacher.logp, "teacher_tail": teacher.tail_logp}
-    args: dict[str, Any] = {"topk_logp": scores.topk_logp, "teacher": teacher, "mask": mask}
-    if name == "eopd":
-        token = "eopd"
-        args |= {"logp": scores.logp, "old_logp": old}
-        rows |= {"old_logp": old, "target_teacher_logp": teacher.target_logp, "teacher_entropy": teacher.entropy}
-    elif name == "ema_pg":
-        token = "topk_sampled_tail"
-        args |= {"logp": scores.logp, "target": target}
-        rows |= {"target": target, "target_teacher_logp": teacher.target_logp}
-    elif name == "thunlp_opd":
-        token = "topk_pg"
-        args |= {"old_topk_logp": old_topk}
-        rows |= {"old_topk_logp": old_topk}
-    elif name == "verl_topk_pg":
-        token = "topk_advantage"
-        args |= {"logp": scores.logp, "old_logp": old}
-        rows |= {"old_logp": old, **method.options}
-    else:
-        rows |= method.options
-        args |= {"tail_logp": scores.tail_logp} | ({"entropy": scores.entropy} if "outside_logp" in method.options else {})
-    same = method(**args)
-    out = rk.fused_linear_loss(hidden, head, target, TOKEN_LOSSES[token], inputs=rows, mask=mask, topk_ids=teacher.ids)
+    same = method(scores, mask=mask, **given, **({"target": target} if "target" in method.needs else {}))
+    out = rk.linear_loss(hidden, head, target, method.loss, mask=mask, **given)
     size = same.token_loss.abs().max()
     assert (out.token_loss - same.token_loss).abs().max() <= 1e-5 * size.clamp_min(1)
     for x, y in zip(*(torch.autograd.grad(o.loss, (hidden, head.weight)) for o in (out, same)), strict=True):
         assert (x - y).abs().max() <= 1e-5 * y.abs().max().clamp_min(size)
-    for key, value in same.metrics.items():
-        assert out.metrics[key].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-5), key
+    for key in same.metrics.keys() - (set() if method.products else {"entropy"}):  # rows of the support know no entropy
+        assert out.metrics[key].item() == pytest.approx(same.metrics[key].item(), rel=1e-4, abs=1e-5), key
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("token,options", [
-    ("topk_kl", {"direction": "jsd", "normalize": "tail", "beta": 0.3}), ("topk_pg", {"weight": "teacher"}),
-])  # fmt: skip
-def test_registered_token_losses_compile_fullgraph(token: str, options: dict[str, Any]):
+@pytest.mark.parametrize("loss", [
+    rk.losses.TopKKL("jsd", normalize="tail", beta=0.3), rk.losses.TopKPG(weight="teacher"),
+], ids=lambda x: x.name)  # fmt: skip
+def test_options_beyond_the_methods_compile_fullgraph(loss: rk.TokenLoss):
     hidden, head, target, teacher, mask, _, old_topk = everything()
-    rows = {"ids": teacher.ids, "teacher_logp": teacher.logp, "teacher_tail": teacher.tail_logp, **options}
-    rows |= {"old_topk_logp": old_topk} if token == "topk_pg" else {}
+    given = {"teacher": teacher, "old_topk_logp": old_topk}
+    given = {k: x for k, x in given.items() if k in loss.needs}
 
     def call(hidden: Tensor) -> Tensor:
-        return rk.fused_linear_loss(hidden, head, target, TOKEN_LOSSES[token], inputs=rows, mask=mask, topk_ids=teacher.ids).loss
+        return rk.linear_loss(hidden, head, target, loss, mask=mask, **given).loss
 
     eager, compiled = call(hidden), torch.compile(call, fullgraph=True, backend="aot_eager")(hidden)
     assert torch.equal(eager, compiled)

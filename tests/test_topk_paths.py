@@ -31,17 +31,24 @@ def w() -> dict[str, Any]:
     }  # fmt: skip
 
 
-CALLS: dict[str, tuple[Callable[..., rk.LossOutput], tuple[str, ...]]] = {
-    "eopd": (rk.eopd_loss, ("logp", "topk_logp", "old_logp", "teacher")),
-    "tail": (rk.topk_sampled_tail_loss, ("topk_logp", "logp", "target", "teacher", "old_logp")),
-    "pg": (rk.topk_pg_loss, ("topk_logp", "old_topk_logp", "teacher")),
-    "advantage": (rk.topk_advantage_loss, ("logp", "old_logp", "topk_logp", "teacher")),
+LOSSES: dict[str, Callable[..., rk.TokenLoss]] = {
+    "eopd": rk.losses.EOPD,
+    "tail": rk.losses.SampledTailKL,
+    "pg": rk.losses.TopKPG,
+    "advantage": rk.losses.TopKAdvantage,
 }
 
 
-def call(name: str, w: dict[str, Any], **more: Any) -> rk.LossOutput:
-    f, names = CALLS[name]
-    return f(**{k: w[k] for k in names}, **more)
+def call(name: str, w: dict[str, Any], mask: Tensor | None = None, **options: Any) -> rk.losses.LossOutput:
+    loss = LOSSES[name](**options)
+    given = {k: w[k] for k in (*loss.needed(), *loss.takes) if k in w}
+    return loss(rk.TokenScores(**{k: w[k] for k in loss.read()}), mask=mask, **given)
+
+
+def teachers_kl(w: dict[str, Any]) -> Tensor:
+    """EOPD's forward KL of each token."""
+    forward = rk.losses.TopKKL("forward", normalize="teacher")
+    return forward(w["topk_logp"], teacher=w["teacher"]).token_loss
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
@@ -86,7 +93,7 @@ def test_candidate_rewards_of_every_weight(w: dict[str, Any], weight: str, renor
 
 def test_what_the_teacher_lacks_leaves_its_own_term_only(w: dict[str, Any]):
     teacher = w["teacher"]
-    clean = {name: call(name, w) for name in CALLS}
+    clean = {name: call(name, w) for name in LOSSES}
     at = teacher.target_logp.clone()
     at[0], at[1] = -math.inf, math.nan
     logp, entropy = teacher.logp.clone(), teacher.entropy.clone()
@@ -97,21 +104,19 @@ def test_what_the_teacher_lacks_leaves_its_own_term_only(w: dict[str, Any]):
         assert out.token_loss.isfinite().all(), name
         assert torch.equal(out.token_loss[4:], before.token_loss[4:]), name
         assert out.metrics["invalid_teacher"] > 0
-    kl = rk.topk_kl_loss(w["topk_logp"], w["teacher"], direction="forward", normalize="teacher").token_loss
-    uncertain = torch.where(entropy > 0.8, kl, 0)
+    uncertain = torch.where(entropy > 0.8, teachers_kl(w), 0)
     assert torch.allclose(call("eopd", w).token_loss[:2], uncertain[:2])  # advantage 0
 
 
 def test_eopd_below_the_threshold_is_ppo_on_the_teachers_log_ratio(w: dict[str, Any]):
     out = call("eopd", w, entropy_threshold=math.inf)
-    ppo = rk.grpo_loss(w["logp"], w["old_logp"], w["teacher"].target_logp - w["old_logp"])
+    ppo = rk.losses.GRPO()(w["logp"], old_logp=w["old_logp"], advantages=w["teacher"].target_logp - w["old_logp"])
     assert torch.equal(out.token_loss, ppo.token_loss)
     both = call("eopd", w, entropy_threshold=-1.0, kl_coef=0.5)
-    kl = rk.topk_kl_loss(w["topk_logp"], w["teacher"], direction="forward", normalize="teacher")
-    assert torch.allclose(both.token_loss, ppo.token_loss + 0.5 * kl.token_loss)
+    assert torch.allclose(both.token_loss, ppo.token_loss + 0.5 * teachers_kl(w))
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", LOSSES)
 def test_what_sits_at_masked_tokens_has_no_effect(w: dict[str, Any], name: str):
     keep = torch.rand(N) < 0.6
     found = []
@@ -133,16 +138,17 @@ def test_what_sits_at_masked_tokens_has_no_effect(w: dict[str, Any], name: str):
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
-    ("eopd", {"teacher": {"entropy": None}}, r"eopd_loss: teacher\.entropy is None"),
-    ("eopd", {"teacher": {"target_logp": None}}, r"eopd_loss: teacher\.target_logp is None"),
-    ("eopd", {"clip": (2.0, 0.2)}, "eopd_loss: clip"),
-    ("tail", {"teacher": {"target_logp": None}}, r"topk_sampled_tail_loss: teacher\.target_logp is None"),
-    ("tail", {"iw_clip": (2.0, 1.0)}, "topk_sampled_tail_loss: iw_clip"),
-    ("tail", {"iw_clip": (0.0, 1.0), "old_logp": None}, "topk_sampled_tail_loss: iw_clip"),
-    ("tail", {"direction": "jsd"}, "topk_sampled_tail_loss: direction"),
-    ("pg", {"weight": "both"}, "topk_pg_loss: weight"),
-    ("pg", {"dual_clip": 0.5}, "topk_pg_loss: dual_clip"),
-    ("advantage", {"direction": "up"}, "topk_advantage_loss: direction"),
+    ("eopd", {"teacher": {"entropy": None}}, r"^EOPD: teacher\.entropy is None"),
+    ("eopd", {"teacher": {"target_logp": None}}, r"^EOPD: teacher\.target_logp is None"),
+    ("eopd", {"clip": (2.0, 0.2)}, "^EOPD: clip"),
+    ("eopd", {"entropy_threshold": math.nan}, "^EOPD: entropy_threshold must be a number, got nan"),
+    ("tail", {"teacher": {"target_logp": None}}, r"^SampledTailKL: teacher\.target_logp is None"),
+    ("tail", {"iw_clip": (2.0, 1.0)}, "^SampledTailKL: iw_clip"),
+    ("tail", {"iw_clip": (0.0, 1.0), "old_logp": None}, "^SampledTailKL: old_logp is None"),
+    ("tail", {"direction": "jsd"}, "^SampledTailKL: direction"),
+    ("pg", {"weight": "both"}, "^TopKPG: weight"),
+    ("pg", {"dual_clip": 0.5}, "^TopKPG: dual_clip"),
+    ("advantage", {"topk": "forward"}, "^TopKAdvantage: topk must be a TopKKL, got 'forward'"),
 ]
 
 

@@ -15,7 +15,7 @@ from rlad_kernels.backends.contract import LOSS_OPS
 from rlad_kernels.core.modes import numbers
 from rlad_kernels.engine.op import SWEEP_OPS
 from tests.sweeps import problem
-from tests.test_fused import rlad_inputs
+from tests.test_fused import rlad, rlad_inputs
 
 R = torch.ops.rlad
 
@@ -37,9 +37,12 @@ def cases() -> dict[str, tuple[object, ...]]:
     given = numbers(0.5, 0.2, 0.2, 1.0, 3.0, 0.1)
     ratio = (zero.clone().requires_grad_(), ones * 0.1, ones * 0.2, torch.randn(6), ones * 0.1, given, "k3")
     topk = torch.randn(6, 5).requires_grad_(), p.ids.int(), -torch.rand(6, 5), (-ones).requires_grad_(), -ones, "reverse", "tail"
-    names = ["old_logp", "advantages", "alpha", "kl_estimator"]
+    names = ["old_logp", "advantages", "teacher_logp", "teacher.ids", "teacher.logp"]
+    taught = [-ones, torch.randn(6), -ones, p.ids.int(), -torch.rand(6, 5)]
+    loss, nll = rlad(alpha=0.5), rk.losses.CrossEntropy(z_loss=0.5)
     other = [torch.randn(6, 7), torch.randn(30, 7), torch.randn(30), torch.ones(1)]
-    teachers = (other, [1.0, 5.0], torch.rand(1, 6), "jsd", numbers(0.3))
+    jsd, reverse = rk.losses.JSD(0.3), rk.losses.ReverseKL()
+    teachers = (other, [1.0, 5.0], torch.rand(1, 6), jsd.key, numbers(*jsd.numbers))
     return {
         "linear_logp": (*tensors, p.target, p.ids, mask, *call, True, True, True, 0.0, False, "linear_logp"),
         "linear_logp sparse": (*tensors, p.target, p.ids, mask, *call, True, True, True, 0.1, False, "linear_logp"),
@@ -52,26 +55,26 @@ def cases() -> dict[str, tuple[object, ...]]:
         "linear_gather": (*tensors, p.ids, mask, torch.ones(1), 30, "linear_gather"),
         "linear_gather_bwd": (torch.ones(6, 5), *plain, p.ids, mask, 30, True, True, True),
         "linear_divergence": (*tensors, mask, *call, *teachers, False, "linear_divergence"),
-        "linear_divergence frozen": (*frozen, mask, *call, *teachers[:3], "reverse_kl", numbers(), True, "linear_divergence"),
+        "linear_divergence frozen": (*frozen, mask, *call, *teachers[:3], reverse.key, numbers(), True, "linear_divergence"),
         "linear_divergence_bwd": (*plain, mask, *call, *teachers, torch.empty(0), ones, True, True, True),
         "linear_divergence_loss": (*tensors, mask, *call, *teachers, ones / 6, True, True, True, "linear_divergence_loss"),
         "clipped_ratio": ratio,
         "topk_kl": topk,
-        "fused_linear_loss": (
-            *tensors, p.target, p.ids, mask, *call, ones / 6, 0.0, "rlad_loss", "rlad", names, [zero, ones], numbers(0.5),
-            ["k3"], True, True, True,
+        "linear_loss": (
+            *tensors, p.target, mask, *call, ones / 6, 0.0, "linear_loss", loss.key, numbers(*loss.numbers), names, taught,
+            ["ratio_mean", "entropy"], True, True, True,
         ),
-        "fused_linear_loss float16": (
-            *half, p.target, None, mask, *call, ones / 6, 0.0, "rlad_loss", "cross_entropy", ["z_loss"], [], numbers(0.5), [],
+        "linear_loss float16": (
+            *half, p.target, mask, *call, ones / 6, 0.0, "linear_loss", nll.key, numbers(*nll.numbers), [], [], [],
             True, True, True,
         ),
         "linear_divergence_loss float16": (*half, mask, *call, *teachers, ones / 6, True, True, True, "linear_divergence_loss"),
-        "checked": (ones, "binary", "grpo_loss: mask"),
+        "checked": (ones, "binary", "GRPO: mask"),
     }  # fmt: skip
 
 
 VARIANTS = ("linear_logp sparse", "linear_logp frozen", "linear_divergence frozen")
-HALVES = ("fused_linear_loss float16", "linear_divergence_loss float16")
+HALVES = ("linear_loss float16", "linear_divergence_loss float16")
 ALL = (*SWEEP_OPS, *LOSS_OPS, "checked", *VARIANTS, *HALVES)
 
 
@@ -103,9 +106,10 @@ def test_linear_logp_compiles_fullgraph() -> None:
     def f(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         head, teacher = rk.LMHead(weight, bias, temperature=0.8), inputs["teacher"]
         s = rk.linear_logp(hidden, head, p.target, topk_ids=teacher.ids, entropy=True, tail=True, extras=("is_top1",), mask=p.mask)
-        ratio = rk.trrd_loss(s.logp, inputs["old_logp"], teacher.target_logp, inputs["advantages"], p.mask)
-        kl = rk.topk_kl_loss(s.topk_logp, teacher, p.mask, tail_logp=s.tail_logp, normalize="tail")
-        support = rk.linear_topk_kl_loss(hidden, head, teacher, p.mask)
+        sampled = {"old_logp": inputs["old_logp"], "advantages": inputs["advantages"], "teacher_logp": teacher.target_logp}
+        ratio = rk.losses.TRRD()(s.logp, mask=p.mask, **sampled)
+        kl = rk.losses.TopKKL(normalize="tail")(s, teacher=teacher, mask=p.mask)
+        support = rk.linear_loss(hidden, head, p.target, rk.losses.TopKKL(), teacher=teacher, mask=p.mask)
         return ratio.loss + kl.loss + support.loss - 0.1 * s.entropy.mean()
 
     want = f(*p.leaves)
@@ -115,11 +119,11 @@ def test_linear_logp_compiles_fullgraph() -> None:
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_rlad_loss_compiles_fullgraph() -> None:
+def test_linear_loss_compiles_fullgraph() -> None:
     p, inputs = rlad_inputs()
 
     def f(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> rk.LossOutput:
-        return rk.rlad_loss(hidden, rk.LMHead(weight, bias), p.target, mask=p.mask, teacher_clamp=2.0, **inputs)
+        return rk.linear_loss(hidden, rk.LMHead(weight, bias), p.target, rlad(teacher_clamp=2.0), mask=p.mask, **inputs)
 
     want = f(*p.leaves)
     got = torch.compile(f, fullgraph=True, backend="aot_eager")(*p.leaves)
@@ -134,9 +138,12 @@ def test_rlad_loss_compiles_fullgraph() -> None:
 @pytest.mark.cpu
 def test_inductor_compiles_a_training_step() -> None:
     p, inputs = rlad_inputs()
-    f = torch.compile(lambda h: rk.rlad_loss(h * 2, p.head, p.target, mask=p.mask, **inputs).loss, fullgraph=True)
-    want = rk.rlad_loss(p.hidden * 2, p.head, p.target, mask=p.mask, **inputs).loss
-    assert torch.allclose(f(p.hidden), want, rtol=1e-5)
+    loss = rlad()
+
+    def step(hidden: torch.Tensor) -> torch.Tensor:
+        return rk.linear_loss(hidden * 2, p.head, p.target, loss, mask=p.mask, **inputs).loss
+
+    assert torch.allclose(torch.compile(step, fullgraph=True)(p.hidden), step(p.hidden), rtol=1e-5)
 
 
 def test_the_contract_imports_neither_kernels_nor_triton_nor_transformers() -> None:

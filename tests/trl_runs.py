@@ -26,7 +26,7 @@ WORDS = ["the cat", "a dog ran", "one", "two birds sing", "red", "blue sky", "th
 def config_and_trainer(kind: str) -> tuple[Any, Any]:
     import trl
 
-    from rlad_kernels.integrations.trl import patch as ours
+    from rlad_kernels.integrations import trl as ours
 
     module = ours if kind == "RLAD" else trl
     return getattr(module, f"{kind}Config"), getattr(module, f"{kind}Trainer")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -57,13 +59,19 @@ def scoring_truth(x: Inputs) -> Tensor:
         return policy_gradient(x)
 
 
-def _pg(scores: rk.TokenScores, advantage: Tensor) -> Tensor:
-    return -scores.logp * advantage
+@dataclass(frozen=True, kw_only=True)
+class PolicyGradient(rk.TokenLoss):
+    """−advantage·logp."""
+
+    needs = ("advantages",)
+
+    def tokens(self, scores: rk.TokenScores, *, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return -scores.logp * advantages, {}
 
 
 def fused(x: Inputs, filter_eps: float = 0.0) -> Tensor:
-    inputs = {"advantage": x.advantage}
-    return rk.fused_linear_loss(x.hidden, rk.LMHead(x.weight), x.target, _pg, inputs=inputs, filter_eps=filter_eps).loss
+    head = rk.LMHead(x.weight)
+    return rk.linear_loss(x.hidden, head, x.target, PolicyGradient(), advantages=x.advantage, filter_eps=filter_eps).loss
 
 
 def fused_sparse(x: Inputs) -> Tensor:
@@ -83,7 +91,8 @@ def topk_truth(x: Inputs) -> Tensor:
 
 
 def topk_kl(x: Inputs) -> Tensor:
-    return rk.linear_topk_kl_loss(x.hidden, rk.LMHead(x.weight), rk.TopK(x.ids, x.teacher_logp), normalize="both").loss
+    loss, teacher = rk.losses.TopKKL(normalize="both"), rk.TopK(x.ids, x.teacher_logp)
+    return rk.linear_loss(x.hidden, rk.LMHead(x.weight), x.target, loss, teacher=teacher).loss
 
 
 def topk_kl_truth(x: Inputs) -> Tensor:
@@ -93,7 +102,7 @@ def topk_kl_truth(x: Inputs) -> Tensor:
 
 def divergence(x: Inputs) -> Tensor:
     head, teacher = rk.LMHead(x.weight), rk.LMHead(x.weight.detach())
-    return rk.linear_divergence_loss(x.hidden, head, teacher_states(x), teacher, divergence="jsd").loss
+    return rk.linear_divergence_loss(x.hidden, head, teacher_states(x), teacher, rk.losses.JSD()).loss
 
 
 PROVIDERS = (

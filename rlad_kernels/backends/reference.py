@@ -23,9 +23,15 @@ class Scores(NamedTuple):
 
 
 def logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, temperature: float | Tensor = 1.0, logit_scale: float = 1.0,
-    softcap: float | None = None, vocab_size: int | None = None,
-) -> Tensor:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
     """z = softcap·tanh(logit_scale·(h·W_v + b_v)/softcap)/temperature, ``(…, V)``."""
     z = hidden @ weight[:vocab_size].T
     z = logit_scale * (z if bias is None else z + bias[:vocab_size])
@@ -71,9 +77,13 @@ def gather(z: Tensor, ids: Tensor) -> Tensor:
 
 
 def divergence(
-    lq: Tensor, lp: Tensor, family: str, numbers: tuple[float, float, float] = (0.0, 0.0, 0.0), forward: Tensor | float = 0.0,
+    lq: Tensor,
+    lp: Tensor,
+    family: str,
+    numbers: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    forward: Tensor | float = 0.0,
     reverse: Tensor | float = 0.0,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The families of ``rlad::divergence_`` from log-probs ``(…, V)`` of student and teacher.
 
     As their definitions read, plus Σ(q − p) = 0 and the like column by column, so that every term is ≥ 0 and of second order where

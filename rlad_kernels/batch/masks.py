@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.check import check_tensor, integers, is_integer, is_number
+from rlad_kernels.core.check import check_tensor, integers, is_integer, is_number, token_rows
 from rlad_kernels.core.config import settings
 from rlad_kernels.core.reduction import keep_mask, sequence_index
 from rlad_kernels.losses.ratio.groups import wrong_groups
@@ -16,7 +16,13 @@ LEVELS = ("response", "group")
 
 
 def response_mask(prompt_lengths: Tensor, lengths: Tensor, size: int) -> Tensor:
-    """``(B, size)``, True from each row's ``prompt_lengths (B,)`` up to, but not including, its ``lengths (B,)``."""
+    """``(B, size)``, True from each row's ``prompt_lengths (B,)`` up to, but not including, its ``lengths (B,)``.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> rk.masks.response_mask(torch.tensor([1]), torch.tensor([3]), 4)
+        tensor([[False,  True,  True, False]])
+    """
     name = "response_mask"
     prompt_lengths, lengths = integers(name, "prompt_lengths", prompt_lengths), integers(name, "lengths", lengths)
     if lengths.dim() != 1 or prompt_lengths.shape != lengths.shape:
@@ -38,6 +44,11 @@ def special_token_mask(
         tokens: ids ``(B, T)``, or packed ``(N,)`` with ``seq_ids (N,)``, non-decreasing.
         special_ids: ids counted one by one, the tokens of ``<think>`` for instance.
         mask: the response; occurrences outside it (in the prompt) do not count.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> rk.masks.special_token_mask(torch.tensor([[7, 5, 7]]), [7])
+        tensor([[False,  True,  True]])
     """
     name = "special_token_mask"
     tokens = integers(name, "tokens", tokens)
@@ -54,6 +65,11 @@ def final_eos_mask(tokens: Tensor, eos_ids: list[int], mask: Tensor | None = Non
     Args:
         tokens, mask, seq_ids: as in :func:`special_token_mask`.
         eos_ids: all ids that end a response, ``<|endoftext|>`` and ``<|im_end|>`` for instance.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> rk.masks.final_eos_mask(torch.tensor([[5, 2, 5, 2]]), [2])
+        tensor([[ True,  True,  True, False]])
     """
     name = "final_eos_mask"
     tokens = integers(name, "tokens", tokens)
@@ -74,6 +90,11 @@ def top_entropy_mask(entropy: Tensor, fraction: float, mask: Tensor | None = Non
         entropy: ``(B, T)`` or ``(N,)``.
         fraction: in [0, 1].
         mask: kept tokens; None is all.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> rk.masks.top_entropy_mask(torch.tensor([0.1, 2.0, 0.3, 1.0]), 0.5)
+        tensor([False,  True, False,  True])
     """
     name = "top_entropy_mask"
     check_tensor(name, "entropy", entropy)
@@ -101,6 +122,11 @@ def reward_mask(correct: Tensor, group_ids: Tensor | None = None, level: str = "
 
     Raises:
         ValueError: naming the argument, what came and what was wanted.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> rk.masks.reward_mask(torch.tensor([True, False, False]), torch.tensor([0, 0, 1]), level="group")
+        tensor([False, False,  True])
     """
     name = "reward_mask"
     if level not in LEVELS:
@@ -113,7 +139,9 @@ def reward_mask(correct: Tensor, group_ids: Tensor | None = None, level: str = "
     wrong = correct == 0
     if level == "response":
         return wrong
-    return wrong_groups(name, ~wrong, group_ids)
+    if group_ids is None:
+        raise ValueError(f"{name}: group_ids is None, wanted integers (B,): the prompt that each response answers")
+    return wrong_groups(~wrong, token_rows(name, "group_ids", integers(name, "group_ids", group_ids), wrong))
 
 
 def spread(responses: Tensor, tokens: Tensor, *, seq_ids: Tensor | None = None) -> Tensor:
@@ -121,6 +149,12 @@ def spread(responses: Tensor, tokens: Tensor, *, seq_ids: Tensor | None = None) 
 
     Packed: ``responses[i]`` belongs to the i-th run of equal ``seq_ids``. Another number of responses raises a ValueError (on
     CUDA with ``set_checks(True)``).
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> rk.masks.spread(torch.tensor([True, False]), torch.zeros(2, 3))
+        tensor([[ True,  True,  True],
+                [False, False, False]])
     """
     check_tensor("spread", "responses", responses)
     check_tensor("spread", "tokens", tokens)

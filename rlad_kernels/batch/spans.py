@@ -14,7 +14,8 @@ HOW = ("mean", "min", "max", "sum")
 def span_ids(spans: Tensor, mask: Tensor | None = None, *, seq_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``(seq_ids, mask)`` with which any loss reduces per span: each run of equal ``spans`` ≥ 0 counts as a sequence.
 
-    ``reduction="seq-mean-token-mean"`` is then the mean over spans of each span's mean, ``"seq-mean-token-sum"`` of its sum.
+    ``Reduction("seq-mean-token-mean", seq_ids=seq_ids)`` is then the mean over spans of each span's mean, ``"seq-mean-token-sum"``
+    of its sum.
 
     Args:
         spans: ints ``(B, T)`` or packed ``(N,)``, in any order; −1 is a token of no span, which leaves the loss.
@@ -26,6 +27,12 @@ def span_ids(spans: Tensor, mask: Tensor | None = None, *, seq_ids: Tensor | Non
 
     Raises:
         ValueError: naming the argument, what came and what was wanted.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> ids, mask = rk.spans.span_ids(torch.tensor([0, 0, -1, 3]))
+        >>> rk.losses.CrossEntropy()(-torch.ones(4), mask=mask, reduction=rk.Reduction("seq-mean-token-sum", seq_ids=ids)).loss
+        tensor(1.5000)
     """
     name = "span_ids"
     spans = integers(name, "spans", spans)
@@ -56,6 +63,11 @@ def sequence_stat(x: Tensor, mask: Tensor | None = None, *, how: str = "mean", s
 
     Raises:
         ValueError: naming the argument, what came and what was wanted.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> rk.spans.sequence_stat(torch.tensor([[1.0, 3.0], [2.0, 9.0]]), torch.tensor([[1, 1], [1, 0]]))
+        tensor([2., 2.])
     """
     name = "sequence_stat"
     if how not in HOW:

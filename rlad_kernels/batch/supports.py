@@ -1,6 +1,8 @@
-"""Supports of a truncated loss: which ids, and the teacher's log-probs there. Teacher's own top-K: :func:`linear_topk`."""
+"""What teachers say: supports of a truncated loss, which ids and the log-probs there; and several teachers as one."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +31,13 @@ def union(teacher: TopK, other: TopK) -> TopK:
     Raises:
         ValueError: where the two disagree about an id (on CUDA with ``set_checks(True)``): one then holds other log-probs,
             the student's for instance.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> teacher = rk.TopK(torch.tensor([[3, 1]]), torch.tensor([[0.5, 0.25]]).log(), target_logp=torch.tensor([0.125]).log())
+        >>> other = rk.TopK(torch.tensor([[1, 2]]), torch.tensor([[0.25, 0.125]]).log())
+        >>> rk.supports.union(teacher, other).ids
+        tensor([[ 3,  1, -1,  2]])
     """
     teacher, other = _pair("union", teacher, other)
     ids, logp = torch.cat([teacher.ids, other.ids], -1), torch.cat([teacher.logp, other.logp], -1)
@@ -39,33 +48,46 @@ def union(teacher: TopK, other: TopK) -> TopK:
     if teacher.tail_logp is not None and other.tail_logp is not None:
         theirs = _first(other.ids)
         mine = ~_member(teacher.ids, other.ids) & _first(teacher.ids)  # what the other support lacks
-        from_teacher = less(teacher.tail_logp, logp[..., k:], first[..., k:])
-        from_other = less(other.tail_logp, teacher.logp, mine)
+        from_teacher = _less(teacher.tail_logp, logp[..., k:], first[..., k:])
+        from_other = _less(other.tail_logp, teacher.logp, mine)
         tail = torch.where(teacher.tail_logp <= other.tail_logp, from_teacher, from_other)
         unknown = (theirs & other.logp.isnan()).any(-1) | (_first(teacher.ids) & teacher.logp.isnan()).any(-1)
         tail = torch.where(unknown, torch.nan, tail)
-    rest = (x if x is not None else y for x, y in zip(teacher[4:], other[4:], strict=True))
-    lse = teacher.lse if teacher.lse is not None else other.lse
-    return TopK(torch.where(first, ids, -1), torch.where(first, logp, -torch.inf), lse, tail, *rest)
+    either = {k: x if x is not None else getattr(other, k) for k, x in teacher._asdict().items()}
+    return TopK(**{**either, "ids": torch.where(first, ids, -1), "logp": torch.where(first, logp, -torch.inf), "tail_logp": tail})
 
 
 def intersection(teacher: TopK, ids: Tensor) -> TopK:
     """The teacher's slots whose id is also in ``ids (…, J)``, the student's top-K for instance; the others become empty.
 
     Needs no more of the teacher than its own K, so a served teacher will do. What leaves goes to the tail.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> teacher = rk.TopK(torch.tensor([[3, 1]]), torch.tensor([[0.5, 0.25]]).log(), target_logp=torch.tensor([0.125]).log())
+        >>> rk.supports.intersection(teacher, torch.tensor([[1, 2]])).ids
+        tensor([[-1,  1]])
     """
     teacher, ids = checked_topk("intersection", "teacher", teacher), integers("intersection", "ids", ids)
     if ids.dim() < 1 or ids.shape[:-1] != teacher.ids.shape[:-1]:
         raise ValueError(f"intersection: ids has shape {tuple(ids.shape)}, wanted {tuple(teacher.ids.shape[:-1])} and J")
-    return keep_slots(teacher, _member(teacher.ids, ids))
+    return _keep_slots(teacher, _member(teacher.ids, ids))
 
 
 def symmetric_difference(teacher: TopK, other: TopK) -> TopK:
-    """Ids of one support but not of both (thunlp/OPD's ``union-intersection``); arguments and errors as of :func:`union`."""
+    """Ids of one support but not of both (thunlp/OPD's ``union-intersection``); arguments and errors as of :func:`union`.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> teacher = rk.TopK(torch.tensor([[3, 1]]), torch.tensor([[0.5, 0.25]]).log(), target_logp=torch.tensor([0.125]).log())
+        >>> other = rk.TopK(torch.tensor([[1, 2]]), torch.tensor([[0.25, 0.125]]).log())
+        >>> rk.supports.symmetric_difference(teacher, other).ids
+        tensor([[ 3, -1, -1,  2]])
+    """
     teacher, other = _pair("symmetric_difference", teacher, other)
     both = union(teacher, other)
     shared = _member(both.ids, teacher.ids) & _member(both.ids, other.ids)
-    return keep_slots(both, ~shared)
+    return _keep_slots(both, ~shared)
 
 
 def with_sampled(teacher: TopK, target: Tensor, target_logp: Tensor | None = None) -> TopK:
@@ -81,6 +103,12 @@ def with_sampled(teacher: TopK, target: Tensor, target_logp: Tensor | None = Non
 
     Raises:
         ValueError: without a ``target_logp``: no teacher's top-K says what lies outside it.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> teacher = rk.TopK(torch.tensor([[3, 1]]), torch.tensor([[0.5, 0.25]]).log(), target_logp=torch.tensor([0.125]).log())
+        >>> rk.supports.with_sampled(teacher, torch.tensor([7])).ids
+        tensor([[3, 1, 7]])
     """
     name = "with_sampled"
     teacher, target = checked_topk(name, "teacher", teacher), integers(name, "target", target)
@@ -95,7 +123,7 @@ def with_sampled(teacher: TopK, target: Tensor, target_logp: Tensor | None = Non
         )
     one, logp = target.to(torch.int32).unsqueeze(-1), logp.detach().to(teacher.logp.dtype).unsqueeze(-1)
     new = (one >= 0) & ~_member(one, teacher.ids)
-    tail = None if teacher.tail_logp is None else less(teacher.tail_logp, logp, new)
+    tail = None if teacher.tail_logp is None else _less(teacher.tail_logp, logp, new)
     return teacher._replace(
         ids=torch.cat([teacher.ids, torch.where(new, one, -1)], -1),
         logp=torch.cat([teacher.logp, torch.where(new, logp, -torch.inf)], -1),
@@ -114,6 +142,12 @@ def probability_band(teacher: TopK, low: float | Tensor, high: float | Tensor, *
         teacher: TopK.
         low, high: bounds on the teacher's probability as given (not renormalised), floats or tensors ``(…)``.
         target: ``(…)`` ints; the target's slot stays whatever its probability.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> teacher = rk.TopK(torch.tensor([[3, 1]]), torch.tensor([[0.5, 0.25]]).log(), target_logp=torch.tensor([0.125]).log())
+        >>> rk.supports.probability_band(teacher, 0.3, 1.0).ids
+        tensor([[ 3, -1]])
     """
     name = "probability_band"
     teacher = checked_topk(name, "teacher", teacher)
@@ -127,10 +161,10 @@ def probability_band(teacher: TopK, low: float | Tensor, high: float | Tensor, *
     low, high = (x.unsqueeze(-1) if isinstance(x, Tensor) else x for x in (low, high))
     p = teacher.logp.exp()
     inside = (p >= low) & (p <= high)
-    return keep_slots(teacher, inside if target is None else inside | (teacher.ids == target.unsqueeze(-1)))
+    return _keep_slots(teacher, inside if target is None else inside | (teacher.ids == target.unsqueeze(-1)))
 
 
-def keep_slots(teacher: TopK, keep: Tensor) -> TopK:
+def _keep_slots(teacher: TopK, keep: Tensor) -> TopK:
     """Slots outside ``keep (…, K)`` become empty; their mass goes to the tail."""
     dropped = ~keep & _first(teacher.ids)
     tail = teacher.tail_logp
@@ -141,7 +175,7 @@ def keep_slots(teacher: TopK, keep: Tensor) -> TopK:
     return teacher._replace(ids=ids, logp=logp, tail_logp=tail)
 
 
-def less(tail: Tensor, logp: Tensor, gone: Tensor) -> Tensor:
+def _less(tail: Tensor, logp: Tensor, gone: Tensor) -> Tensor:
     """log(e^tail − Σ_{gone} e^logp) in float64, −∞ where nothing is left; NaN where a value that goes is NaN."""
     mass = torch.where(gone, logp, -torch.inf).double().logsumexp(-1) - tail.double()
     left = torch.where((mass < 0) & (tail > -torch.inf), tail + torch.log1p(-mass.exp()), -torch.inf)
@@ -179,3 +213,35 @@ def _agree(name: str, teacher: TopK, other: TopK) -> None:
                 f"{name}: log-probs of id {teacher.ids[at].item()} differ, {teacher.logp[at].item():.4g} in teacher and "
                 f"{other.logp[(*at[:-1], j)].item():.4g} in other: both must be the teacher's, as linear_support gives them"
             )
+
+
+def combine_teachers(logps: Tensor | Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Σ_m w_m·t_m of M teachers' log-probs, to be passed as ``teacher_logp``; without gradient.
+
+    With weights that sum to 1 the reverse KL to it is Σ_m w_m·KL(π‖π_m), up to a constant. One-hot weights choose a teacher for
+    each token. A teacher of weight 0 has no effect, whatever its value.
+
+    Args:
+        logps: ``(M, …)``, or M tensors ``(…)``.
+        weights: ``(M,)``, or ``(M, …)`` for weights that differ from token to token; finite, not negative.
+
+    Raises:
+        ValueError: for another shape.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> rk.supports.combine_teachers(torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]), torch.tensor([0.5, 0.5]))
+        tensor([-2., -3.])
+    """
+    for x in [logps] if isinstance(logps, Tensor) else logps:
+        check_tensor("combine_teachers", "logps", x)
+    check_tensor("combine_teachers", "weights", weights)
+    stacked = (logps if isinstance(logps, Tensor) else torch.stack(list(logps))).detach()
+    weights = weights.detach().to(stacked.dtype)
+    if weights.shape == stacked.shape[:1]:
+        weights = weights.view(-1, *[1] * (stacked.dim() - 1))
+    elif weights.shape != stacked.shape:
+        raise ValueError(
+            f"combine_teachers: weights has shape {tuple(weights.shape)}, wanted ({stacked.shape[0]},) or {tuple(stacked.shape)}"
+        )
+    return torch.where(weights == 0, 0, weights * stacked).sum(0)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
-from importlib import import_module
+from math import inf
 from numbers import Integral, Real
-from typing import Any, TypeGuard, get_args, get_type_hints
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ def check_floats(name: str, argument: str, x: Any) -> None:
     """Raise a ValueError unless ``x`` holds floats of at least 16 bits: a cast would take codes of a quantised head for weights."""
     check_tensor(name, argument, x)
     if x.dtype not in FLOATS:
-        fix = "" if argument == "hidden" else "; of a quantised head these are codes: dequantise it, and pass the result"
+        fix = "; of a quantised head these are codes: dequantise it, and pass the result" if argument in ("weight", "bias") else ""
         raise ValueError(f"{name}: {argument} must be float32, bfloat16, float16 or float64, got {x.dtype}{fix}")
 
 
@@ -86,33 +85,51 @@ def check_k(name: str, k: int, vocab_size: int | None, argument: str = "k") -> N
         raise ValueError(f"{name}: {argument} must have 1 <= K <= {bound}, got K={k}")
 
 
-def needs(name: str, **tensors: Tensor | None) -> None:
-    """Raise a ValueError for a tensor that is None."""
-    for argument, x in tensors.items():
-        if x is None:
-            raise ValueError(f"{name}: {argument} is None, wanted a tensor in logp's shape")
+def check_range(name: str, argument: str, x: Any, low: float, high: float, ends: str = "[]") -> None:
+    """Raise a ValueError unless ``x`` is finite and between ``low`` and ``high``, ``[`` and ``]`` for ends that belong to it."""
+    above = is_number(x) and (x >= low if ends[0] == "[" else x > low)
+    if not (is_number(x) and -inf < x < inf and above and (x <= high if ends[1] == "]" else x < high)):
+        raise ValueError(f"{name}: {argument} must be in {ends[0]}{low:g}, {high:g}{ends[1]}, got {x!r}")
 
 
-def refuse_options(name: str, options: Iterable[str], function: Any = None) -> None:
-    """Raise a TypeError, as Python does, for an option that ``function``, of the public name ``name``, does not have."""
-    function = function or getattr(import_module("rlad_kernels"), name, None)
-    known = [] if function is None else options_of(function)
-    for wrong in options:
+def check_choice(name: str, argument: str, x: Any, known: Iterable[str]) -> None:
+    """Raise a ValueError unless ``x`` is one of the ``known`` words."""
+    known = tuple(known)
+    if not isinstance(x, str) or x not in known:
+        raise ValueError(f"{name}: {argument} must be one of {known}, got {x!r}")
+
+
+def refuse(name: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise a TypeError, as Python does, for an argument that ``name`` does not have."""
+    for wrong in given:
         if wrong not in known:
             close = get_close_matches(wrong, known, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
-            raise TypeError(f"{name}: got an unexpected option {wrong!r}; {hint}")
+            hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}" if known else "it takes none"
+            raise TypeError(f"{name}: got an unexpected argument {wrong!r}; {hint}")
 
 
-def options_of(function: Any) -> list[str]:
-    """Names of a public function's arguments, those of the functions it passes ``**options`` on to included."""
-    found: list[str] = []
-    for p in inspect.signature(function).parameters.values():
-        if p.kind != p.VAR_KEYWORD:
-            found.append(p.name)
-        elif typed := get_args(get_type_hints(function).get(p.name)):
-            found += get_type_hints(typed[0])
-    return found
+def token_rows(name: str, argument: str, x: Any, like: Tensor, *, spread: bool = False, wide: bool = False) -> Tensor:
+    """``x`` detached, in the log-probs' shape; with ``spread`` ``(B,)`` goes over ``(B, T)``; with ``wide`` it is ``(…, K)``.
+
+    Raises:
+        ValueError: for another shape or device.
+    """
+    check_tensor(name, argument, x)
+    spread = spread and like.dim() == 2
+    if spread and x.shape == like.shape[:1]:
+        x = x.unsqueeze(1).expand_as(like)
+    if x.device != like.device:
+        raise ValueError(f"{name}: {argument} is on {x.device}, wanted {like.device}; all tensors must share a device")
+    if (x.shape[:-1] if wide and x.dim() else x.shape) != like.shape:
+        shape = f"({', '.join(map(str, (*like.shape, 'K')))})" if wide else f"{tuple(like.shape)}"
+        wanted = shape + (f" or ({like.shape[0]},)" if spread else "")
+        raise ValueError(f"{name}: {argument} has shape {tuple(x.shape)}, wanted {wanted}")
+    return x.detach()
+
+
+def needed_grad(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
+    """Which of a call's operands receive gradient."""
+    return tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias))  # type: ignore
 
 
 def may_read(x: Tensor) -> bool:

@@ -46,6 +46,12 @@ def set_tile(rows: int | None = None, cols: int | None = None) -> _Restore:
 
     ``None`` gives that size back to the library's own choice. Works as a statement, which stays in force,
     and as a context manager, which restores what was set before.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> with rk.set_tile(rows=128, cols=1024):
+        ...     rk.linear_logp(torch.ones(1, 1), rk.LMHead(torch.ones(2, 1)), torch.tensor([1])).logp
+        tensor([-0.6931])
     """
     restore = _Restore(tile_rows=settings.tile_rows, tile_cols=settings.tile_cols)
     settings.tile_rows, settings.tile_cols = _size("rows", rows), _size("cols", cols)
@@ -56,6 +62,12 @@ def set_checks(enabled: bool) -> _Restore:
     """Turn on the checks that synchronise on CUDA: ids in range, mask values 0 or 1, finite log-normalisers.
 
     On CPU the id and mask checks always run. Works as a statement or as a context manager.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> with rk.set_checks(True):
+        ...     rk.linear_logp(torch.ones(1, 1), rk.LMHead(torch.ones(2, 1)), torch.tensor([1])).logp
+        tensor([-0.6931])
     """
     restore = _Restore(checks=settings.checks)
     settings.checks = bool(enabled)
@@ -67,6 +79,12 @@ def set_compaction(enabled: bool) -> _Restore:
 
     Dropping rows costs one host synchronisation a call on CUDA; without it a call can be captured in a CUDA graph.
     Under capture nothing is dropped whatever is set here. Works as a statement or as a context manager.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> with rk.set_compaction(False):
+        ...     rk.linear_logp(torch.ones(1, 1), rk.LMHead(torch.ones(2, 1)), torch.tensor([-100])).logp
+        tensor([0.])
     """
     restore = _Restore(compaction=settings.compaction)
     settings.compaction = bool(enabled)

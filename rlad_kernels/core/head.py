@@ -26,10 +26,15 @@ class LMHead:
         logit_scale: float factor on the logits (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``).
         softcap: positive float (Gemma 2's ``final_logit_softcapping``) or None.
         vocab_size: rows of ``weight`` beyond it do not exist; None means all V.
-        group: process group of a vocabulary-parallel head; not available yet, must be None.
 
     Raises:
         ValueError: naming the argument, what came and what was wanted.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> head = rk.LMHead(torch.eye(4, 2), temperature=0.5, softcap=30.0, vocab_size=3)
+        >>> rk.linear_logp(torch.zeros(1, 2), head, torch.tensor([0])).logp
+        tensor([-1.0986])
     """
 
     weight: Tensor
@@ -39,7 +44,6 @@ class LMHead:
     logit_scale: float = 1.0
     softcap: float | None = None
     vocab_size: int | None = None
-    group: Any = None
 
     def __post_init__(self) -> None:
         weight, bias, temperature, softcap = self.weight, self.bias, self.temperature, self.softcap
@@ -75,8 +79,6 @@ class LMHead:
         size = self.vocab_size
         if size is not None and not (is_integer(size) and 1 <= size <= rows):
             raise ValueError(f"LMHead: vocab_size must be an int in [1, V={rows}], got {self.vocab_size!r}")
-        if self.group is not None:
-            raise ValueError(f"LMHead: group must be None, vocabulary-parallel heads are not available yet; got {self.group!r}")
         put = object.__setattr__
         put(self, "vocab_size", rows if size is None else size if isinstance(size, int) else int(size))
         if weight.stride(-1) != 1 and weight.shape[1] > 1:
@@ -104,12 +106,17 @@ class LMHead:
         found = head_map(model, linear)
         if found.factor != 1 and bias is not None:
             raise refused(
-                model, f"multiplies its last hidden state by {found.factor:g} before a head with a bias",
+                model,
+                f"multiplies its last hidden state by {found.factor:g} before a head with a bias",
                 f"make the head by hand, LMHead(weight, bias / {found.factor:g}, logit_scale={found.factor * found.scale:g}, …)",
-            )  # fmt: skip
+            )
         if vocab_size is not None and vocab_size > found.columns:
             raise refused(model, f"has logits of {found.columns} ids, got vocab_size={vocab_size}", "pass at most these, or None")
         return cls(
-            weight, bias, temperature=temperature, logit_scale=found.factor * found.scale, softcap=found.softcap,
+            weight,
+            bias,
+            temperature=temperature,
+            logit_scale=found.factor * found.scale,
+            softcap=found.softcap,
             vocab_size=found.columns if vocab_size is None else vocab_size,
-        )  # fmt: skip
+        )

@@ -66,9 +66,10 @@ def check_product(model: Any, linear: Any, given: Tensor, output: Tensor) -> Non
         if bool(((output - want).abs() <= eps * row * (1 + column)).all()):
             return
     raise refused(
-        model, f"has a head ({type(linear).__name__}) whose output is not hidden·weightᵀ + bias",
+        model,
+        f"has a head ({type(linear).__name__}) whose output is not hidden·weightᵀ + bias",
         "merge or remove what was put on it (an adapter, a hook, a parametrisation, quantised weights), or train on the logits",
-    )  # fmt: skip
+    )
 
 
 def fit(model: Any, values: Tensor, logits: Tensor) -> tuple[float, float | None, int]:
@@ -93,9 +94,10 @@ def fit(model: Any, values: Tensor, logits: Tensor) -> tuple[float, float | None
     if bad.any() or not scale:
         at = tuple((bad if bad.any() else y == 0).nonzero()[0].tolist())
         raise refused(
-            model, "makes other logits of its head's output than a scale and a softcap do: "
+            model,
+            "makes other logits of its head's output than a scale and a softcap do: "
             f"{float(y[at]):.6g} of {float(z[at]):.6g} at id {at[1]}, and more at {int(bad.any(0).sum())} of {y.shape[1]} ids",
-        )  # fmt: skip
+        )
     return scale, softcap, y.shape[1]
 
 

@@ -55,9 +55,10 @@ def output_layer(model: Any) -> Any:
     weight = getattr(linear, "weight", None)
     if hasattr(linear, "base_layer"):
         raise refused(
-            model, f"has a PEFT adapter on its head ({type(linear).__name__}), which the fused head does not read",
+            model,
+            f"has a PEFT adapter on its head ({type(linear).__name__}), which the fused head does not read",
             "remove it from target_modules, or train the whole head with modules_to_save",
-        )  # fmt: skip
+        )
     if hasattr(weight, "ds_id"):
         raise refused(model, "has a head that DeepSpeed ZeRO-3 has partitioned", "use ZeRO-2 or FSDP2")
     if hasattr(weight, "placements"):

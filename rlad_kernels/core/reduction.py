@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,28 +34,57 @@ def keep_mask(name: str, mask: Tensor | None, like: Tensor, argument: str = "mas
     return torch.ops.rlad.checked(mask.detach(), "binary", f"{name}: {argument}") != 0
 
 
-def token_weights(
-    name: str, keep: Tensor, reduction: str, seq_ids: Tensor | None, denominator: float | Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """Weights in ``keep``'s shape with loss = Σ weight·token_loss; 0 at masked tokens.
+class Reduction(NamedTuple):
+    """How the losses of tokens become one: loss = Σ weight·token_loss.
 
-    token-mean: 1/count. seq-mean-token-mean: 1/(tokens of the sequence)/(sequences with a kept token).
-    seq-mean-token-sum: 1/(sequences with a kept token). ``denominator`` replaces the last divisor. Sequences are the
-    last dimension's rows of ``(B, T)``, or runs of equal ``seq_ids`` in a packed call or within the rows.
+    Attributes:
+        kind: ``token-mean``: weight 1/kept tokens. ``seq-mean-token-mean``: 1/(kept tokens of the sequence)/(sequences with one).
+            ``seq-mean-token-sum``: 1/(sequences with a kept token). None: the loss's own.
+        seq_ids: non-decreasing ints in the tokens' shape, a run of equal ones a sequence; needed for packed ``(N,)`` tokens by
+            the ``seq-`` kinds and by losses that look at sequences. None: the rows of ``(B, T)``.
+        denominator: positive float or 0-dim tensor in place of the last divisor (tokens or sequences): of all ranks together, or
+            B·L_max, as in Dr. GRPO.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> logp, ids = torch.tensor([-1.0, -3.0, -5.0]), torch.tensor([0, 0, 1])
+        >>> reduction = rk.Reduction("seq-mean-token-mean", seq_ids=ids)
+        >>> rk.losses.CrossEntropy()(logp, reduction=reduction).loss
+        tensor(3.5000)
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{name}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
+
+    kind: str | None = None
+    seq_ids: Tensor | None = None
+    denominator: float | Tensor | None = None
+
+    @classmethod
+    def of(cls, name: str, reduction: Any, default: str) -> Reduction:
+        """A call's argument ``reduction``, the loss's own where it names none.
+
+        Raises:
+            ValueError: for anything but None, a known kind or a Reduction.
+        """
+        chosen = reduction if isinstance(reduction, Reduction) else Reduction(reduction)
+        chosen = chosen._replace(kind=default) if chosen.kind is None else chosen
+        if not isinstance(chosen.kind, str) or chosen.kind not in REDUCTIONS:
+            raise ValueError(f"{name}: reduction must be a Reduction or one of {REDUCTIONS}, got {chosen.kind!r}")
+        return chosen
+
+
+def token_weights(name: str, keep: Tensor, reduction: Reduction, dtype: torch.dtype) -> Tensor:
+    """Weights in ``keep``'s shape with loss = Σ weight·token_loss; 0 at masked tokens."""
+    kind, seq_ids, denominator = reduction
     if isinstance(denominator, Tensor):
         denominator = _scalar_denominator(name, denominator.detach())
     elif denominator is not None and not (is_number(denominator) and denominator > 0):
         raise ValueError(f"{name}: denominator must be positive, got {denominator!r}")
     kept = keep.to(dtype)
-    if reduction == "token-mean":
+    if kind == "token-mean":
         per_sequence, divisor = kept, kept.sum()
     else:
-        counts, sequences = _sequence_counts(name, keep, reduction, seq_ids)
+        counts, sequences = _sequence_counts(name, keep, f"reduction {kind!r}", seq_ids)
         divisor = sequences.to(dtype)
-        per_sequence = kept / counts.clamp_min(1) if reduction == "seq-mean-token-mean" else kept
+        per_sequence = kept / counts.clamp_min(1) if kind == "seq-mean-token-mean" else kept
     return per_sequence / (divisor.clamp_min(1) if denominator is None else denominator)
 
 
@@ -64,12 +94,12 @@ def _scalar_denominator(name: str, denominator: Tensor) -> Tensor:
     return torch.ops.rlad.checked(denominator, "positive", f"{name}: denominator").reshape(())
 
 
-def _sequence_counts(name: str, keep: Tensor, reduction: str, seq_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+def _sequence_counts(name: str, keep: Tensor, what: str, seq_ids: Tensor | None) -> tuple[Tensor, Tensor]:
     """Kept tokens of each token's sequence, in a shape that broadcasts with ``keep``, and the number of sequences with one."""
     if keep.dim() > 1 and seq_ids is None:
         counts = keep.sum(-1, keepdim=True)
         return counts, (counts > 0).sum()
-    place = sequence_index(name, keep, f"reduction {reduction!r}", seq_ids)
+    place = sequence_index(name, keep, what, seq_ids)
     counts = torch.zeros_like(place).scatter_add(0, place, keep.flatten().long())  # integers: the order of adding does not matter
     return counts[place].view(keep.shape), (counts > 0).sum()
 
@@ -82,7 +112,7 @@ def sequence_index(name: str, keep: Tensor, what: str, seq_ids: Tensor | None) -
     """
     if seq_ids is None:
         if keep.dim() < 2:
-            raise ValueError(f"{name}: {what} of packed (N,) tokens needs seq_ids (N,), got None")
+            raise ValueError(f"{name}: {what} of packed (N,) tokens needs Reduction(seq_ids=…) of shape (N,), got None")
         return torch.arange(keep.shape[:-1].numel(), device=keep.device).repeat_interleave(keep.shape[-1])
     seq_ids = integers(name, "seq_ids", seq_ids)
     if seq_ids.shape != keep.shape:
@@ -105,6 +135,6 @@ def starts(ids: Tensor) -> Tensor:
 def reduce(token_loss: Tensor, weights: Tensor, keep: Tensor, metrics: Mapping[str, Tensor]) -> LossOutput:
     """Close a loss: weigh, sum, and average the metrics."""
     token_loss = torch.where(keep, token_loss, 0)
-    sums = MetricSums()
+    sums = MetricSums(metrics, weights)
     sums.add(metrics, keep)
     return LossOutput((weights * token_loss).sum(), token_loss.detach(), sums.result(keep.sum()))

@@ -6,24 +6,25 @@ student's logits, and two more products finish the gradient. Neither side ever h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.dtypes import held_dtype
+from rlad_kernels.core.divergence import Divergence, Kind
+from rlad_kernels.core.dtypes import acc_dtype, held_dtype
 from rlad_kernels.core.modes import autograd_inside, without_autocast
+from rlad_kernels.core.options import revived
 from rlad_kernels.engine.call import Call
-from rlad_kernels.engine.gradients import Gradients
+from rlad_kernels.engine.chunks import Chunks
+from rlad_kernels.engine.gradients import Gradients, half_scale
 from rlad_kernels.engine.loss import Fused
 from rlad_kernels.engine.op import CALL, HEAD, NEED, define, given, gradients, no_double_backward, result, scaled, wanted
 from rlad_kernels.engine.rows import Kept, checked_finite, kept_inv_temp
-from rlad_kernels.engine.tiles import Tiles, empty
-from rlad_kernels.losses.divergence_kinds import DIVERGENCES, Kind
+from rlad_kernels.engine.tiles import Tiles
 
-OnChunk = Callable[[Tensor, Tensor], Tensor]  # a user's divergence: log-probs (C, V) of student and teacher → (C,)
 _BLOCK_BYTES = 32 << 20  # logits that plain PyTorch, with all its temporaries, is given at a time
 
 
@@ -64,69 +65,65 @@ class Chunk:
         return (slice(r, min(r + rows, len(self.logits))) for r in range(0, len(self.logits), rows))
 
 
-class _Model:
-    """The kept rows of one model, and its chunks."""
+class _Model(Chunks):
+    """The kept rows of one model, chunk by chunk."""
 
-    def __init__(self, name: str, kept: Kept, call: Call, buffers: int) -> None:
-        rows = call.hidden.shape[0]
+    def __init__(
+        self, name: str, kept: Kept, call: Call, buffers: int, like: Chunks | None = None, space: Tensor | None = None
+    ) -> None:
+        inv_temp = kept_inv_temp(name, kept, call.inv_temp, call.hidden.shape[0])
+        tiles = Tiles(kept.take(call.hidden), *call[1:3], inv_temp, *call[4:], keep_logits=buffers)
+        tiles.rows = tiles.rows if like is None else like.tiles.rows
+        super().__init__(tiles, space=space)
         self.name = name
-        inv_temp = kept_inv_temp(name, kept, call.inv_temp, rows)
-        self.tiles = Tiles(kept.take(call.hidden), *call[1:3], inv_temp, *call[4:], keep_logits=buffers)
-        self.stats, self.slot_logits = self.tiles.new_stats(0)
-        self.slots = torch.empty(self.tiles.n, 0, dtype=torch.int32, device=call.hidden.device)
 
-    def buffer(self) -> Tensor:
-        return empty(self.tiles.inv_temp, self.tiles.rows * self.tiles.vocab)
-
-    def chunk(self, r0: int, r1: int, buffer: Tensor) -> Chunk:
-        tiles = self.tiles
-        x = view(buffer, r1 - r0, tiles.vocab)
-        tiles.fold_rows(x, r0, r1, self.slots, self.stats, self.slot_logits, entropy=False, extras=False)
-        top, rest = self.stats[:2, r0:r1]
+    def chunk(self, at: slice) -> Chunk:
+        tiles, x = self.tiles, self.logits(at)
+        top, rest = self.stats[:2, at]
         log_total = rest.log()
         checked_finite(self.name, top + log_total)
-        return Chunk(x, tiles.bias, tiles.inv_temp[r0:r1], tiles.logit_scale, tiles.softcap, torch.stack([top, log_total]))
-
-
-def view(buffer: Tensor, rows: int, cols: int) -> Tensor:
-    return buffer[: rows * cols].view(rows, cols)
+        return Chunk(x, tiles.bias, tiles.inv_temp[at], tiles.logit_scale, tiles.softcap, torch.stack([top, log_total]))
 
 
 @without_autocast
 def run(
-    name: str, student: Call, teachers: Sequence[Call], weights: Tensor, kind: Kind | OnChunk, keep: Tensor | None,
+    name: str, student: Call, teachers: Sequence[Call], weights: Tensor, divergence: Divergence, keep: Tensor | None,
     cotangent: Tensor, need: tuple[bool, bool, bool], *, slope: bool = False,
 ) -> Fused:  # fmt: skip
     """Σ_i weights[i]·D(p_i, q) of each row, Σ_rows cotangent·value as the loss, and the loss's gradients.
 
     ``weights (T, N)``, ``cotangent (N,)``. ``slope`` leaves d_hidden in the accumulation dtype.
     """
-    kept = Kept(keep)
+    kept, kind = Kept(keep), divergence.kind()
     buffers = 2 + (len(teachers) > 1 and any(need))
     model = _Model(name, kept, student, buffers)
     tiles = model.tiles
-    others = [_Model(f"{name} (teacher)", kept, t, buffers) for t in teachers]
-    for other in others:
-        other.tiles.rows = tiles.rows
+    others: list[_Model] = []
+    spaces: dict[torch.dtype, Tensor] = {}
+    for teacher in teachers:
+        acc = acc_dtype(teacher.hidden.dtype)
+        others.append(_Model(f"{name} (teacher)", kept, teacher, buffers, model, spaces.get(acc)))
+        spaces[acc] = others[-1].shared
     weights, pull = (kept.take(x.t()).to(tiles.acc).t() for x in (weights, cotangent.expand(1, -1)))
     grads = Gradients(tiles, student.weight, *need, whole=True) if any(need) else None
-    logits = model.buffer()
-    space = {other.tiles.acc: other.buffer() for other in others}
-    total = model.buffer() if buffers > 2 else logits  # with several teachers their dlogits add up, and q is wanted each time
+    total = model.space() if buffers > 2 else model.shared  # with several teachers dlogits add up, and q is wanted each time
     values = weights.new_zeros(tiles.n)
-    for r0, r1 in tiles.row_ranges():
-        chunk, first = model.chunk(r0, r1, logits), True
-        g = view(total, r1 - r0, tiles.vocab) if grads else None
-        for other, w in zip(others, weights[:, r0:r1], strict=True):
+    for at in model:
+        chunk, first = model.chunk(at), True
+        g = model.view(total, at) if grads else None
+        for other, w in zip(others, weights[:, at], strict=True):
             if not w.is_cuda and not bool((w != 0).any()):
                 continue
-            teacher = other.chunk(r0, r1, space[other.tiles.acc])
-            teacher = teacher if other.tiles.acc == tiles.acc else teacher.to(tiles.acc)
-            rows = torch.stack([w, w * pull[0, r0:r1]])
-            (_apply if isinstance(kind, Kind) else _call)(kind, values[r0:r1], g, chunk, teacher, rows, first)  # type: ignore[arg-type]
+            side = other.chunk(at)
+            side = side if other.tiles.acc == tiles.acc else side.to(tiles.acc)
+            rows = torch.stack([w, w * pull[0, at]])
+            if kind is not None:
+                _apply(kind, values[at], g, chunk, side, rows, first)
+            else:
+                _call(divergence, values[at], g, chunk, side, rows, first)
             first = False
         if grads is not None and g is not None:
-            _send(tiles, grads, g.zero_() if first else g, r0, r1)
+            _send(grads, at, g.zero_() if first else g)
     token = kept.put(values)
     loss = (cotangent * token).sum()
     d_hidden, d_weight, d_bias = grads.finish() if grads else [student.weight.new_empty(0)] * 3
@@ -146,16 +143,18 @@ def _apply(kind: Kind, values: Tensor, g: Tensor | None, student: Chunk, teacher
     )
 
 
-def _call(kind: OnChunk, values: Tensor, g: Tensor | None, student: Chunk, teacher: Chunk, rows: Tensor, first: bool) -> None:
-    """One chunk against one teacher by a user's function, differentiated by autograd."""
+def _call(
+    divergence: Divergence, values: Tensor, g: Tensor | None, student: Chunk, teacher: Chunk, rows: Tensor, first: bool
+) -> None:
+    """One chunk against one teacher by :meth:`Divergence.values`, differentiated by autograd."""
     for b in student.blocks():
         with autograd_inside() if g is not None else torch.no_grad():
             raw = student.logits[b].clone().requires_grad_(g is not None)
-            found = kind(student.temper(raw, b).log_softmax(1), teacher.log_probs(b))
-            if found.shape != rows[0, b].shape:
+            found = divergence.values(student.temper(raw, b).log_softmax(1), teacher.log_probs(b))
+            if not isinstance(found, Tensor) or found.shape != rows[0, b].shape:
+                got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
                 raise ValueError(
-                    f"linear_divergence_loss: divergence must return one value a row, shape {tuple(rows[0, b].shape)}, "
-                    f"got {tuple(found.shape)}"
+                    f"{divergence.name}: values must return one value a row, shape {tuple(rows[0, b].shape)}, got {got}"
                 )
             grad = None
             if g is not None and found.requires_grad:
@@ -169,20 +168,19 @@ def _call(kind: OnChunk, values: Tensor, g: Tensor | None, student: Chunk, teach
             g[b] = part if first else g[b] + part
 
 
-def _send(tiles: Tiles, grads: Gradients, g: Tensor, r0: int, r1: int) -> None:
+def _send(grads: Gradients, at: slice, g: Tensor) -> None:
     """d_hidden, d_weight and d_bias of one chunk's dlogits; float16 ones are brought into its range by a power of two."""
-    scale = unscale = None
+    tiles, scale = grads.tiles, None
     if tiles.grad_dtype == torch.float16:
-        largest = torch.linalg.vector_norm(g, torch.inf)
-        scale = torch.exp2(torch.floor(torch.log2(4096 / torch.where(largest > 0, largest, 1))))
-        unscale = 1 / scale
-    for c0, c1, w in tiles.columns():
+        scale = half_scale(torch.linalg.vector_norm(g, torch.inf))
+
+    def tile(c0: int, c1: int) -> Tensor:
         part = g[:, c0:c1]
-        if part.dtype != tiles.grad_dtype:
-            narrow = tiles.buffer(r1 - r0, c1 - c0, tiles.grad_dtype)
-            part = narrow.copy_(part if scale is None else part * scale)
-        grads.add(part, w, c0, slice(r0, r1), first=r0 == 0, unscale=unscale)
-        grads.close(None, slice(r0, r1), c0, c1, last=r1 == tiles.n)
+        if part.dtype == tiles.grad_dtype:
+            return part
+        return tiles.buffer(len(g), c1 - c0, tiles.grad_dtype).copy_(part if scale is None else part * scale)
+
+    grads.add_chunk(at, at, tile, None if scale is None else 1 / scale, None)
 
 
 def _calls(
@@ -214,7 +212,7 @@ def linear_divergence(
     """Implements ``rlad::linear_divergence``; with ``ahead`` also ∂value/∂hidden, from which the backward needs no product."""
     calls = _calls(hidden, weight, bias, (inv_temp, logit_scale, softcap, vocab_size), teachers, teacher_heads)
     one = weights.new_ones(hidden.shape[0])
-    out = run(caller, *calls, weights, DIVERGENCES[divergence].kind(*params.tolist()), mask, one, (ahead, False, False), slope=True)
+    out = run(caller, *calls, weights, revived(divergence, params.tolist()), mask, one, (ahead, False, False), slope=True)
     return out.token_loss, out.d_hidden if ahead else weights.new_empty(0)
 
 
@@ -229,7 +227,7 @@ def linear_divergence_bwd(
         d_hidden = torch.where(live.unsqueeze(1), g.unsqueeze(1) * slope, 0).to(hidden.dtype)
         return d_hidden, weight.new_empty(0), weight.new_empty(0)
     calls = _calls(hidden, weight, bias, (inv_temp, logit_scale, softcap, vocab_size), teachers, teacher_heads)
-    kind, need = DIVERGENCES[divergence].kind(*params.tolist()), (need_hidden, need_weight, need_bias)
+    kind, need = revived(divergence, params.tolist()), (need_hidden, need_weight, need_bias)
     out = run("linear_divergence", *calls, weights, kind, live, g, need)
     return out.d_hidden.to(hidden.dtype), out.d_weight.to(weight.dtype), out.d_bias.to(weight.dtype)
 
@@ -241,8 +239,8 @@ def linear_divergence_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Implements ``rlad::linear_divergence_loss``: the loss with its gradients finished in one sweep, for ``torch.compile``."""
     calls = _calls(hidden, weight, bias, (inv_temp, logit_scale, softcap, vocab_size), teachers, teacher_heads)
-    kind, need = DIVERGENCES[divergence].kind(*params.tolist()), (need_hidden, need_weight, need_bias)
-    out = run(caller, *calls, weights, kind, mask, row_weight, need)
+    need = (need_hidden, need_weight, need_bias)
+    out = run(caller, *calls, weights, revived(divergence, params.tolist()), mask, row_weight, need)
     return out.loss, out.token_loss, *out[3:]
 
 

@@ -19,9 +19,15 @@ def _gather_ids(caller: str, ids: Tensor, mask: Tensor | None, vocab_size: int) 
 
 
 def linear_gather(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, mask: Tensor | None, inv_temp: Tensor, vocab_size: int,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    mask: Tensor | None,
+    inv_temp: Tensor,
+    vocab_size: int,
     caller: str,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Implements ``rlad::linear_gather``: raw logits h·W_v + b_v at ``ids (N, K)``; empty slots and masked rows give 0.
 
     What comes after, the temperature above all, is left to autograd; here its values can be checked under ``torch.compile`` too.
@@ -36,9 +42,17 @@ def linear_gather(
 
 
 def linear_gather_bwd(
-    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, mask: Tensor | None, vocab_size: int,
-    need_hidden: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    mask: Tensor | None,
+    vocab_size: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Implements ``rlad::linear_gather_bwd``; d_weight touches only the rows in ``ids``."""
     ids = _gather_ids("linear_gather", ids, mask, vocab_size)
     grad = grad.to(acc_dtype(hidden.dtype)).contiguous()

@@ -8,6 +8,7 @@ rounding of a logit, recomputed or not, would drown the rest.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,9 +37,20 @@ class Cotangents:
 
     @classmethod
     def of(
-        cls, slots: Tensor, logp: Tensor, topk_logp: Tensor | None, lse: Tensor, lse_error: Tensor, a: Tensor, l: Tensor,
-        b: Tensor | None, c: Tensor | None, t: Tensor | None, entropy: Tensor | None, tail_logp: Tensor | None,
-    ) -> Cotangents:  # fmt: skip
+        cls,
+        slots: Tensor,
+        logp: Tensor,
+        topk_logp: Tensor | None,
+        lse: Tensor,
+        lse_error: Tensor,
+        a: Tensor,
+        l: Tensor,
+        b: Tensor | None,
+        c: Tensor | None,
+        t: Tensor | None,
+        entropy: Tensor | None,
+        tail_logp: Tensor | None,
+    ) -> Cotangents:
         """From a row's outputs and their cotangents a (logp), l (lse), b (entropy), c (topk_logp), t (tail_logp).
 
         ``lse_error`` = float32 lse − lse: the kernels' p = e^{z−lse} is off by that factor in the whole row (1e-5 at logits of
@@ -74,9 +86,14 @@ class Cotangents:
         """The cotangents of some rows."""
         lost = None if self.lost is None else self.lost[rows]
         return replace(
-            self, target=self.target[rows], slots=self.slots[rows], slot_dz=self.slot_dz[rows], rows=self.rows[:, rows],
-            total=self.total[rows], lost=lost,
-        )  # fmt: skip
+            self,
+            target=self.target[rows],
+            slots=self.slots[rows],
+            slot_dz=self.slot_dz[rows],
+            rows=self.rows[:, rows],
+            total=self.total[rows],
+            lost=lost,
+        )
 
     def fit(self, tiles: Tiles, rows: slice | Tensor) -> None:
         """Prepare for dlogits in a 16-bit dtype; ``rows`` of ``tiles`` are these.
@@ -93,17 +110,29 @@ class Cotangents:
         size = self.slot_dz.abs().amax(1) + w.abs() + t.abs() + b.abs() * (1 + h)
         bound = size * tiles.inv_temp[rows] * abs(tiles.logit_scale)
         largest = bound.max() if bound.numel() else bound.new_ones(())
-        scale = torch.exp2(torch.floor(torch.log2(4096 / torch.where(largest > 0, largest, 1))))
+        scale = half_scale(largest)
         self.slot_dz *= scale
         self.rows[[1, 2, 4]] *= scale
         self.total = self.total * scale
         self.unscale = 1 / scale
 
 
+def half_scale(largest: Tensor) -> Tensor:
+    """The power of two that brings dlogits of at most ``largest`` into float16's range."""
+    return torch.exp2(torch.floor(torch.log2(4096 / torch.where(largest > 0, largest, 1))))
+
+
 def _slot_dz(
-    grad: Tensor, logp: Tensor, inside: Tensor | None, l: Tensor, w: Tensor, b: Tensor, entropy: Tensor, t: Tensor,
+    grad: Tensor,
+    logp: Tensor,
+    inside: Tensor | None,
+    l: Tensor,
+    w: Tensor,
+    b: Tensor,
+    entropy: Tensor,
+    t: Tensor,
     tail_logp: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """dL/dz = g + w·p − b·p(log p + H) + t·p/τ of the slots ``(n, J)``, p/τ only outside the support, w = l − Σ g − t.
 
     Where p is next to 1: g + w + t = l − Σ of the *other* g, and w·(p − 1) and t·(p/τ − 1) on top of it.
@@ -126,9 +155,16 @@ class Gradients:
     """
 
     def __init__(
-        self, tiles: Tiles, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool, *, whole: bool = False,
+        self,
+        tiles: Tiles,
+        weight: Tensor,
+        need_hidden: bool,
+        need_weight: bool,
+        need_bias: bool,
+        *,
+        whole: bool = False,
         scattered: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         new = tiles.inv_temp.new_empty
         self.tiles, self._scattered = tiles, scattered
         self.dtype = held_dtype(weight.dtype) if whole else weight.dtype
@@ -196,6 +232,16 @@ class Gradients:
             into = self.bias[: self.tiles.vocab].unsqueeze(1)
             torch.ops.rlad.gather_dweight_(into, cot.lost, ones, order, sorted_ids, True)
 
+    def add_chunk(
+        self, at: slice, rows: slice | Tensor, tile: Callable[[int, int], Tensor], unscale: Tensor | None, cot: Cotangents | None
+    ) -> None:
+        """Add all dlogits of ``rows``, those of the chunk ``at`` that send any: ``tile(c0, c1)`` makes a tile's."""
+        for c0, c1, w in self.tiles.columns():
+            self.add(tile(c0, c1), w, c0, rows, first=at.start == 0, unscale=unscale)
+            self.close(cot, rows, c0, c1, last=at.stop == self.tiles.n)
+        if cot is not None:
+            self.close_rows(cot, rows)
+
     def _add_hidden(self, g: Tensor, w: Tensor, rows: slice | Tensor, unscale: Tensor | None) -> None:
         if self.hidden is None:
             return
@@ -237,4 +283,4 @@ def _dlogits(
 ) -> None:
     torch.ops.rlad.dlogits_(
         out, x, c0, bias, inv_temp, tiles.logit_scale, tiles.softcap, slots, cot.slot_dz, cot.rows, cot.entropy, cot.tail
-    )  # fmt: skip
+    )

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from rlad_kernels.engine import sparse
+from rlad_kernels.engine.chunks import Chunks
 from rlad_kernels.engine.gradients import Cotangents, Gradients, backward_tile
 from rlad_kernels.engine.op import CALL, HEAD, NEED, define, given, gradients, no_double_backward, result, wanted
 from rlad_kernels.engine.outputs import outputs, row_slots
 from rlad_kernels.engine.rows import Kept, checked_finite, kept_inv_temp, row_mask
 from rlad_kernels.engine.scoring import fused, statistics
 from rlad_kernels.engine.statistics import Stats
-from rlad_kernels.engine.tiles import Tiles, empty
+from rlad_kernels.engine.tiles import Tiles
 
 
 class Logp(NamedTuple):
@@ -57,10 +58,23 @@ class Saved(NamedTuple):
 
 
 def linear_logp(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, topk_ids: Tensor | None, mask: Tensor | None,
-    inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int, entropy: bool, tail: bool, extras: bool,
-    filter_eps: float, ahead: bool, caller: str,
-) -> Logp:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    topk_ids: Tensor | None,
+    mask: Tensor | None,
+    inv_temp: Tensor,
+    logit_scale: float,
+    softcap: float,
+    vocab_size: int,
+    entropy: bool,
+    tail: bool,
+    extras: bool,
+    filter_eps: float,
+    ahead: bool,
+    caller: str,
+) -> Logp:
     """Implements ``rlad::linear_logp``; ``caller`` is the public function that errors name.
 
     What the backward can use is made here, while whole rows of logits are at hand: with ``ahead`` ∂logp/∂hidden, with
@@ -108,8 +122,8 @@ def _whole_rows(
     """
     filtered = filter_eps > 0
     tiles = Tiles(hidden, *head, keep_logits=1, multiple=sparse.BLOCK if filtered else 1)
-    stats, z = tiles.new_stats(slots.shape[1])
-    blocks, new = sparse.blocks_of(rows), stats.new_zeros
+    chunks = Chunks(tiles, slots)
+    blocks, new = sparse.blocks_of(rows), chunks.stats.new_zeros
     if filtered:
         keep = torch.zeros(blocks, tiles.vocab, dtype=torch.bool, device=hidden.device)
         means = sparse.Means(tiles, blocks)
@@ -117,15 +131,12 @@ def _whole_rows(
     else:
         means = None
         made = _Made(new(tiles.n, hidden.shape[1]), new(0), new(0), new(0))
-    logits = empty(stats, tiles.rows * tiles.vocab)
-    for r0, r1 in tiles.row_ranges():
-        at = slice(r0, r1)
-        x = logits[: (r1 - r0) * tiles.vocab].view(r1 - r0, tiles.vocab)
-        tiles.fold_rows(x, r0, r1, slots, stats, z, entropy=entropy, extras=extras)
-        done = outputs(Stats(*stats[:, at]), z[at], slots[at], tiles.vocab, False, False, False)
+    for at in chunks:
+        x = chunks.logits(at, entropy=entropy, extras=extras)
+        done = chunks.outputs(at)
         if means is not None:
-            b = slice(r0 // sparse.BLOCK, sparse.blocks_of(r1))
-            made.keep[b], made.dropped[at], _ = sparse.choose(tiles, means, x, r0, done.lse, slots[at], filter_eps)
+            b = slice(at.start // sparse.BLOCK, sparse.blocks_of(at.stop))
+            made.keep[b], made.dropped[at], _ = sparse.choose(tiles, means, x, at.start, done.lse, slots[at], filter_eps)
             continue
         one = torch.ones_like(done.lse)
         cot = Cotangents.of(slots[at], done.logp, None, done.lse, done.lse_error, one, 0 * one, None, None, None, None, None)
@@ -136,16 +147,38 @@ def _whole_rows(
             made.slope[at] += torch.ops.rlad.gather_dhidden(cot.lost, tiles.weight, cot.target)
     if means is not None:
         means.finish()
-    return stats, z, made
+    return chunks.stats, chunks.slot_logits, made
 
 
 def linear_logp_bwd(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, topk_ids: Tensor | None, mask: Tensor | None,
-    inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int, logp: Tensor, topk_logp: Tensor, lse: Tensor,
-    lse_error: Tensor, entropy: Tensor, tail_logp: Tensor, slope: Tensor, keep_columns: Tensor, mean: Tensor,
-    g_logp: Tensor, g_lse: Tensor, g_entropy: Tensor | None, g_topk: Tensor | None, g_tail: Tensor | None,
-    need_hidden: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    topk_ids: Tensor | None,
+    mask: Tensor | None,
+    inv_temp: Tensor,
+    logit_scale: float,
+    softcap: float,
+    vocab_size: int,
+    logp: Tensor,
+    topk_logp: Tensor,
+    lse: Tensor,
+    lse_error: Tensor,
+    entropy: Tensor,
+    tail_logp: Tensor,
+    slope: Tensor,
+    keep_columns: Tensor,
+    mean: Tensor,
+    g_logp: Tensor,
+    g_lse: Tensor,
+    g_entropy: Tensor | None,
+    g_topk: Tensor | None,
+    g_tail: Tensor | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Implements ``rlad::linear_logp_bwd``: recompute each tile, turn it into dlogits, two products; vocabulary outermost.
 
     With ``slope`` = ∂logp/∂hidden there is nothing to recompute; with ``keep_columns`` each block of rows computes only those.
@@ -192,9 +225,20 @@ def linear_logp_bwd(
 
 
 def _from_slope(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int,
-    target: Tensor, mask: Tensor | None, lse: Tensor, slope: Tensor, g_logp: Tensor, g_lse: Tensor,
-) -> Tensor:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    inv_temp: Tensor,
+    logit_scale: float,
+    softcap: float,
+    vocab_size: int,
+    target: Tensor,
+    mask: Tensor | None,
+    lse: Tensor,
+    slope: Tensor,
+    g_logp: Tensor,
+    g_lse: Tensor,
+) -> Tensor:
     """d_hidden = a·∂logp/∂h + l·∂lse/∂h, where ∂lse/∂h = ∂z_y/∂h − ∂logp/∂h."""
     keep = row_mask("linear_logp", target, mask)
     ids = target if keep is None else torch.where(keep, target, -1)
@@ -210,10 +254,23 @@ def _from_slope(
 
 
 def _fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, topk_ids: Tensor | None, mask: Tensor | None,
-    inv_temp: Tensor, scale: float, softcap: float, vocab_size: int, entropy: bool, tail: bool, extras: bool, filter_eps: float,
-    ahead: bool, caller: str,
-) -> Logp:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    topk_ids: Tensor | None,
+    mask: Tensor | None,
+    inv_temp: Tensor,
+    scale: float,
+    softcap: float,
+    vocab_size: int,
+    entropy: bool,
+    tail: bool,
+    extras: bool,
+    filter_eps: float,
+    ahead: bool,
+    caller: str,
+) -> Logp:
     rows, filtered = target.shape, filter_eps > 0
     blocks = sparse.blocks_of(rows[0])
     return Logp(

@@ -1,4 +1,4 @@
-"""fused_linear_loss: a token-level loss inside the sweep, three matrix products for forward and backward.
+"""``rlad::linear_loss``: a token-level loss inside the sweep, three matrix products for forward and backward.
 
 Rows go chunk by chunk with all their logits. The loss's own autograd runs on the chunk's ``(C,)`` and ``(C, K)`` tensors,
 and the chunk's dlogits replace its logits in place.
@@ -6,7 +6,7 @@ and the chunk's dlogits replace its logits in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,20 +14,19 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from rlad_kernels.core.dtypes import held_dtype
-from rlad_kernels.core.metrics import METRICS, MetricSums
+from rlad_kernels.core.metrics import MetricSums
 from rlad_kernels.core.modes import autograd_inside, ordinary, without_autocast
-from rlad_kernels.core.registry import TOKEN_LOSSES
-from rlad_kernels.core.types import TokenScores
+from rlad_kernels.core.options import revived
+from rlad_kernels.core.token_loss import Tensors, TokenLoss
+from rlad_kernels.core.types import TokenScores, TopK
 from rlad_kernels.engine import sparse
 from rlad_kernels.engine.call import Call
+from rlad_kernels.engine.chunks import Chunks
 from rlad_kernels.engine.gradients import Cotangents, Gradients, backward_tile
 from rlad_kernels.engine.op import CALL, HEAD, NEED, define, gradients, result, scaled
-from rlad_kernels.engine.outputs import outputs, row_slots
+from rlad_kernels.engine.outputs import row_slots
 from rlad_kernels.engine.rows import Kept, checked_finite, kept_inv_temp
-from rlad_kernels.engine.statistics import Stats
-from rlad_kernels.engine.tiles import Tiles, empty
-
-TokenLoss = Callable[..., Any]
+from rlad_kernels.engine.tiles import Tiles
 
 
 class Fused(NamedTuple):
@@ -41,69 +40,62 @@ class Fused(NamedTuple):
     d_bias: Tensor
 
 
-def _token_loss(
-    name: str, token_loss: TokenLoss, scores: TokenScores, inputs: Mapping[str, Any]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    try:
-        out = token_loss(scores, **inputs)
-    except TypeError as error:
-        if "argument" not in str(error):
-            raise
-        raise TypeError(f"{name}: token_loss does not take inputs {sorted(inputs)}: {error}") from error
-    loss, metrics = out if isinstance(out, tuple) else (out, {})
-    if not isinstance(loss, Tensor) or loss.shape != scores.logp.shape:
-        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"{name}: token_loss must return one loss a token, shape {tuple(scores.logp.shape)}, got {got}")
-    return loss, metrics
+def metric_names(loss: TokenLoss, like: Tensor, tensors: Tensors) -> list[str]:
+    """The metrics of ``loss`` on no tokens: which there are never depends on the data."""
+    none, support = like.new_empty(0), support_of(loss, tensors)
+    none_k = None if support is None else like.new_empty(0, support.shape[1])
+    scores = TokenScores(none, none, none, none_k, None if support is None else none)
+    return [*loss.evaluate(scores, tree_map_only(Tensor, lambda x: x[:0], tensors))[1]]
 
 
-def _no_tokens(name: str, token_loss: TokenLoss, like: Tensor, k: int | None, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The metrics of no tokens: which there are never depends on the data. ``k`` is the size of the support."""
-    none, none_k = like.new_empty(0), None if k is None else like.new_empty(0, k)
-    scores = TokenScores(none, none, none, none_k, None if k is None else none, {})
-    cut = tree_map_only(Tensor, lambda x: x[:0] if x.dim() else x, dict(inputs))
-    return _token_loss(name, token_loss, scores, cut)[1]
+def support_of(loss: TokenLoss, tensors: Tensors) -> Tensor | None:
+    """The ids ``(N, K)`` at which the loss reads the student's log-probs."""
+    return tensors["teacher"].ids if "topk_logp" in loss.read() else None
 
 
 @without_autocast
 def run(
-    name: str, call: Call, target: Tensor, topk_ids: Tensor | None, keep: Tensor, row_weight: Tensor, token_loss: TokenLoss,
-    inputs: Mapping[str, Any], filter_eps: float, need: tuple[bool, bool, bool],
-) -> Fused:  # fmt: skip
-    """The fused sweep on flat arguments; ``inputs`` hold ``(N, …)`` tensors, or scalars."""
+    name: str,
+    call: Call,
+    target: Tensor,
+    keep: Tensor,
+    row_weight: Tensor,
+    loss: TokenLoss,
+    tensors: Tensors,
+    filter_eps: float,
+    need: tuple[bool, bool, bool],
+) -> Fused:
+    """The fused sweep on flat arguments; ``tensors`` are those of ``loss.tokens``, ``(N,)`` or ``(N, K)``."""
     kept = Kept(keep)
-    slots = row_slots(name, kept, target, topk_ids, call.vocab_size)
+    support = support_of(loss, tensors)
+    slots = row_slots(name, kept, target, support, call.vocab_size, "teacher.ids")
     inv_temp = kept_inv_temp(name, kept, call.inv_temp, target.shape[0])
     multiple = sparse.BLOCK if filter_eps else 1
     tiles = Tiles(kept.take(call.hidden), *call[1:3], inv_temp, *call[4:], keep_logits=1, multiple=multiple)
     weight = kept.take(row_weight)
-    inputs = tree_map_only(Tensor, lambda x: ordinary(kept.take(x) if x.dim() else x), dict(inputs))
+    names = metric_names(loss, weight, tensors)
+    tensors = tree_map_only(Tensor, lambda x: ordinary(kept.take(x)), tensors)
     grads = Gradients(tiles, call.weight, *need, whole=True, scattered=filter_eps > 0) if any(need) else None
-    logits = empty(tiles.inv_temp, tiles.rows * tiles.vocab)
-    losses, sums = weight.new_zeros(tiles.n), MetricSums()
-    stats, z = tiles.new_stats(slots.shape[1])
+    losses, sums = weight.new_zeros(tiles.n), MetricSums((*names, *made_metrics(grads is not None, filter_eps)), weight)
+    chunks = Chunks(tiles, slots)
     means = sparse.Means(tiles, sparse.blocks_of(tiles.n)) if filter_eps else None
-    for r0, r1 in tiles.row_ranges():
-        rows = slice(r0, r1)
-        x = logits[: (r1 - r0) * tiles.vocab].view(r1 - r0, tiles.vocab)
-        tiles.fold_rows(x, r0, r1, slots, stats, z, entropy=True, extras=False)
-        flags = (True, topk_ids is not None, False)
-        out = outputs(Stats(*stats[:, rows]), z[rows], slots[rows], tiles.vocab, *flags)
-        checked_finite(name, out[1])
+    for at in chunks:
+        x = chunks.logits(at, entropy=True)
+        out = chunks.outputs(at, entropy=True, tail=support is not None)
+        checked_finite(name, out.lse)
         leaves = [v.detach().requires_grad_(grads is not None) for v in out[:5]]
-        scores = TokenScores(leaves[0], leaves[1], leaves[2], *(leaves[3:5] if topk_ids is not None else (None, None)), extras={})
-        cut = tree_map_only(Tensor, lambda v, rows=rows: v[rows] if v.dim() else v, inputs)
+        scores = TokenScores(*leaves[:3], *(leaves[3:] if support is not None else (None, None)))
+        cut = tree_map_only(Tensor, lambda v, at=at: v[at], tensors)
         with autograd_inside() if grads is not None else torch.no_grad():
-            loss, metrics = _token_loss(name, token_loss, scores, cut)
-            losses[rows] = loss.detach()
+            found, metrics = loss.evaluate(scores, cut)
+            if metrics.keys() != set(names):
+                got = f"{sorted(metrics)}, on no tokens {sorted(names)}"
+                raise ValueError(f"{loss.name}: tokens gave the metrics {got}; which there are must not depend on data")
+            losses[at] = found.detach()
             if grads is not None:
-                found = _backward(tiles, grads, slots, leaves, loss, weight, x, r0, r1, out[8], filter_eps, means)
-                metrics = {**metrics, **found}
-        sums.add(metrics, None if kept.dense is None else kept.dense[rows])
-    if not tiles.n:
-        with torch.no_grad():
-            metrics = _no_tokens(name, token_loss, weight, None if topk_ids is None else topk_ids.shape[1], inputs)
-        sums.add({**metrics, **dict.fromkeys(_made(grads is not None, filter_eps), weight)}, None)
+                made = _backward(grads, x, at, slots[at], leaves, out.lse_error, found, weight[at], means, filter_eps)
+                metrics = {**metrics, **made}
+        sums.add(metrics, None if kept.dense is None else kept.dense[at])
     if means is not None and grads is not None:
         sparse.add_means(grads, means.finish())
     count = keep.sum() if kept.index is None else torch.tensor(tiles.n, device=keep.device)
@@ -114,44 +106,53 @@ def run(
 
 
 def _backward(
-    tiles: Tiles, grads: Gradients, slots: Tensor, leaves: list[Tensor], loss: Tensor, weight: Tensor, x: Tensor, r0: int, r1: int,
-    lse_error: Tensor, filter_eps: float, means: sparse.Means | None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Send one chunk's gradient back through its logits ``x``; returns its metrics, per row."""
-    total = (loss * weight[r0:r1]).sum()
+    grads: Gradients,
+    x: Tensor,
+    at: slice,
+    slots: Tensor,
+    leaves: list[Tensor],
+    lse_error: Tensor,
+    loss: Tensor,
+    weight: Tensor,
+    means: sparse.Means | None,
+    filter_eps: float,
+) -> dict[str, Tensor]:
+    """Send the gradient of the rows ``at`` back through their logits ``x``; all else of these rows. Returns metrics, per row."""
+    total, tiles = (loss * weight).sum(), grads.tiles
     found = [None] * len(leaves)
     if total.requires_grad:
         found = torch.autograd.grad(total, leaves, allow_unused=True)
     with torch.no_grad():
-        logp, lse, entropy, topk_logp, tail_logp = (x.detach() for x in leaves)
-        sends = (weight[r0:r1] != 0).unsqueeze(1)  # a masked row that is computed sends nothing, whatever the loss made of it
-        a, l, b, c, t = (None if g is None else torch.where(sends, g.view(r1 - r0, -1), 0).view_as(g) for g in found)
+        logp, lse, entropy, topk_logp, tail_logp = (v.detach() for v in leaves)
+        sends = (weight != 0).unsqueeze(1)  # a masked row that is computed sends nothing, whatever the loss made of it
+        a, l, b, c, t = (None if g is None else torch.where(sends, g.view(len(x), -1), 0).view_as(g) for g in found)
         a, l = (torch.zeros_like(lse) if g is None else g for g in (a, l))
-        cot = Cotangents.of(slots[r0:r1], logp, topk_logp, lse, lse_error, a, l, b, c, t, entropy, tail_logp)
+        cot = Cotangents.of(slots, logp, topk_logp, lse, lse_error, a, l, b, c, t, entropy, tail_logp)
         dead = (cot.rows[[1, 2, 4]] == 0).all(0) & (cot.slot_dz == 0).all(1)
-        rows: slice | Tensor = slice(r0, r1)
+        rows: slice | Tensor = at
+        live: Tensor | None = None
         if not x.is_cuda and bool(dead.any()):  # dropping needs the host to know how many, a synchronisation on CUDA
             live = (~dead).nonzero().squeeze(1)
-            rows, cot = live + r0, cot.take(live)
+            rows, cot = live + at.start, cot.take(live)
         cot.fit(tiles, rows)
-        skipped = torch.zeros_like(dead, dtype=lse.dtype) if isinstance(rows, slice) else dead.to(lse.dtype)
+        skipped = torch.zeros_like(lse) if live is None else dead.to(lse.dtype)
         if means is not None:
-            columns = sparse.choose(tiles, means, x, r0, lse, slots[r0:r1], filter_eps)
-            alive = torch.arange(r1 - r0, device=x.device) if isinstance(rows, slice) else live
-            sparse.backward(tiles, grads, cot, alive, columns.keep, r0, columns.raw)
+            columns = sparse.choose(tiles, means, x, at.start, lse, slots, filter_eps)
+            alive = torch.arange(len(x), device=x.device) if live is None else live
+            sparse.backward(tiles, grads, cot, alive, columns.keep, at.start, columns.raw)
             grads.close(cot, rows, 0, tiles.vocab, last=False)
             grads.close_rows(cot, rows)
             return {"rows_skipped": skipped, "dropped_mass_mean": columns.dropped, "dropped_mass_max": columns.dropped}
-        for c0, c1, w in tiles.columns():
-            part = x[:, c0:c1] if isinstance(rows, slice) else x[:, c0:c1].index_select(0, live)
-            g = backward_tile(tiles, cot, part, c0, tiles.inv_temp[rows])
-            grads.add(g, w, c0, rows, first=r0 == 0, unscale=cot.unscale)
-            grads.close(cot, rows, c0, c1, last=r1 == tiles.n)
-        grads.close_rows(cot, rows)
+
+        def tile(c0: int, c1: int) -> Tensor:
+            part = x[:, c0:c1] if live is None else x[:, c0:c1].index_select(0, live)
+            return backward_tile(tiles, cot, part, c0, tiles.inv_temp[rows])
+
+        grads.add_chunk(at, rows, tile, cot.unscale, cot)
         return {"rows_skipped": skipped}
 
 
-def _made(gradient: bool, filter_eps: float) -> tuple[str, ...]:
+def made_metrics(gradient: bool, filter_eps: float) -> tuple[str, ...]:
     """Metrics of the sweep itself."""
     dropped = ("dropped_mass_mean", "dropped_mass_max") if filter_eps else ()
     return ("rows_skipped", *dropped) if gradient else ()
@@ -186,43 +187,86 @@ class FusedLoss(torch.autograd.Function):
         return *(None if g is None else g.to(ctx.dtype) for g in gradients), None, None
 
 
-def fused_linear_loss_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, topk_ids: Tensor | None, mask: Tensor | None,
-    inv_temp: Tensor, logit_scale: float, softcap: float, vocab_size: int, row_weight: Tensor, filter_eps: float, caller: str,
-    loss: str, names: list[str], tensors: list[Tensor], numbers: Tensor, words: list[str],
-    need_hidden: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Implements ``rlad::fused_linear_loss``, for registered losses under ``torch.compile``."""
+def linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor,
+    inv_temp: Tensor,
+    logit_scale: float,
+    softcap: float,
+    vocab_size: int,
+    row_weight: Tensor,
+    filter_eps: float,
+    caller: str,
+    loss: str,
+    numbers: Tensor,
+    names: list[str],
+    tensors: list[Tensor],
+    metrics: list[str],
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:
+    """Implements ``rlad::linear_loss``, for ``torch.compile``; ``loss`` and ``numbers`` are a TokenLoss's own."""
     call = Call(hidden, weight, bias, inv_temp, logit_scale, softcap, vocab_size)
-    given = dict(zip(names, [*tensors, *numbers.tolist(), *words], strict=True))
-    keep = torch.ones_like(target, dtype=torch.bool) if mask is None else mask
     need = (need_hidden, need_weight, need_bias)
-    out = run(caller, call, target, topk_ids, keep, row_weight, TOKEN_LOSSES[loss], given, filter_eps, need)
-    metrics = torch.stack([out.metrics.get(k, out.loss.new_zeros(())) for k in METRICS])
-    return out.loss, out.token_loss, metrics, *out[3:]
+    chosen = revived(loss, numbers.tolist())
+    out = run(caller, call, target, mask, row_weight, chosen, gathered(names, tensors), filter_eps, need)
+    if missing := [k for k in metrics if k not in out.metrics]:
+        raise RuntimeError(
+            f"{chosen.name}: tokens has the metrics {missing} on no tokens only; which there are must not depend on data"
+        )
+    rows = torch.stack([out.metrics[k] for k in metrics]) if metrics else out.loss.new_empty(0)
+    return out.loss, out.token_loss, rows, *out[3:]
+
+
+def flattened(tensors: Tensors) -> tuple[list[str], list[Tensor]]:
+    """Names and tensors for an op: those of a TopK under ``teacher.ids`` and so on."""
+    found: dict[str, Tensor] = {}
+    for k, x in tensors.items():
+        parts = {f"{k}.{f}": y for f, y in x._asdict().items() if y is not None} if isinstance(x, TopK) else {k: x}
+        found = {**found, **parts}
+    return [*found], [*found.values()]
+
+
+def gathered(names: list[str], tensors: list[Tensor]) -> Tensors:
+    """The inverse of :func:`flattened`."""
+    found: Tensors = {}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, x in zip(names, tensors, strict=True):
+        k, _, field = name.partition(".")
+        if field:
+            parts.setdefault(k, {})[field] = x
+        else:
+            found[k] = x
+    return {**found, **{k: TopK(**fields) for k, fields in parts.items()}}
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.dtype, ctx.need, ctx.tensors = inputs[0].dtype, tuple(inputs[-3:]), len(inputs[15])
-    ctx.lists = [None if x else [] for x in (inputs[14], inputs[17])]  # an empty list counts as one of tensors: it wants one back
+    ctx.dtype, ctx.need = inputs[0].dtype, tuple(inputs[-3:])
+    # one None for each tensor of a list; an empty list counts as one of tensors and wants one back
+    ctx.lists = [None if names else [] for names in (inputs[14], inputs[16])]
+    ctx.tensors = len(inputs[15])
     ctx.save_for_backward(*output[3:])
 
 
 def _backward_op(ctx: Any, g_loss: Tensor, *_: Tensor) -> Any:
-    names, words = ctx.lists
-    return *scaled(ctx, g_loss, ctx.saved_tensors), *[None] * 11, names, [None] * ctx.tensors, None, words, *[None] * 3
+    names, metrics = ctx.lists
+    return *scaled(ctx, g_loss, ctx.saved_tensors), *[None] * 11, names, [None] * ctx.tensors, metrics, *[None] * 3
 
 
 def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any) -> tuple[Tensor, ...]:
     made = gradients(hidden, weight, bias, args[-3:], held_dtype(weight.dtype))
-    return result(hidden, ()), result(hidden, target.shape), result(hidden, (len(METRICS),)), *made
+    return result(hidden, ()), result(hidden, target.shape), result(hidden, (len(args[-4]),)), *made
 
 
 loss_op = define(
-    "fused_linear_loss",
-    f"({HEAD}, Tensor target, Tensor? topk_ids, Tensor? mask, {CALL}, Tensor row_weight, float filter_eps, str caller, str loss, "
-    f"str[] names, Tensor[] tensors, Tensor numbers, str[] words, {NEED}) -> ({', '.join(['Tensor'] * 6)})",
-    fused_linear_loss_op,
+    "linear_loss",
+    f"({HEAD}, Tensor target, Tensor mask, {CALL}, Tensor row_weight, float filter_eps, str caller, str loss, Tensor numbers, "
+    f"str[] names, Tensor[] tensors, str[] metrics, {NEED}) -> ({', '.join(['Tensor'] * 6)})",
+    linear_loss,
 )
-torch.library.register_fake("rlad::fused_linear_loss", _fake)
-torch.library.register_autograd("rlad::fused_linear_loss", _backward_op, setup_context=_setup)
+torch.library.register_fake("rlad::linear_loss", _fake)
+torch.library.register_autograd("rlad::linear_loss", _backward_op, setup_context=_setup)

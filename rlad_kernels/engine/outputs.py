@@ -26,12 +26,14 @@ class Outputs(NamedTuple):
     lse_error: Tensor  # float32 lse − lse
 
 
-def row_slots(name: str, kept: Kept, target: Tensor, topk_ids: Tensor | None, vocab_size: int) -> Tensor:
+def row_slots(
+    name: str, kept: Kept, target: Tensor, topk_ids: Tensor | None, vocab_size: int, ids_name: str = "topk_ids"
+) -> Tensor:
     """Slots ``(n, 1+K)`` int32 of the kept rows: the target, then the support."""
     slots = checked_ids(name, "target", kept.take(target), 0, vocab_size).unsqueeze(1)
     if topk_ids is None:
         return slots
-    return torch.cat([slots, checked_ids(name, "topk_ids", kept.take(topk_ids), -1, vocab_size)], 1)
+    return torch.cat([slots, checked_ids(name, ids_name, kept.take(topk_ids), -1, vocab_size)], 1)
 
 
 def outputs(stats: Stats, z: Tensor, slots: Tensor, vocab_size: int, entropy: bool, tail: bool, extras: bool) -> Outputs:

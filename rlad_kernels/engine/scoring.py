@@ -33,9 +33,16 @@ def fused(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def statistics(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, inv_temp: Tensor, logit_scale: float, softcap: float, slots: Tensor,
-    entropy: bool, extras: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    inv_temp: Tensor,
+    logit_scale: float,
+    softcap: float,
+    slots: Tensor,
+    entropy: bool,
+    extras: bool,
+) -> tuple[Tensor, Tensor]:
     """Statistics ``(6, N)`` and slot logits ``(N, J)`` of all rows."""
     bias = None if bias is None else bias.float()
     inv_temp = inv_temp.float().expand(hidden.shape[0]).contiguous()

@@ -132,16 +132,19 @@ class Tiles:
     ) -> None:
         """Add one tile to the running statistics and slot logits of its rows, the slots' columns left out."""
         torch.ops.rlad.fold_(
-            x, c0, self.bias_tile(c0, c0 + x.shape[1]), self.inv_temp[r0:r1], self.logit_scale, self.softcap, slots[r0:r1], True,
-            stats[:, r0:r1], z[r0:r1], entropy, extras,
-        )  # fmt: skip
-
-    def fold_rows(
-        self, x: Tensor, r0: int, r1: int, slots: Tensor, stats: Tensor, z: Tensor, *, entropy: bool, extras: bool
-    ) -> None:
-        """Compute all logits of some rows into ``x (R, V)`` and fold them."""
-        for c0, c1, w in self.columns():
-            self.fold(self.logits(r0, r1, w, x[:, c0:c1]), c0, r0, r1, slots, stats, z, entropy=entropy, extras=extras)
+            x,
+            c0,
+            self.bias_tile(c0, c0 + x.shape[1]),
+            self.inv_temp[r0:r1],
+            self.logit_scale,
+            self.softcap,
+            slots[r0:r1],
+            True,
+            stats[:, r0:r1],
+            z[r0:r1],
+            entropy,
+            extras,
+        )
 
     def new_stats(self, slots: int) -> tuple[Tensor, Tensor]:
         """Statistics ``(6, N)`` and slot logits ``(N, J)`` of no columns yet."""

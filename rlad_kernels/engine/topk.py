@@ -26,9 +26,18 @@ class Top(NamedTuple):
 
 
 def linear_topk(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None, mask: Tensor | None, inv_temp: Tensor,
-    logit_scale: float, softcap: float, vocab_size: int, k: int, entropy: bool,
-) -> Top:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor | None,
+    mask: Tensor | None,
+    inv_temp: Tensor,
+    logit_scale: float,
+    softcap: float,
+    vocab_size: int,
+    k: int,
+    entropy: bool,
+) -> Top:
     """Implements ``rlad::linear_topk``."""
     kept = Kept(row_mask("linear_topk", target, mask))
     x = kept.take(hidden)
@@ -44,9 +53,19 @@ def linear_topk(
     for c0, c1, w in tiles.columns():
         for r0, r1 in tiles.row_ranges():
             torch.ops.rlad.fold_topk_(
-                tiles.logits(r0, r1, w), c0, tiles.bias_tile(c0, c1), tiles.inv_temp[r0:r1], logit_scale, softcap, slots[r0:r1],
-                stats[:, r0:r1], z[r0:r1], top[r0:r1], ids[r0:r1], entropy,
-            )  # fmt: skip
+                tiles.logits(r0, r1, w),
+                c0,
+                tiles.bias_tile(c0, c1),
+                tiles.inv_temp[r0:r1],
+                logit_scale,
+                softcap,
+                slots[r0:r1],
+                stats[:, r0:r1],
+                z[r0:r1],
+                top[r0:r1],
+                ids[r0:r1],
+                entropy,
+            )
     ids, by_id = ids.sort(dim=1)
     top, by_value = top.gather(1, by_id).sort(dim=1, descending=True, stable=True)
     ids = ids.gather(1, by_value)
@@ -64,9 +83,18 @@ def linear_topk(
 
 
 def _fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None, mask: Tensor | None, inv_temp: Tensor,
-    scale: float, softcap: float, vocab_size: int, k: int, entropy: bool,
-) -> Top:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor | None,
+    mask: Tensor | None,
+    inv_temp: Tensor,
+    scale: float,
+    softcap: float,
+    vocab_size: int,
+    k: int,
+    entropy: bool,
+) -> Top:
     n = hidden.shape[0]
     return Top(
         ids=result(hidden, (n, k), dtype=torch.int32),

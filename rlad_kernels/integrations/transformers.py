@@ -14,17 +14,26 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from rlad_kernels.core.check import integers
 from rlad_kernels.core.head import LMHead
 from rlad_kernels.core.probe import unwrapped
+from rlad_kernels.core.reduction import Reduction
 from rlad_kernels.integrations.backbone import add_loss, drop_loss, head_of, without_logits
 from rlad_kernels.integrations.wiring import check_head, check_plain_head
-from rlad_kernels.losses.cross_entropy import linear_cross_entropy_loss
+from rlad_kernels.linear.loss import linear_loss
+from rlad_kernels.losses.cross_entropy import CrossEntropy
 
 NAME = "use_rlad_loss"
+LOSS = CrossEntropy()
 
 
 def causal_lm_loss(
-    hidden: Tensor, head: LMHead, labels: Tensor | None = None, *, shift_labels: Tensor | None = None,
-    num_items_in_batch: Tensor | int | None = None, ignore_index: int = -100, filter_eps: float = 0.0,
-) -> Tensor:  # fmt: skip
+    hidden: Tensor,
+    head: LMHead,
+    labels: Tensor | None = None,
+    *,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    filter_eps: float = 0.0,
+) -> Tensor:
     """Next-token cross-entropy −Σ log π(y)/n of transformers' ``ForCausalLMLoss``, from hidden states ``(B, T, D)``; 3 products.
 
     Args:
@@ -50,7 +59,8 @@ def causal_lm_loss(
         n = torch.as_tensor(n, device=hidden.device)
         n = n.masked_fill((n == 0) & ~keep.any(), 1)
     target = torch.where(keep, target, 0)
-    return linear_cross_entropy_loss(hidden, head, target, mask=keep, denominator=n, filter_eps=filter_eps).loss
+    reduction = Reduction("token-mean", denominator=n)
+    return linear_loss(hidden, head, target, LOSS, mask=keep, reduction=reduction, filter_eps=filter_eps).loss
 
 
 class _Use:
@@ -112,14 +122,24 @@ def _train_forward(model: Any, forward: Callable[..., Any], given: Mapping[str, 
     head = head_of(model)
 
     def loss(
-        hidden: Tensor, labels: Tensor | None = None, vocab_size: int | None = None, num_items_in_batch: Tensor | int | None = None,
-        ignore_index: int = -100, shift_labels: Tensor | None = None, **_: Any,
-    ) -> Tensor:  # fmt: skip
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
         check_head(NAME, hidden, head.weight)
         return causal_lm_loss(
-            hidden, head, labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch, ignore_index=ignore_index,
+            hidden,
+            head,
+            labels,
+            shift_labels=shift_labels,
+            num_items_in_batch=num_items_in_batch,
+            ignore_index=ignore_index,
             filter_eps=filter_eps,
-        )  # fmt: skip
+        )
 
     labels = given.get("labels")
     labels = given.get("shift_labels") if labels is None else labels  # without labels the forward would not ask for a loss

@@ -16,13 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlad_kernels.core.check import check_floats, token_rows
 from rlad_kernels.core.head import LMHead
 from rlad_kernels.core.reduction import keep_mask
+from rlad_kernels.core.types import TokenScores
 from rlad_kernels.engine.call import flat_rows
 from rlad_kernels.integrations.wiring import check_head
 from rlad_kernels.linear.logp import score
-from rlad_kernels.losses.ratio.sampled import accumulated
-from rlad_kernels.losses.ratio.surrogate import check_ratio_options, per_token, ratio_loss_tokens, times
+from rlad_kernels.losses.ratio.grpo import GRPO
+from rlad_kernels.losses.ratio.sampled import ClippedLoss
+from rlad_kernels.losses.ratio.slopes import times
+from rlad_kernels.losses.ratio.surrogate import NO_CLIP
+from rlad_kernels.losses.ratio.trrd import TRRD
 
 SERIES = "0.9."
 _OURS = {"old_log_prob": "old_logp", "old_log_probs": "old_logp", "teacher_logprobs": "teacher_logp"}  # verl's names
@@ -51,26 +56,31 @@ class FusedLinearForPPO(nn.Module):
 
 
 def _tokens(
-    name: str, log_prob: Tensor, mask: Tensor, given: dict[str, Tensor], weights: Tensor | None = None, **options: Any
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Clipped-ratio token losses ``(B, T)`` times ``weights``, 0 where masked, whatever sits there; and their metrics as means.
+    name: str, loss: ClippedLoss, log_prob: Tensor, mask: Tensor, given: dict[str, Tensor], weights: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Token losses ``(B, T)`` times ``weights``, 0 where masked, whatever sits there; and the loss's metrics as means.
 
     ``clip_frac`` is of what the weights leave aside, as verl's is.
     """
-    logp = accumulated(name, log_prob, "log_prob")
+    check_floats(name, "log_prob", log_prob)
+    logp = log_prob if log_prob.dtype == torch.float64 else log_prob.float()
     keep = keep_mask(name, mask, logp, "response_mask")
-    rows = {_OURS.get(k, k): torch.where(keep, per_token(name, k, x, logp), 0).flatten() for k, x in given.items()}
-    advantages = rows.pop("advantages")
-    weighted = advantages
+
+    def flat(argument: str, x: Tensor) -> Tensor:
+        x = token_rows(name, argument, x, logp, spread=argument == "advantages").to(logp.dtype)
+        return torch.where(keep, x, 0).flatten()
+
+    rows = {_OURS.get(k, k): flat(k, x) for k, x in given.items()}
+    advantages = rows["advantages"]
     if weights is not None:  # on the advantage, where a weight of 0 takes a ratio of inf with it
-        w = torch.where(keep, per_token(name, "rollout_is_weights", weights, logp), 0).flatten()
-        weighted = times(advantages, torch.ops.rlad.checked(w, "weight", f"{name}: rollout_is_weights"))
-    loss, found = ratio_loss_tokens(torch.where(keep, logp, 0).flatten(), advantages=weighted, **rows, **options)
-    r = found["ratio_mean"]
-    clipped = ((r < 1 - options["clip_low"]) & (advantages < 0)) | ((r > 1 + options["clip_high"]) & (advantages > 0))
+        w = torch.ops.rlad.checked(flat("rollout_is_weights", weights), "weight", f"{name}: rollout_is_weights")
+        rows["advantages"] = times(advantages, w)
+    token, found = loss.tokens(TokenScores(logp=torch.where(keep, logp, 0).flatten()), **rows)
+    r, (low, high) = found["ratio_mean"], loss.clip or NO_CLIP
+    clipped = ((r < 1 - low) & (advantages < 0)) | ((r > 1 + high) & (advantages > 0))
     found, kept = {**found, "clip_frac": clipped.to(r.dtype)}, keep.flatten()
     means = {k: torch.where(kept, x, 0).sum() / kept.sum().clamp_min(1) for k, x in found.items() if k != "ratio_max"}
-    return torch.where(keep, loss.view_as(logp), 0), means
+    return torch.where(keep, token.view_as(logp), 0), means
 
 
 def _clip(config: Any) -> tuple[float, float]:
@@ -79,18 +89,20 @@ def _clip(config: Any) -> tuple[float, float]:
 
 
 def rlad_grpo(
-    old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor, loss_agg_mode: str = "token-mean",
-    config: Any = None, rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
     """verl's ``vanilla`` with dual clip on our kernels; without its clamp of s − o to ±20. All tensors ``(B, T)``."""
     from verl.trainer.ppo.core_algos import agg_loss
 
-    low, high = _clip(config)
-    dual = config.get("clip_ratio_c", 3.0)
-    check_ratio_options("rlad_grpo", 1.0, (low, high), None, dual, None, 0.0, "k3")
+    grpo = GRPO(clip=_clip(config), dual_clip=config.get("clip_ratio_c", 3.0))
     given = {"old_log_prob": old_log_prob, "advantages": advantages}
-    clip = {"clip_low": low, "clip_high": high, "dual_clip": dual}
-    loss, means = _tokens("rlad_grpo", log_prob, response_mask, given, rollout_is_weights, **clip)
+    loss, means = _tokens("rlad_grpo", grpo, log_prob, response_mask, given, rollout_is_weights)
     metrics = {"pg_clipfrac": means["clip_frac"], "ppo_kl": -means["kl_old"]}
     total = agg_loss(loss_mat=loss, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info)
     return total, {f"actor/{k}": x.item() for k, x in metrics.items()}
@@ -108,9 +120,7 @@ def rlad_trrd(config: Any, distillation_config: Any, model_output: dict[str, Ten
                 f"set {name}={'null' if wanted is None else 'false'}"
             )
     alpha, clamp = float(os.environ.get("RLAD_TRRD_ALPHA", "0.5")), os.environ.get("RLAD_TRRD_CLAMP")
-    teacher_clamp = float(clamp) if clamp else None
-    low, high = _clip(config)
-    check_ratio_options("rlad_trrd", alpha, (low, high), teacher_clamp, None, None, 0.0, "k3")
+    trrd = TRRD(alpha=alpha, teacher_clamp=float(clamp) if clamp else None, clip=_clip(config))
 
     def padded(x: Tensor) -> Tensor:
         return x.to_padded_tensor(0) if x.is_nested else x
@@ -122,8 +132,7 @@ def rlad_trrd(config: Any, distillation_config: Any, model_output: dict[str, Ten
         "teacher_logprobs": teacher.squeeze(-1) if teacher.dim() == 3 else teacher,
     }
     log_prob = no_padding_2_padding(model_output["log_probs"], data)
-    more = {"alpha": alpha, "clip_low": low, "clip_high": high, "teacher_clamp": teacher_clamp}
-    loss, means = _tokens("rlad_trrd", log_prob, padded(data["response_mask"]), given, **more)
+    loss, means = _tokens("rlad_trrd", trrd, log_prob, padded(data["response_mask"]), given)
     return loss, {f"distillation/{k}": x.item() for k, x in means.items() if k != "clip_frac"}
 
 

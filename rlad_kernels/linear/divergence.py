@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.check import is_number
+from rlad_kernels.core.check import is_number, needed_grad, token_rows
+from rlad_kernels.core.divergence import Divergence
 from rlad_kernels.core.dtypes import acc_dtype
 from rlad_kernels.core.head import LMHead
 from rlad_kernels.core.modes import numbers
-from rlad_kernels.core.reduction import keep_mask, token_weights
+from rlad_kernels.core.reduction import Reduction, keep_mask, token_weights
 from rlad_kernels.core.types import LossOutput
 from rlad_kernels.engine.call import Call, check_states, flat_call
-from rlad_kernels.engine.divergence import OnChunk, divergence_loss_op, divergence_op, flat_teachers, run
-from rlad_kernels.engine.loss import FusedLoss
-from rlad_kernels.losses.divergence_kinds import DIVERGENCES, parameters
-from rlad_kernels.losses.ratio.surrogate import per_token
+from rlad_kernels.engine.divergence import divergence_loss_op, divergence_op, flat_teachers, run
+from rlad_kernels.engine.loss import Fused, FusedLoss
 
 Heads = LMHead | Sequence[LMHead]
-
-
 Tensors = Tensor | Sequence[Tensor]
-
-
 Weights = Sequence[float | Tensor] | None
 
 
@@ -73,12 +68,12 @@ def _weights(name: str, like: Tensor, teachers: int, teacher_weights: Weights, w
         raise ValueError(f"{name}: teacher_weights must have one entry a teacher, {teachers}, got {got}")
     if not (is_number(scale) and -math.inf < scale < math.inf):
         raise ValueError(f"{name}: scale must be finite, got {scale!r}")
-    factor = scale if weights is None else scale * per_token(name, "weights", weights, like)
+    factor = scale if weights is None else scale * token_rows(name, "weights", weights, like).to(like.dtype)
     for w in teacher_weights:
         if not isinstance(w, Tensor) and not is_number(w):
             raise ValueError(f"{name}: teacher_weights must hold floats or tensors {tuple(like.shape)}, got {w!r}")
     tensors = (w if isinstance(w, Tensor) else torch.ones_like(like) * w for w in teacher_weights)
-    return torch.stack([(per_token(name, "teacher_weights", w, like) * factor).reshape(-1) for w in tensors])
+    return torch.stack([(token_rows(name, "teacher_weights", w, like).to(like.dtype) * factor).reshape(-1) for w in tensors])
 
 
 def _prepare(
@@ -98,27 +93,10 @@ def _prepare(
 
 
 def linear_divergence(
-    hidden: Tensor, head: LMHead, teacher_hidden: Tensors, teacher_head: Heads, *, divergence: str = "forward_kl",
-    alpha: float | None = None, beta: float | None = None, lam: float | None = None, mu: float | None = None,
-    tau: float | None = None, teacher_weights: Weights = None, scale: float = 1.0, mask: Tensor | None = None,
+    hidden: Tensor, head: LMHead, teacher_hidden: Tensors, teacher_head: Heads, divergence: Divergence, *,
+    teacher_weights: Weights = None, scale: float = 1.0, mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """scale·D(p, q) over the whole vocabulary for every token, p the teacher's distribution and q the student's, without logits.
-
-    Divergences (w = log p − log q; where a parameter is named, its default):
-
-    - ``forward_kl`` Σp·w; ``reverse_kl`` −Σq·w; ``jeffreys`` their mean;
-    - ``jsd``: β·KL(p‖m) + (1−β)·KL(q‖m), m = βp + (1−β)q, beta=0.5 (GKD, arXiv 2306.13649). The formula tends to 0 at the ends;
-      as in TRL and Liger, beta=0 is forward_kl and beta=1 reverse_kl;
-    - ``skew_kl`` KL(p‖λp + (1−λ)q), ``skew_rkl`` KL(q‖(1−λ)p + λq), lam=0.1 (DistiLLM, arXiv 2402.03898);
-    - ``alpha_beta``: −Σ[p^α q^β − α/(α+β)·p^(α+β) − β/(α+β)·q^(α+β)]/(αβ) and its limits at α, β, α+β = 0, alpha=0.2, beta=0.7
-      (ABKD, arXiv 2505.04560); ``alpha``: the same with β = 1−α, alpha=0.5;
-    - ``power``: Σp[(p/q)^λ − 1]/(λ(λ+1)), lam=2/3 (Cressie and Read); λ→0 is forward_kl, λ→−1 reverse_kl;
-    - ``hellinger`` 1 − Σ√(pq); ``total_variation`` ½Σ|p − q|, gradient 0 where p = q;
-    - ``todi``: Σ[σ·p·w − (1−σ)·q·w], σ = sigmoid(βw) held constant, beta=1 (ToDi, arXiv 2505.16297);
-    - ``akl``: forward_kl and reverse_kl weighted by Σ|p − q| over the teacher's head (mass mu=0.5, ties with its last token
-      included) and tail, held constant (AKL, arXiv 2404.02657); sorts the vocabulary of each token;
-    - ``taid``: forward_kl to softmax((1−τ)·z_student + τ·z_teacher) held constant; tau in [0, 1] must be given (TAID, arXiv
-      2501.16937).
 
     Args:
         hidden: ``(…, D)``, the student's, in its head's dtype (or under autocast).
@@ -127,8 +105,8 @@ def linear_divergence(
             teachers: a sequence. A teacher never receives gradient.
         teacher_head: :class:`LMHead` of the teacher, with its own temperature, softcap, scale and bias; or a sequence. Both sides
             must have the same ``vocab_size``; weights may be padded differently.
-        divergence: a name from the list.
-        alpha, beta, lam, mu, tau: the divergence's parameters.
+        divergence: one of ``rk.losses``: ForwardKL, ReverseKL, Jeffreys, JSD, SkewKL, SkewRKL, AlphaBeta, AlphaDivergence,
+            PowerDivergence, Hellinger, TotalVariation, ToDi, AKL, TAID; or your own :class:`Divergence`.
         teacher_weights: Σ_i w_i·D(p_i, q): a float or a tensor ``(…)`` for each teacher, needed with several. On CPU a teacher
             costs nothing in chunks of tokens where all its weights are 0: sort tokens by teacher.
         scale: factor on value and gradient (T² where a method asks for it).
@@ -140,46 +118,50 @@ def linear_divergence(
         three in all. :func:`linear_divergence_loss` needs four in all. Equal logits give exactly 0. A column that is −inf on both
         sides counts 0.
 
-        A token is inf where its divergence is, or is too large for float32: ``forward_kl`` where q = 0 < p (a column forbidden to
-        the student alone), ``reverse_kl`` where p = 0 < q, ``jeffreys``, ``todi`` and ``akl`` either way, ``jsd``, the skew KLs and
-        ``taid`` where their parameter makes them one of these (``taid`` also where no column has mass on both sides),
-        ``alpha_beta``, ``alpha`` and ``power`` with a negative exponent, or at α = 0 or β = 0. An infinite token's gradient is the
-        limit where that is finite (``forward_kl``: q − p), else exactly 0; never NaN, and it touches no other token's.
+        A token is inf where its divergence is, or is too large for float32: the forward KL where q = 0 < p (a column forbidden to
+        the student alone), the reverse KL where p = 0 < q, Jeffreys, ToDi and AKL either way, JSD, the skew KLs and TAID where
+        their parameter makes them one of these (TAID also where no column has mass on both sides), the α and power families with
+        a negative exponent, or at α = 0 or β = 0. An infinite token's gradient is the limit where that is finite (forward KL:
+        q − p), else exactly 0; never NaN, and it touches no other token's.
 
     Raises:
         ValueError: naming the argument, what came and what was wanted.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> student, teacher = rk.LMHead(torch.zeros(2, 1)), rk.LMHead(torch.tensor([[0.0], [1.0]]))
+        >>> rk.linear_divergence(torch.ones(1, 1), student, torch.ones(1, 1), teacher, rk.losses.ForwardKL())
+        tensor([0.1109])
     """
     name = "linear_divergence"
-    if not isinstance(divergence, str):
-        names = [*DIVERGENCES]
-        raise ValueError(f"{name}: divergence must be one of {names} (linear_divergence_loss takes callables), got {divergence!r}")
-    values = parameters(name, divergence, {"alpha": alpha, "beta": beta, "lam": lam, "mu": mu, "tau": tau})
+    check_divergence(name, divergence)
     ready = _prepare(name, hidden, head, teacher_hidden, teacher_head, teacher_weights, None, scale, mask)
-    need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in ready.student[:3]]
-    ahead = need == [True, False, False]
+    ahead = needed_grad(*ready.student[:3]) == (True, False, False)
     value, _ = divergence_op(
-        *ready.student[:3], ready.keep, *ready.student[3:], *flat_teachers(ready.teachers), ready.weights, divergence,
-        numbers(*values), ahead, name,
+        *ready.student[:3], ready.keep, *ready.student[3:], *flat_teachers(ready.teachers), ready.weights, divergence.key,
+        numbers(*divergence.numbers), ahead, name,
     )  # fmt: skip
     return value.view(hidden.shape[:-1])
 
 
+def check_divergence(name: str, divergence: Any) -> None:
+    """Raise a ValueError unless this is a :class:`Divergence`."""
+    if not isinstance(divergence, Divergence):
+        raise ValueError(f"{name}: divergence must be a Divergence (rk.losses.ForwardKL(), rk.losses.JSD(0.5)), got {divergence!r}")
+
+
 def linear_divergence_loss(
-    hidden: Tensor, head: LMHead, teacher_hidden: Tensors, teacher_head: Heads, *, divergence: str | OnChunk = "forward_kl",
-    alpha: float | None = None, beta: float | None = None, lam: float | None = None, mu: float | None = None,
-    tau: float | None = None, teacher_weights: Weights = None, weights: Tensor | None = None, scale: float = 1.0,
-    mask: Tensor | None = None, reduction: str = "token-mean", seq_ids: Tensor | None = None,
-    denominator: float | Tensor | None = None,
+    hidden: Tensor, head: LMHead, teacher_hidden: Tensors, teacher_head: Heads, divergence: Divergence, *,
+    teacher_weights: Weights = None, weights: Tensor | None = None, scale: float = 1.0, mask: Tensor | None = None,
+    reduction: str | Reduction = "token-mean",
 ) -> LossOutput:  # fmt: skip
     """:func:`linear_divergence` reduced to a loss whose gradient is finished in the same sweep: four products in all, not six.
 
     Args:
-        hidden, head, teacher_hidden, teacher_head, alpha, beta, lam, mu, tau, teacher_weights, scale, mask: as in
-            :func:`linear_divergence`.
-        divergence: a name; or ``f(student_logp, teacher_logp) -> (C,)``, your own in differentiable PyTorch on log-probs ``(C, V)``
-            of a chunk of tokens, slower and with the memory of its temporaries.
+        hidden, head, teacher_hidden, teacher_head, divergence, teacher_weights, scale, mask: as in :func:`linear_divergence`; the
+            divergence may be your own.
         weights: ``(…)`` factor on each token's loss, without gradient; tokens of weight 0 are not computed, but count in the means.
-        reduction, seq_ids, denominator: as in :func:`grpo_loss`.
+        reduction: a name, or :class:`Reduction`.
 
     Returns:
         LossOutput. ``loss.backward()`` can run once. With grad disabled the call costs two products and allocates no gradient; a
@@ -188,36 +170,36 @@ def linear_divergence_loss(
 
     Raises:
         ValueError: naming the argument, what came and what was wanted.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> hidden, head = torch.ones(1, 1, requires_grad=True), rk.LMHead(torch.zeros(2, 1))
+        >>> teacher = rk.LMHead(torch.tensor([[0.0], [1.0]]))
+        >>> rk.linear_divergence_loss(hidden, head, torch.ones(1, 1), teacher, rk.losses.JSD(0.5)).loss.backward()
     """
     name = "linear_divergence_loss"
-    given = {"alpha": alpha, "beta": beta, "lam": lam, "mu": mu, "tau": tau}
-    values: list[float] = []
-    if isinstance(divergence, str) or not callable(divergence):
-        values = parameters(name, divergence, given)
-    elif any(x is not None for x in given.values()):
-        raise ValueError(f"{name}: alpha, beta, lam, mu and tau belong to a named divergence, got a callable")
+    check_divergence(name, divergence)
     ready = _prepare(name, hidden, head, teacher_hidden, teacher_head, teacher_weights, weights, scale, mask)
     shape = hidden.shape[:-1]
-    row_weight = token_weights(name, ready.mask, reduction, seq_ids, denominator, ready.weights.dtype).reshape(-1)
-    need = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in ready.student[:3])
+    chosen = Reduction.of(name, reduction, "token-mean")
+    row_weight = token_weights(name, ready.mask, chosen, ready.weights.dtype).reshape(-1)
     student, teachers = ready.student, ready.teachers
-    if isinstance(divergence, str) and torch.compiler.is_compiling():
+    need = needed_grad(*student[:3])
+    if torch.compiler.is_compiling():
         loss, token, *_ = divergence_loss_op(
-            *student[:3], ready.keep, *student[3:], *flat_teachers(teachers), ready.weights, divergence, numbers(*values),
-            row_weight, *need, name,
+            *student[:3], ready.keep, *student[3:], *flat_teachers(teachers), ready.weights, divergence.key,
+            numbers(*divergence.numbers), row_weight, *need, name,
         )  # fmt: skip
         return _output(loss, token.detach().view(shape), ready.mask)
 
-    kind = DIVERGENCES[divergence].kind(*values) if isinstance(divergence, str) else divergence
-
-    def sweep(h: Tensor, w: Tensor, b: Tensor | None, need: tuple[bool, bool, bool]):
+    def sweep(h: Tensor, w: Tensor, b: Tensor | None, need: tuple[bool, bool, bool]) -> Fused:
         call = student._replace(hidden=h, weight=w, bias=b)
-        return run(name, call, teachers, ready.weights, kind, ready.keep, row_weight, need)
+        return run(name, call, teachers, ready.weights, divergence, ready.keep, row_weight, need)
 
     if any(need):
         loss, token, *_ = FusedLoss.apply(*student[:3], name, sweep)
     else:
-        loss, token, *_ = sweep(*student[:3], (False, False, False))
+        loss, token, *_ = sweep(*student[:3], need)
     return _output(loss, token.view(shape), ready.mask)
 
 

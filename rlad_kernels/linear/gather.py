@@ -25,6 +25,12 @@ def linear_gather(hidden: Tensor, head: LMHead, ids: Tensor, *, mask: Tensor | N
 
     Raises:
         ValueError: naming the argument, what came and what was wanted.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> head = rk.LMHead(torch.tensor([[1.0], [2.0], [3.0]]))
+        >>> rk.linear_gather(torch.ones(1, 1), head, torch.tensor([[2, 0, -1]]))
+        tensor([[3., 1., -inf]])
     """
     return gather("linear_gather", hidden, head, ids, mask=mask)
 

@@ -17,9 +17,17 @@ EXTRAS = ("mean_logits", "is_top1", "log_sum_sq_probs")
 
 
 def linear_logp(
-    hidden: Tensor, head: LMHead, target: Tensor, *, topk_ids: Tensor | None = None, entropy: bool = False, tail: bool = False,
-    extras: Iterable[str] = (), mask: Tensor | None = None, filter_eps: float = 0.0,
-) -> TokenScores:  # fmt: skip
+    hidden: Tensor,
+    head: LMHead,
+    target: Tensor,
+    *,
+    topk_ids: Tensor | None = None,
+    entropy: bool = False,
+    tail: bool = False,
+    extras: Iterable[str] = (),
+    mask: Tensor | None = None,
+    filter_eps: float = 0.0,
+) -> TokenScores:
     """log π(y) = z_y − logsumexp(z) for every token, and what else one sweep gives, without N×V logits.
 
     Args:
@@ -44,19 +52,44 @@ def linear_logp(
     Raises:
         ValueError: naming the argument, what came and what was wanted. On CUDA an id out of range gives a NaN row instead,
             or raises under ``set_checks(True)``.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> hidden, head = torch.zeros(2, 8, requires_grad=True), rk.LMHead(torch.ones(4, 8))
+        >>> scores = rk.linear_logp(hidden, head, torch.tensor([0, 3]), entropy=True)
+        >>> scores.logp
+        tensor([-1.3863, -1.3863], grad_fn=<ViewBackward0>)
+        >>> scores.logp.sum().backward()
     """
     extras = (extras,) if isinstance(extras, str) else tuple(extras)
     return score(
-        "linear_logp", hidden, head, target, topk_ids=topk_ids, entropy=entropy, tail=tail, extras=extras, mask=mask,
+        "linear_logp",
+        hidden,
+        head,
+        target,
+        topk_ids=topk_ids,
+        entropy=entropy,
+        tail=tail,
+        extras=extras,
+        mask=mask,
         filter_eps=filter_eps,
-    )  # fmt: skip
+    )
 
 
 def score(
-    name: str, hidden: Tensor, head: LMHead, target: Tensor, *, topk_ids: Tensor | None = None, entropy: bool = False,
-    tail: bool = False, extras: tuple[str, ...] = (), mask: Tensor | None = None, filter_eps: float = 0.0,
+    name: str,
+    hidden: Tensor,
+    head: LMHead,
+    target: Tensor,
+    *,
+    topk_ids: Tensor | None = None,
+    entropy: bool = False,
+    tail: bool = False,
+    extras: tuple[str, ...] = (),
+    mask: Tensor | None = None,
+    filter_eps: float = 0.0,
     ids_name: str = "topk_ids",
-) -> TokenScores:  # fmt: skip
+) -> TokenScores:
     """:func:`linear_logp` for a public function ``name``, whose argument ``ids_name`` holds the ids."""
     call = flat_call(name, hidden, head)
     shape = target_shape(name, hidden, target)
@@ -80,6 +113,10 @@ def score(
     if eps:
         found["dropped_mass"] = out.dropped.detach().view(shape)
     return TokenScores(
-        out.logp.view(shape), out.lse.view(shape), out.entropy.view(shape) if entropy else None,
-        None if ids is None else out.topk_logp.view(*shape, ids.shape[1]), out.tail_logp.view(shape) if tail else None, found,
-    )  # fmt: skip
+        out.logp.view(shape),
+        out.lse.view(shape),
+        out.entropy.view(shape) if entropy else None,
+        None if ids is None else out.topk_logp.view(*shape, ids.shape[1]),
+        out.tail_logp.view(shape) if tail else None,
+        found,
+    )

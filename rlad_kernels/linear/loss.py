@@ -1,116 +1,132 @@
-"""A token-level loss inside the sweep: three matrix products for forward and backward."""
+"""A token-level loss from hidden states, inside the sweep: three matrix products for forward and backward."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
-from rlad_kernels.core.check import check_eps, check_k
+from rlad_kernels.core.check import check_eps, check_k, needed_grad
+from rlad_kernels.core.dtypes import acc_dtype
 from rlad_kernels.core.head import LMHead
-from rlad_kernels.core.metrics import METRICS
 from rlad_kernels.core.modes import numbers
-from rlad_kernels.core.reduction import keep_mask, token_weights
-from rlad_kernels.core.registry import TOKEN_LOSSES
-from rlad_kernels.core.types import LossOutput
-from rlad_kernels.engine.call import Call, flat, flat_call, flat_rows, maybe_rows, target_shape
-from rlad_kernels.engine.loss import Fused, FusedLoss, TokenLoss, _made, _no_tokens, loss_op, run
+from rlad_kernels.core.reduction import Reduction, keep_mask
+from rlad_kernels.core.token_loss import Tensors, TokenLoss
+from rlad_kernels.core.types import LossOutput, TokenScores
+from rlad_kernels.engine.call import Call, flat_call, flat_rows, target_shape
+from rlad_kernels.engine.loss import Fused, FusedLoss, flattened, loss_op, made_metrics, metric_names, run
 from rlad_kernels.engine.rows import IGNORE
+from rlad_kernels.linear.gather import gather
+from rlad_kernels.linear.logp import score
 
 
-def fused_linear_loss(
-    hidden: Tensor, head: LMHead, target: Tensor, token_loss: TokenLoss, *, inputs: Mapping[str, Any], mask: Tensor | None = None,
-    topk_ids: Tensor | None = None, filter_eps: float = 0.0, reduction: str = "token-mean", seq_ids: Tensor | None = None,
-    denominator: float | Tensor | None = None,
-) -> LossOutput:  # fmt: skip
-    """Σ weight·token_loss(scores, **inputs) with gradients from the same sweep: three matrix products instead of four.
+def linear_loss(
+    hidden: Tensor,
+    head: LMHead,
+    target: Tensor,
+    loss: TokenLoss,
+    *,
+    mask: Tensor | None = None,
+    reduction: str | Reduction | None = None,
+    filter_eps: float = 0.0,
+    **tensors: Any,
+) -> LossOutput:
+    """Σ weight·loss(scores of the token), from hidden states, with gradients from the same sweep: ``loss.products`` products.
 
     Args:
-        hidden, head, target, topk_ids, mask: as in :func:`linear_logp`.
-        token_loss: ``token_loss(scores: TokenScores, **inputs) -> (…,)`` or ``((…,), metrics)``: pure, row-wise, unreduced,
-            differentiable PyTorch on flat tokens. ``scores`` has logp, lse, entropy, and with ``topk_ids`` topk_logp and tail_logp.
-            A loss that needs other rows (a sequence-level ratio) belongs to :func:`linear_logp`.
-        inputs: what ``token_loss`` needs. Tensors have the target's leading shape and are cut with the rows; 0-dim tensors
-            and everything else pass through.
+        hidden: ``(…, D)`` float32, bfloat16 or float16 (float64 on CPU), the head's dtype (or under autocast).
+        head: :class:`LMHead`.
+        target: ``(…)`` ints; −100 is masked.
+        loss: a method of :mod:`rlad_kernels.losses`, ``METHODS[name].loss``, or your own :class:`TokenLoss`.
+        mask: bool or 0/1 ``(…)``; masked rows are never computed and exactly 0 in gradients.
+        reduction: a name, or :class:`Reduction`; None is the loss's own.
         filter_eps: as in :func:`linear_logp`; metrics then also have dropped_mass_mean and dropped_mass_max.
-        reduction, seq_ids, denominator: as in :func:`grpo_loss`.
+        tensors: what the loss needs and takes, by name, as in ``loss(scores, **tensors)``; ``teacher`` (a :class:`TopK`) brings
+            the support on which the student's log-probs are read.
 
     Returns:
         LossOutput. ``loss.backward()`` can run once. With grad disabled the call costs one product and allocates no gradient.
-        Metrics: those of ``token_loss`` and ``rows_skipped``, the fraction of kept rows that had no gradient and were skipped.
+        Metrics: those of the loss, ``entropy``, and ``rows_skipped``, the fraction of kept rows that had no gradient and were
+        skipped. A loss whose ``rowwise`` is False runs on :func:`linear_logp` instead, and has no metrics of the sweep itself;
+        one that reads support logits alone on :func:`linear_gather`, which does not tell the entropy either.
 
     Raises:
         ValueError: naming the argument, what came and what was wanted.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> hidden, head, target = torch.zeros(2, 8, requires_grad=True), rk.LMHead(torch.ones(4, 8)), torch.tensor([0, 3])
+        >>> out = rk.linear_loss(hidden, head, target, rk.losses.CrossEntropy())
+        >>> out.loss
+        tensor(1.3863, grad_fn=<FusedLossBackward>)
     """
-    return fuse(
-        "fused_linear_loss", hidden, head, target, token_loss, inputs=inputs, mask=mask, topk_ids=topk_ids, filter_eps=filter_eps,
-        reduction=reduction, seq_ids=seq_ids, denominator=denominator,
-    )  # fmt: skip
-
-
-def fuse(
-    name: str, hidden: Tensor, head: LMHead, target: Tensor, token_loss: TokenLoss, *, inputs: Mapping[str, Any],
-    mask: Tensor | None, topk_ids: Tensor | None, filter_eps: float, reduction: str, seq_ids: Tensor | None,
-    denominator: float | Tensor | None,
-) -> LossOutput:  # fmt: skip
-    """:func:`fused_linear_loss` for a public function ``name``."""
+    name = "linear_loss"
+    if not isinstance(loss, TokenLoss):
+        raise ValueError(f"{name}: loss must be a TokenLoss (rk.losses.GRPO(), METHODS['grpo'].loss, your own), got {loss!r}")
     call = flat_call(name, hidden, head)
     shape = target_shape(name, hidden, target)
     check_eps(name, filter_eps)
-    if not callable(token_loss):
-        raise ValueError(f"{name}: token_loss must be a function of (scores, **inputs), got {token_loss!r}")
-    if not isinstance(inputs, Mapping):
-        raise ValueError(f"{name}: inputs must be a dict of token_loss's arguments, got {type(inputs).__name__}")
-    if not getattr(token_loss, "rowwise", True):
-        raise ValueError(f"{name}: token_loss needs other rows (a sequence-level loss); compute it from linear_logp instead")
-    ids = maybe_rows(name, "topk_ids", topk_ids, shape, hidden.device, ids=True, extra=1)
-    if ids is not None:
-        check_k(name, ids.shape[1], call.vocab_size, "topk_ids (…, K)")
     flat_target = flat_rows(name, "target", target, shape, hidden.device, ids=True)
-    keep = keep_mask(name, mask, target).reshape(-1) & (flat_target != IGNORE)
-    acc = torch.float64 if call.hidden.dtype == torch.float64 else torch.float32
-    weights = token_weights(name, keep.view(shape), reduction, seq_ids, denominator, acc).reshape(-1)
-
-    def cut(x: Tensor) -> Tensor:
-        if x.dim() and x.shape[: len(shape)] != shape:
-            raise ValueError(f"{name}: inputs hold a tensor of shape {tuple(x.shape)}, wanted leading shape {tuple(shape)}")
-        return flat(x, len(shape)) if x.dim() or not shape else x.detach()  # of a single token, 0-dim tensors are its own
-
-    given = tree_map_only(Tensor, cut, dict(inputs))
-    need = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in call[:3])
-    args = (flat_target, ids, keep, weights)
-    registered = next((k for k, f in TOKEN_LOSSES.items() if f is token_loss), None)
-    if registered is not None and torch.compiler.is_compiling():
-        return _compiled(name, call, *args, registered, given, filter_eps, need, shape)
+    keep = keep_mask(name, mask, target) & (flat_target.view(shape) != IGNORE)
+    if "target" in loss.needs:
+        tensors = {**tensors, "target": target}
+    like = torch.empty(shape, dtype=acc_dtype(call.hidden.dtype), device=hidden.device)
+    _, given, weights = loss.arrange(like, keep, reduction, tensors)
+    support = tensors.get("teacher")
+    if support is None and "topk_logp" in loss.read():
+        raise ValueError(f"{loss.name}: teacher is None, wanted a TopK, on whose ids topk_logp is read")
+    if support is not None:
+        check_k(name, support.ids.shape[-1], call.vocab_size, "teacher.ids (…, K)")
+    if loss.products == 0:
+        z = gather(name, hidden, head, tensors["teacher"].ids, mask=keep, ids_name="teacher.ids")
+        return loss(TokenScores(topk_logp=z), mask=keep, reduction=reduction, **tensors)
+    if not loss.rowwise:
+        topk = support.ids if support is not None and "topk_logp" in loss.read() else None
+        scores = score(
+            name,
+            hidden,
+            head,
+            target,
+            topk_ids=topk,
+            entropy=True,
+            tail=topk is not None,
+            mask=keep,
+            filter_eps=filter_eps,
+            ids_name="teacher.ids",
+        )
+        return loss(scores, mask=keep, reduction=reduction, **tensors)
+    need = needed_grad(*call[:3])
+    args = (flat_target, keep.reshape(-1), weights.reshape(-1))
+    if torch.compiler.is_compiling():
+        return _compiled(name, call, *args, loss, given, filter_eps, need, shape)
     if any(need):
 
         def sweep(h: Tensor, w: Tensor, b: Tensor | None, need: tuple[bool, bool, bool]) -> Fused:
-            return run(name, call._replace(hidden=h, weight=w, bias=b), *args, token_loss, given, filter_eps, need)
+            return run(name, call._replace(hidden=h, weight=w, bias=b), *args, loss, given, filter_eps, need)
 
-        loss, token, keys, *values = FusedLoss.apply(*call[:3], name, sweep)
-    else:
-        out = run(name, call, *args, token_loss, given, 0.0, (False, False, False))
-        loss, token, keys, values = out.loss, out.token_loss, tuple(out.metrics), list(out.metrics.values())
-    return LossOutput(loss, token.view(shape), dict(zip(keys, values, strict=True)))
+        total, token, keys, *values = FusedLoss.apply(*call[:3], name, sweep)
+        return LossOutput(total, token.view(shape), dict(zip(keys, values, strict=True)))
+    out = run(name, call, *args, loss, given, 0.0, need)
+    return LossOutput(out.loss, out.token_loss.view(shape), out.metrics)
 
 
 def _compiled(
-    name: str, call: Call, target: Tensor, ids: Tensor | None, keep: Tensor, weights: Tensor, loss: str, inputs: Mapping[str, Any],
-    filter_eps: float, need: tuple[bool, ...], shape: torch.Size,
-) -> LossOutput:  # fmt: skip
+    name: str,
+    call: Call,
+    target: Tensor,
+    keep: Tensor,
+    weights: Tensor,
+    loss: TokenLoss,
+    tensors: Tensors,
+    filter_eps: float,
+    need: tuple[bool, bool, bool],
+    shape: torch.Size,
+) -> LossOutput:
     """The same call as one op; which metrics exist is found by tracing the loss on no tokens."""
-    tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
-    values = {k: v for k, v in inputs.items() if isinstance(v, int | float)}
-    words = {k: v for k, v in inputs.items() if isinstance(v, str)}
-    names = [*tensors, *values, *words]
+    names, values = flattened(tensors)
+    keys = [*metric_names(loss, weights, tensors), *made_metrics(any(need), filter_eps)]
     total, token, metrics, *_ = loss_op(
-        *call[:3], target, ids, keep, *call[3:], weights, filter_eps, name, loss, names,
-        [*tensors.values()], numbers(*values.values()), [*words.values()], *need,
-    )  # fmt: skip
-    found = _no_tokens(name, TOKEN_LOSSES[loss], weights, None if ids is None else ids.shape[1], {**tensors, **values, **words})
-    made = _made(any(need), filter_eps)
-    keys = [k for k in METRICS if k in found or k in made]
-    return LossOutput(total, token.detach().view(shape), {k: metrics[METRICS.index(k)].detach() for k in keys})
+        *call[:3], target, keep, *call[3:], weights, filter_eps, name, loss.key, numbers(*loss.numbers), names, values, keys, *need
+    )
+    return LossOutput(total, token.detach().view(shape), {k: metrics[i].detach() for i, k in enumerate(keys)})

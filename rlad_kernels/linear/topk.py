@@ -32,6 +32,12 @@ def linear_topk(
 
     Raises:
         ValueError: naming the argument, what came and what was wanted.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> head = rk.LMHead(torch.tensor([[1.0], [2.0], [3.0]]))
+        >>> rk.linear_topk(torch.ones(1, 1), head, 2).ids
+        tensor([[2, 1]], dtype=torch.int32)
     """
     name = "linear_topk"
     with torch.no_grad():
@@ -42,9 +48,13 @@ def linear_topk(
         flat_mask = maybe_rows(name, "mask", mask, shape, hidden.device)
         out = Top._make(topk_op(*call[:3], flat_target, flat_mask, *call[3:], k, entropy))
     return TopK(
-        out.ids.view(*shape, k), out.logp.view(*shape, k), out.lse.view(shape), out.tail_logp.view(shape),
-        None if target is None else out.target_logp.view(shape), out.entropy.view(shape) if entropy else None,
-    )  # fmt: skip
+        out.ids.view(*shape, k),
+        out.logp.view(*shape, k),
+        out.lse.view(shape),
+        out.tail_logp.view(shape),
+        None if target is None else out.target_logp.view(shape),
+        out.entropy.view(shape) if entropy else None,
+    )
 
 
 def linear_support(
@@ -64,6 +74,12 @@ def linear_support(
 
     Raises:
         ValueError: naming the argument, what came and what was wanted.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> head = rk.LMHead(torch.tensor([[1.0], [2.0], [3.0]]))
+        >>> rk.linear_support(torch.ones(1, 1), head, torch.tensor([[0, 2]])).logp
+        tensor([[-2.4076, -0.4076]])
     """
     check_states("linear_support", hidden, head)
     ids = integers("linear_support", "ids", ids)

@@ -2,73 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.check import is_number
-from rlad_kernels.core.dtypes import acc_dtype
-from rlad_kernels.core.head import LMHead
-from rlad_kernels.core.registry import add_method, register
-from rlad_kernels.core.types import LossOutput, TokenScores
-from rlad_kernels.engine.call import check_states, target_shape
-from rlad_kernels.linear.loss import fuse
-from rlad_kernels.losses.ratio.surrogate import per_token
+from rlad_kernels.core.check import check_range
+from rlad_kernels.core.token_loss import Metrics, TokenLoss
+from rlad_kernels.core.types import TokenScores
+from rlad_kernels.losses.methods import add_method
 
 
-@register("cross_entropy")
-def cross_entropy_tokens(
-    scores: TokenScores, *, weights: Tensor | None = None, z_loss: float = 0.0
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """−w·log π(y) + z_loss·lse² per token, a token of weight 0 keeping only its z-loss; and ``entropy`` where it is known."""
-    loss = -scores.logp if weights is None else torch.where(weights == 0, 0, -weights * scores.logp)
-    loss = loss + z_loss * scores.lse.square() if z_loss else loss
-    return loss, {} if scores.entropy is None else {"entropy": scores.entropy}
-
-
-def linear_cross_entropy_loss(
-    hidden: Tensor, head: LMHead, target: Tensor, *, weights: Tensor | None = None, z_loss: float = 0.0,
-    mask: Tensor | None = None, filter_eps: float = 0.0, reduction: str = "token-mean", seq_ids: Tensor | None = None,
-    denominator: float | Tensor | None = None,
-) -> LossOutput:  # fmt: skip
-    """−w·log π(y) + z_loss·lse², in one sweep: SFT, or distillation from what a teacher wrote (arXiv 1606.07947, 2204.02311).
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropy(TokenLoss):
+    """−w·log π(y) + z_loss·lse²: SFT, or distillation from what a teacher wrote (arXiv 1606.07947, 2204.02311).
 
     Args:
-        hidden, head, target, mask: as in :func:`linear_logp`.
-        weights: w per token in the target's shape, detached; None is 1. They do not enter the divisor of a reduction: pass
-            ``denominator=weights[mask].sum()`` for a weighted mean.
         z_loss: factor on the squared logsumexp in nats² (PaLM: 1e-4), not weighted by w. It holds the normaliser near 0, which
             log-probs alone leave free; its gradient is 2·z_loss·lse·p.
-        filter_eps: as in :func:`fused_linear_loss`.
-        reduction, seq_ids, denominator: as in :func:`grpo_loss`.
 
-    Returns:
-        LossOutput as of :func:`fused_linear_loss`. Metrics: entropy, rows_skipped.
+    Tensors of a call:
+        logp: log-probs of the labels, in nats; with ``z_loss`` also lse.
+        weights: w per token in the labels' shape; None is 1. They do not enter the divisor of a reduction: pass
+            ``Reduction(denominator=weights[mask].sum())`` for a weighted mean. A token of weight 0 keeps only its z-loss.
 
-    Raises:
-        ValueError: naming the argument, what came and what was wanted.
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> rk.losses.CrossEntropy()(torch.tensor([-1.0, -3.0]), weights=torch.tensor([1.0, 0.0])).loss
+        tensor(0.5000)
     """
-    name = "linear_cross_entropy_loss"
-    check_states(name, hidden, head)
-    target_shape(name, hidden, target)
-    if not (is_number(z_loss) and 0 <= z_loss < torch.inf):
-        raise ValueError(f"{name}: z_loss must be finite and at least 0, got {z_loss!r}")
-    inputs: dict[str, Any] = {"z_loss": z_loss}
-    if weights is not None:
-        like = torch.empty(target.shape, dtype=acc_dtype(hidden.dtype), device=head.weight.device)
-        inputs["weights"] = per_token(name, "weights", weights, like)
-    return fuse(
-        name, hidden, head, target, cross_entropy_tokens, inputs=inputs, mask=mask, topk_ids=None, filter_eps=filter_eps,
-        reduction=reduction, seq_ids=seq_ids, denominator=denominator,
-    )  # fmt: skip
+
+    z_loss: float = 0.0
+
+    takes = ("weights",)
+
+    def check(self) -> None:
+        super().check()
+        check_range(self.name, "z_loss", self.z_loss, 0, torch.inf, "[)")
+
+    def read(self) -> tuple[str, ...]:
+        return ("logp", "lse") if self.z_loss else self.reads
+
+    def tokens(self, scores: TokenScores, *, weights: Tensor | None = None) -> tuple[Tensor, Metrics]:
+        loss = -scores.logp if weights is None else torch.where(weights == 0, 0, -weights * scores.logp)
+        return loss + self.z_loss * scores.lse.square() if self.z_loss else loss, {}
 
 
 add_method(
-    "seq_kd", "other", linear_cross_entropy_loss, formula="−log π(y), y written by the teacher", needs=(),
-    paper="arXiv 1606.07947", confidence="B", products=3,
-)  # fmt: skip
+    "seq_kd", "other", CrossEntropy(), formula="−log π(y), y written by the teacher", paper="arXiv 1606.07947", confidence="B"
+)
 add_method(
-    "cross_entropy_z_loss", "other", linear_cross_entropy_loss, formula="−w·log π(y) + c·lse², c = 1e-4", needs=("weights",),
-    paper="arXiv 2204.02311", confidence="B", products=3, options={"z_loss": 1e-4},
-)  # fmt: skip
+    "cross_entropy_z_loss",
+    "other",
+    CrossEntropy(z_loss=1e-4),
+    formula="−w·log π(y) + c·lse², c = 1e-4",
+    paper="arXiv 2204.02311",
+    confidence="B",
+)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-import rlad_kernels
 from rlad_kernels.backends import contract as ops
+from rlad_kernels.core.head import LMHead
+from rlad_kernels.linear.logp import linear_logp
 
 PACKAGES = ("torch", "triton", "transformers", "numpy")
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd")
@@ -35,8 +36,8 @@ def _cpu_backend() -> tuple[str, str | None]:
     if not ops.has_cpp():
         return "missing", "pip install --no-build-isolation -e .   (needs g++; RLAD_SKIP_CPP must not be 1)"
     probe = torch.zeros(1, 2)
-    head = rlad_kernels.LMHead(torch.zeros(3, 2))
-    worked = rlad_kernels.linear_logp(probe, head, torch.zeros(1, dtype=torch.int64)).logp.isfinite().all()
+    head = LMHead(torch.zeros(3, 2))
+    worked = linear_logp(probe, head, torch.zeros(1, dtype=torch.int64)).logp.isfinite().all()
     products = "bfloat16 products native" if ops.has_bf16_mm() else "bfloat16 products widened to float32"
     return f"C++, instruction set {torch.ops.rlad.cpu_isa()}, {products}, {'works' if worked else 'BROKEN'}", None
 
@@ -52,13 +53,14 @@ def _cuda_backend() -> tuple[str, str | None]:
 
 def main() -> int:
     """Print the report; the exit status is 1 if something needs fixing."""
-    print(f"rlad_kernels {rlad_kernels.__version__} on Python {platform.python_version()}, {platform.machine()}")
+    print(f"rlad_kernels {_version('rlad_kernels') or 'from source'} on Python {platform.python_version()}, {platform.machine()}")
     for package in PACKAGES:
         print(f"  {package:<13} {_version(package) or 'not installed'}")
     forced = os.environ.get("RLAD_CPU_ISA")
-    print(f"  CPU           {', '.join(_cpu_flags()) or 'no vector flags found'}; {torch.get_num_threads()} threads" + (
-        f"; RLAD_CPU_ISA={forced}" if forced else ""
-    ))  # fmt: skip
+    print(
+        f"  CPU           {', '.join(_cpu_flags()) or 'no vector flags found'}; {torch.get_num_threads()} threads"
+        + (f"; RLAD_CPU_ISA={forced}" if forced else "")
+    )
     fixes = []
     for label, (state, fix) in (("CPU tensors", _cpu_backend()), ("CUDA tensors", _cuda_backend())):
         print(f"  {label:<13} {state}")

@@ -14,16 +14,16 @@ import torch
 from rlad_kernels.backends.contract import has_bf16_mm
 from rlad_kernels.engine.tiles import tile_sizes
 
-PATHS = ("naive", "linear_logp", "fused_linear_loss", "linear_topk_kl", "linear_topk")
+PATHS = ("naive", "linear_logp", "linear_loss", "topk_kl", "linear_topk")
 OPTIMIZERS = {  # bytes a parameter of dtype size b: states, and a copy that torch's update makes of one
     "adamw": (lambda b: 2 * b, lambda b: b, "two moments in the weights' dtype, as torch.optim makes them"),
     "adamw-fp32": (lambda b: 12, lambda b: 4, "float32 weights and two float32 moments beside the weights"),
     "adamw-8bit": (lambda b: 2, lambda b: 0, "two 8-bit moments"),
     "sgd": (lambda b: 0, lambda b: 0, "no state"),
 }
-# Bytes a row and a slot (token × K) of the small tensors around a sweep, as many as moments.add_slots and losses/topk_kl.py hold
-# at once by measurement; tests/test_plan.py holds them to it.
-_ROW, _SLOT = 80, {"linear_topk": 46, "linear_topk_kl": 80}
+# Bytes a row and a slot (token × K) of the small tensors around a sweep, as many as add_slots and a truncated KL hold at once,
+# by measurement; tests/test_plan.py holds them to it.
+_ROW, _SLOT = 80, {"linear_topk": 46, "topk_kl": 80}
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,15 @@ def model_of(name: str) -> Model:
     try:
         d, heads = config["hidden_size"], config["num_attention_heads"]
         return Model(
-            d, config["vocab_size"], config["num_hidden_layers"], heads, config.get("num_key_value_heads") or heads,
-            config.get("head_dim") or d // heads, config["intermediate_size"],
+            d,
+            config["vocab_size"],
+            config["num_hidden_layers"],
+            heads,
+            config.get("num_key_value_heads") or heads,
+            config.get("head_dim") or d // heads,
+            config["intermediate_size"],
             config.get("tie_word_embeddings", config.get("model_type", "").startswith("gemma")),
-        )  # fmt: skip
+        )
     except KeyError as key:
         raise ValueError(f"plan: {name} has no {key}, wanted a dense decoder's config") from None
 
@@ -99,16 +104,16 @@ def loss_bytes(path: str, n: int, d: int, v: int, *, dtype: torch.dtype, device:
     gradients = (n + v) * d * size
     if path == "naive":  # log-probs, their gradient and the logits'; then that one, cast, and the products' results
         return max(3 * logits, n * v * size + gradients)
-    if path == "linear_topk_kl":
+    if path == "topk_kl":
         return gradients + n * k * _SLOT[path]
     native = device == "cuda" or (dtype == torch.bfloat16 and has_bf16_mm())
-    rows, cols = tile_sizes(device, n, v, keep_logits=int(path == "fused_linear_loss"))
+    rows, cols = tile_sizes(device, n, v, keep_logits=int(path == "linear_loss"))
     widened = 0 if native or size == 4 else 4 * d * (n + cols)
-    total = widened + n * _ROW + 4 * rows * (v if path == "fused_linear_loss" else cols)
+    total = widened + n * _ROW + 4 * rows * (v if path == "linear_loss" else cols)
     if path == "linear_topk":
         return total + n * k * _SLOT[path]
     if size < 4:  # float32 sums beside the gradients, and dlogits as an operand of their own
-        total += 4 * n * d + 4 * d * (v if path == "fused_linear_loss" else cols)
+        total += 4 * n * d + 4 * d * (v if path == "linear_loss" else cols)
         total += rows * cols * size if native else 0
     return total + gradients
 

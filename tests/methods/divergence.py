@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
+from rlad_kernels.core.divergence import Divergence
 
 Inputs = dict[str, Any]
 SIZES = {"hidden": (10, 12), "weight": (67, 12), "bias": (67,)}
@@ -24,13 +25,14 @@ def inputs(needs: tuple[str, ...]) -> tuple[list[str], Inputs]:
 def call(
     method: Any, *, hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, **rest: Any
 ) -> Any:
-    """The public function on these arguments; the multi-teacher row gets the teacher and its rolled twin."""
+    """The sweep on these arguments; the multi-teacher row gets the teacher and its rolled twin."""
     head, teacher = rk.LMHead(weight, bias), rk.LMHead(teacher_weight)
     if method.name == "multi_teacher_rkl":
         rolled = teacher_hidden.roll(1, 0)
         both = {"teacher_weights": (0.7, 0.3)}
-        return method(hidden, head, [teacher_hidden, rolled], [teacher, teacher], **both, **rest)
-    return method(hidden, head, teacher_hidden, teacher, **rest)
+        sides = [teacher_hidden, rolled], [teacher, teacher]
+        return rk.linear_divergence_loss(hidden, head, *sides, method.loss, **both, **rest)
+    return rk.linear_divergence_loss(hidden, head, teacher_hidden, teacher, method.loss, **rest)
 
 
 def kl(lx: Tensor, ly: Tensor) -> Tensor:
@@ -102,3 +104,5 @@ def _oracle(name: str) -> Any:
 
 
 ORACLES = {name: _oracle(name) for name in VALUES}
+_LOSSES = {name: rk.METHODS[name].loss for name in VALUES if name != "multi_teacher_rkl"}
+DIVERGENCES = {name: loss for name, loss in _LOSSES.items() if isinstance(loss, Divergence)}  # each formula with one teacher

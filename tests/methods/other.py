@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,18 +14,21 @@ from tests.oracles import reduced
 Inputs = dict[str, Any]
 
 
-def inputs(needs: tuple[str, ...]) -> tuple[list[str], Inputs]:
+def inputs(needs: tuple[str, ...], weighted: bool = False) -> tuple[list[str], Inputs]:
     """The arguments that receive gradient, and all arguments: 4 sequences of 5 tokens, one fully masked, vocabulary 23."""
     b, t, d, v = 4, 5, 8, 23
-    pool = {"weights": torch.rand(b, t) + 0.1}
+    pool = {"weights": torch.rand(b, t) + 0.1} if weighted else {}
     mask = torch.rand(b, t) > 0.2
     mask[2] = False
     given = {"hidden": torch.randn(b, t, d), "weight": torch.randn(v, d), "target": torch.randint(v, (b, t)), "mask": mask}
-    return ["hidden", "weight"], {**given, **{k: pool[k] for k in needs}}
+    return ["hidden", "weight"], {**given, **pool}
 
 
-def call(method: Any, *, weight: Tensor, **rest: Any) -> Any:
-    return method(head=rk.LMHead(weight), **rest)
+INPUTS = {"cross_entropy_z_loss": partial(inputs, weighted=True)}
+
+
+def call(method: Any, *, hidden: Tensor, weight: Tensor, target: Tensor, **rest: Any) -> Any:
+    return rk.linear_loss(hidden, rk.LMHead(weight), target, method.loss, **rest)
 
 
 def seq_kd(hidden: Tensor, weight: Tensor, target: Tensor, mask: Tensor) -> Tensor:

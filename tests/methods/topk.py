@@ -30,7 +30,7 @@ def inputs(needs: tuple[str, ...], leaves: tuple[str, ...] = ("topk_logp",), sam
         target_logp=_at(lp, target), entropy=-(lp.exp() * lp).sum(-1),
     )  # fmt: skip
     if sampled:
-        teacher = rk.with_sampled(teacher, target)
+        teacher = rk.supports.with_sampled(teacher, target)
     topk_logp = lq.gather(-1, teacher.ids.long().clamp_min(0))
     mask = torch.rand(B, T) > 0.2
     mask[2] = False

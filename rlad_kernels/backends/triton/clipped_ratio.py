@@ -31,10 +31,25 @@ def _estimate(b_x, ESTIMATOR: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N"])
 def clipped_ratio_kernel(
-    logp, old_logp, teacher_logp, advantages, ref_logp, loss, d_logp, metrics, N, alpha, clip_low, clip_high, teacher_clamp,
-    dual_clip, kl_coef,
-    DUAL: tl.constexpr, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logp,
+    old_logp,
+    teacher_logp,
+    advantages,
+    ref_logp,
+    loss,
+    d_logp,
+    metrics,
+    N,
+    alpha,
+    clip_low,
+    clip_high,
+    teacher_clamp,
+    dual_clip,
+    kl_coef,
+    DUAL: tl.constexpr,
+    ESTIMATOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """−min(rA, clip(r)A) (+ dual clip, + kl_coef·k), r = e^{α(s−o) + (1−α)·clamp(s−t)}; its derivative by s; metric rows."""
     o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < N
@@ -90,9 +105,14 @@ def clipped_ratio_kernel(
 
 
 def clipped_ratio(
-    logp: torch.Tensor, old_logp: torch.Tensor, teacher_logp: torch.Tensor | None, advantages: torch.Tensor,
-    ref_logp: torch.Tensor | None, numbers: torch.Tensor, kl_estimator: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    logp: torch.Tensor,
+    old_logp: torch.Tensor,
+    teacher_logp: torch.Tensor | None,
+    advantages: torch.Tensor,
+    ref_logp: torch.Tensor | None,
+    numbers: torch.Tensor,
+    kl_estimator: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss (N,), d loss/d logp (N,), metrics (7, N) in the order of METRICS).
 
     `numbers`, on the CPU: alpha, clip_low, clip_high, teacher_clamp (inf is none), dual_clip (0 is none), kl_coef.
@@ -108,10 +128,25 @@ def clipped_ratio(
     loss, d_logp = torch.empty_like(logp), torch.empty_like(logp)
     metrics = logp.new_empty((len(METRICS), n))
     launch(
-        clipped_ratio_kernel, (triton.cdiv(n, dict(config.blocks)["BLOCK"]),), config,
-        logp.contiguous(), old_logp.contiguous(), None if teacher_logp is None else teacher_logp.contiguous(),
-        advantages.contiguous(), None if ref_logp is None else ref_logp.contiguous(), loss, d_logp, metrics, n, alpha,
-        clip_low, clip_high, teacher_clamp, dual_clip, kl_coef,
-        DUAL=dual_clip > 0, ESTIMATOR=kl_estimator if ref_logp is not None else "none",
-    )  # fmt: skip
+        clipped_ratio_kernel,
+        (triton.cdiv(n, dict(config.blocks)["BLOCK"]),),
+        config,
+        logp.contiguous(),
+        old_logp.contiguous(),
+        None if teacher_logp is None else teacher_logp.contiguous(),
+        advantages.contiguous(),
+        None if ref_logp is None else ref_logp.contiguous(),
+        loss,
+        d_logp,
+        metrics,
+        n,
+        alpha,
+        clip_low,
+        clip_high,
+        teacher_clamp,
+        dual_clip,
+        kl_coef,
+        DUAL=dual_clip > 0,
+        ESTIMATOR=kl_estimator if ref_logp is not None else "none",
+    )
     return loss, d_logp, metrics

@@ -12,9 +12,22 @@ from .configs import pick
 
 @triton.jit
 def column_stats_kernel(
-    out, stride_part, stride_b, logits, stride_x, R, C, bias, inv_temp, logit_scale, softcap, lse, ROWS,
-    SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    out,
+    stride_part,
+    stride_b,
+    logits,
+    stride_x,
+    R,
+    C,
+    bias,
+    inv_temp,
+    logit_scale,
+    softcap,
+    lse,
+    ROWS,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """out[0] = max p, out[1] = Σ p, out[2] = Σ p·slope over the ROWS rows of block i_b, p = e^{z − lse}."""
     i_b = tl.program_id(1).to(tl.int64)
     o_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -43,17 +56,36 @@ def column_stats_kernel(
 
 
 def column_stats_(
-    out: torch.Tensor, logits: torch.Tensor, bias: torch.Tensor | None, inv_temp: torch.Tensor, logit_scale: float,
-    softcap: float, lse: torch.Tensor, block: int,
-) -> None:  # fmt: skip
+    out: torch.Tensor,
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    inv_temp: torch.Tensor,
+    logit_scale: float,
+    softcap: float,
+    lse: torch.Tensor,
+    block: int,
+) -> None:
     """Fill `out (2, B, C)`, or `(3, B, C)` with a softcap, from raw `logits (R, C)` in B blocks of `block` rows."""
     require_dtype("column_stats_", out=out, logits=logits, bias=bias, inv_temp=inv_temp, lse=lse)
     n_rows, cols = logits.shape
     config = pick("column_stats_kernel", cols)
     grid = (triton.cdiv(cols, dict(config.blocks)["BLOCK"]), triton.cdiv(n_rows, block))
     launch(
-        column_stats_kernel, grid if n_rows else (0,), config,
-        out, out.stride(0), out.stride(1), logits, logits.stride(0), n_rows, cols, bias, inv_temp.contiguous(), logit_scale,
-        softcap, lse.contiguous(), block,
+        column_stats_kernel,
+        grid if n_rows else (0,),
+        config,
+        out,
+        out.stride(0),
+        out.stride(1),
+        logits,
+        logits.stride(0),
+        n_rows,
+        cols,
+        bias,
+        inv_temp.contiguous(),
+        logit_scale,
+        softcap,
+        lse.contiguous(),
+        block,
         SOFTCAP=softcap > 0,
-    )  # fmt: skip
+    )

@@ -12,9 +12,25 @@ from .configs import pick
 
 @triton.jit
 def _column_step(
-    p_out, p_logits, p_bias, o_c, C, logit_scale, softcap, it, lse, w, b, h, t, tail_lse,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
+    p_out,
+    p_logits,
+    p_bias,
+    o_c,
+    C,
+    logit_scale,
+    softcap,
+    it,
+    lse,
+    w,
+    b,
+    h,
+    t,
+    tail_lse,
+    MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TAIL: tl.constexpr,
+):
     """Gradient of one block of columns as if none were a slot."""
     b_x = load_raw(p_logits, p_bias, o_c, o_c < C, MASKED)
     b_z, b_slope = tempered(b_x, logit_scale, softcap, it, SOFTCAP)
@@ -31,10 +47,29 @@ def _column_step(
 
 @triton.jit(do_not_specialize=["col0", "J"])
 def dlogits_kernel(
-    out, stride_o, logits, stride_x, C, col0, bias, inv_temp, logit_scale, softcap, slots, J, slot_dz, slot_out, rows, stride_r,
-    SLOTS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TAIL: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
+    out,
+    stride_o,
+    logits,
+    stride_x,
+    C,
+    col0,
+    bias,
+    inv_temp,
+    logit_scale,
+    softcap,
+    slots,
+    J,
+    slot_dz,
+    slot_out,
+    rows,
+    stride_r,
+    SLOTS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
     """out = dz/draw · (p·w − p·b·(lp + H) + t·e^{z − tail_lse}), at the slots dz/draw · slot_dz."""
     i_r = tl.program_id(0).to(tl.int64)
     p_x = logits + i_r * stride_x
@@ -69,11 +104,13 @@ def dlogits_kernel(
     # full blocks without a mask: an odd C would otherwise cost every access its width
     full = C // BLOCK * BLOCK
     for c0 in range(0, full, BLOCK):
-        _column_step(p_o, p_x, bias, c0 + o_b, C, logit_scale, softcap, it, lse, w, b, h, t, tail_lse,
-                     False, SOFTCAP, ENTROPY, TAIL)  # fmt: skip
+        _column_step(
+            p_o, p_x, bias, c0 + o_b, C, logit_scale, softcap, it, lse, w, b, h, t, tail_lse, False, SOFTCAP, ENTROPY, TAIL
+        )
     if full < C:
-        _column_step(p_o, p_x, bias, full + o_b, C, logit_scale, softcap, it, lse, w, b, h, t, tail_lse,
-                     True, SOFTCAP, ENTROPY, TAIL)  # fmt: skip
+        _column_step(
+            p_o, p_x, bias, full + o_b, C, logit_scale, softcap, it, lse, w, b, h, t, tail_lse, True, SOFTCAP, ENTROPY, TAIL
+        )
 
     if SLOTS:
         tl.debug_barrier()  # slot values land after the sweep's, which other threads wrote to the same columns
@@ -85,10 +122,19 @@ def dlogits_kernel(
 
 
 def dlogits_(
-    out: torch.Tensor, logits: torch.Tensor, col0: int, bias: torch.Tensor | None, inv_temp: torch.Tensor,
-    logit_scale: float, softcap: float, slots: torch.Tensor, slot_dz: torch.Tensor, rows: torch.Tensor,
-    entropy: bool, tail: bool,
-) -> None:  # fmt: skip
+    out: torch.Tensor,
+    logits: torch.Tensor,
+    col0: int,
+    bias: torch.Tensor | None,
+    inv_temp: torch.Tensor,
+    logit_scale: float,
+    softcap: float,
+    slots: torch.Tensor,
+    slot_dz: torch.Tensor,
+    rows: torch.Tensor,
+    entropy: bool,
+    tail: bool,
+) -> None:
     """Write the gradient with respect to the raw tile `logits (R, C)` into `out (R, C)`, which may be `logits` itself."""
     require_dtype("dlogits_", (torch.float32, torch.bfloat16, torch.float16), out=out)
     require_dtype("dlogits_", logits=logits, bias=bias, inv_temp=inv_temp, slot_dz=slot_dz, rows=rows)
@@ -96,8 +142,27 @@ def dlogits_(
     j = slots.shape[1]
     slot_out = slot_dz.new_empty((n_rows, j)) if j else None
     launch(
-        dlogits_kernel, (n_rows,), pick("dlogits_kernel", cols),
-        out, out.stride(0), logits, logits.stride(0), cols, col0, bias, inv_temp.contiguous(), logit_scale, softcap,
-        slots.contiguous(), j, slot_dz.contiguous(), slot_out, rows, rows.stride(0),
-        SLOTS=j > 0, SOFTCAP=softcap > 0, ENTROPY=entropy, TAIL=tail,
-    )  # fmt: skip
+        dlogits_kernel,
+        (n_rows,),
+        pick("dlogits_kernel", cols),
+        out,
+        out.stride(0),
+        logits,
+        logits.stride(0),
+        cols,
+        col0,
+        bias,
+        inv_temp.contiguous(),
+        logit_scale,
+        softcap,
+        slots.contiguous(),
+        j,
+        slot_dz.contiguous(),
+        slot_out,
+        rows,
+        rows.stride(0),
+        SLOTS=j > 0,
+        SOFTCAP=softcap > 0,
+        ENTROPY=entropy,
+        TAIL=tail,
+    )

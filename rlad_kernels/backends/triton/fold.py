@@ -40,9 +40,25 @@ def _load_z(p_logits, p_bias, o_c, C, logit_scale, softcap, inv_temp, MASKED: tl
 
 @triton.jit
 def _step(
-    p_logits, p_bias, o_c, C, logit_scale, softcap, inv_temp, b_m, b_rest, b_restz, b_restsq, b_sumz, b_first,
-    MASKED: tl.constexpr, MARKED: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, EXTRAS: tl.constexpr,
-):  # fmt: skip
+    p_logits,
+    p_bias,
+    o_c,
+    C,
+    logit_scale,
+    softcap,
+    inv_temp,
+    b_m,
+    b_rest,
+    b_restz,
+    b_restsq,
+    b_sumz,
+    b_first,
+    MASKED: tl.constexpr,
+    MARKED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXTRAS: tl.constexpr,
+):
     """Absorb one block of columns; marked and masked columns count as z = −inf."""
     b_bits, b_z = _load_z(p_logits, p_bias, o_c, C, logit_scale, softcap, inv_temp, MASKED, SOFTCAP)
     if MASKED:
@@ -59,10 +75,27 @@ def _step(
 
 @triton.jit(do_not_specialize=["col0", "J"])
 def fold_kernel(
-    logits, stride_x, C, col0, bias, inv_temp, logit_scale, softcap, slots, J, slot_logits, stats, stride_s,
-    SLOTS: tl.constexpr, EXCLUDE: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, EXTRAS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
+    logits,
+    stride_x,
+    C,
+    col0,
+    bias,
+    inv_temp,
+    logit_scale,
+    softcap,
+    slots,
+    J,
+    slot_logits,
+    stats,
+    stride_s,
+    SLOTS: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXTRAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
     """m ← max(m, z) and rest ← e^{m₀−m}·rest + Σ e^{z−m} off the slots (restz, restsq alike); Σz; slot z's read out."""
     i_r = tl.program_id(0).to(tl.int64)
     p_x = logits + i_r * stride_x
@@ -110,12 +143,46 @@ def fold_kernel(
     full = C // BLOCK * BLOCK
     for c0 in range(0, full, BLOCK):
         b_m, b_rest, b_restz, b_restsq, b_sumz, b_first = _step(
-            p_x, bias, c0 + o_b, C, logit_scale, softcap, it, b_m, b_rest, b_restz, b_restsq, b_sumz, b_first,
-            False, MARKED, SOFTCAP, ENTROPY, EXTRAS)  # fmt: skip
+            p_x,
+            bias,
+            c0 + o_b,
+            C,
+            logit_scale,
+            softcap,
+            it,
+            b_m,
+            b_rest,
+            b_restz,
+            b_restsq,
+            b_sumz,
+            b_first,
+            False,
+            MARKED,
+            SOFTCAP,
+            ENTROPY,
+            EXTRAS,
+        )
     if full < C:
         b_m, b_rest, b_restz, b_restsq, b_sumz, b_first = _step(
-            p_x, bias, full + o_b, C, logit_scale, softcap, it, b_m, b_rest, b_restz, b_restsq, b_sumz, b_first,
-            True, MARKED, SOFTCAP, ENTROPY, EXTRAS)  # fmt: skip
+            p_x,
+            bias,
+            full + o_b,
+            C,
+            logit_scale,
+            softcap,
+            it,
+            b_m,
+            b_rest,
+            b_restz,
+            b_restsq,
+            b_sumz,
+            b_first,
+            True,
+            MARKED,
+            SOFTCAP,
+            ENTROPY,
+            EXTRAS,
+        )
 
     if MARKED:
         tl.debug_barrier()
@@ -153,16 +220,42 @@ def fold_kernel(
 
 
 def fold_(
-    logits: torch.Tensor, col0: int, bias: torch.Tensor | None, inv_temp: torch.Tensor, logit_scale: float,
-    softcap: float, slots: torch.Tensor, exclude: bool, stats: torch.Tensor, slot_logits: torch.Tensor,
-    entropy: bool, extras: bool,
-) -> None:  # fmt: skip
+    logits: torch.Tensor,
+    col0: int,
+    bias: torch.Tensor | None,
+    inv_temp: torch.Tensor,
+    logit_scale: float,
+    softcap: float,
+    slots: torch.Tensor,
+    exclude: bool,
+    stats: torch.Tensor,
+    slot_logits: torch.Tensor,
+    entropy: bool,
+    extras: bool,
+) -> None:
     """Fold the tile `logits (R, C)` into `stats (6, R)` and read the tempered logits of `slots` out of it, in place."""
     require_dtype("fold_", logits=logits, bias=bias, inv_temp=inv_temp, stats=stats, slot_logits=slot_logits)
     rows, cols = logits.shape
     launch(
-        fold_kernel, (rows,), pick("fold_kernel", cols),
-        logits, logits.stride(0), cols, col0, bias, inv_temp.contiguous(), logit_scale, softcap, slots.contiguous(),
-        slots.shape[1], slot_logits, stats, stats.stride(0),
-        SLOTS=slots.shape[1] > 0, EXCLUDE=exclude, SOFTCAP=softcap > 0, ENTROPY=entropy, EXTRAS=extras,
-    )  # fmt: skip
+        fold_kernel,
+        (rows,),
+        pick("fold_kernel", cols),
+        logits,
+        logits.stride(0),
+        cols,
+        col0,
+        bias,
+        inv_temp.contiguous(),
+        logit_scale,
+        softcap,
+        slots.contiguous(),
+        slots.shape[1],
+        slot_logits,
+        stats,
+        stats.stride(0),
+        SLOTS=slots.shape[1] > 0,
+        EXCLUDE=exclude,
+        SOFTCAP=softcap > 0,
+        ENTROPY=entropy,
+        EXTRAS=extras,
+    )

@@ -48,9 +48,21 @@ def gather_dhidden_kernel(out, grad, weight, stride_w, ids, V, D, K, BLOCK_K: tl
 
 @triton.jit(do_not_specialize=["V", "K", "P"])
 def gather_dweight_kernel(
-    d_weight, stride_w, grad, hidden, stride_h, order, sorted_ids, V, D, K, P,
-    ADD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    d_weight,
+    stride_w,
+    grad,
+    hidden,
+    stride_h,
+    order,
+    sorted_ids,
+    V,
+    D,
+    K,
+    P,
+    ADD: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """d_weight[v, d] (+)= Σ grad[order[p]] · hidden[order[p] // K, d] over the run of v in sorted_ids: one program per run."""
     i_p = tl.program_id(0).to(tl.int64)
     v = tl.load(sorted_ids + i_p)
@@ -85,9 +97,19 @@ def gather_dot(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) ->
     out = torch.empty((n, k), dtype=torch.float32, device=hidden.device)
     grid = (n, triton.cdiv(k, dict(config.blocks)["BLOCK_K"]))
     launch(
-        gather_dot_kernel, grid, config,
-        out, hidden, hidden.stride(0), weight, weight.stride(0), ids.contiguous(), weight.shape[0], hidden.shape[1], k,
-    )  # fmt: skip
+        gather_dot_kernel,
+        grid,
+        config,
+        out,
+        hidden,
+        hidden.stride(0),
+        weight,
+        weight.stride(0),
+        ids.contiguous(),
+        weight.shape[0],
+        hidden.shape[1],
+        k,
+    )
     return out
 
 
@@ -101,9 +123,18 @@ def gather_dhidden(grad: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) 
     out = torch.empty((n, d), dtype=weight.dtype, device=weight.device)
     grid = (n, triton.cdiv(d, dict(config.blocks)["BLOCK_D"]))
     launch(
-        gather_dhidden_kernel, grid, config,
-        out, grad.contiguous(), weight, weight.stride(0), ids.contiguous(), weight.shape[0], d, k,
-    )  # fmt: skip
+        gather_dhidden_kernel,
+        grid,
+        config,
+        out,
+        grad.contiguous(),
+        weight,
+        weight.stride(0),
+        ids.contiguous(),
+        weight.shape[0],
+        d,
+        k,
+    )
     return out
 
 
@@ -118,8 +149,19 @@ def gather_dweight_(
     places = sorted_ids.numel()
     grid = (places, triton.cdiv(d, dict(config.blocks)["BLOCK_D"]))
     launch(
-        gather_dweight_kernel, grid, config,
-        d_weight, d_weight.stride(0), grad.contiguous(), hidden, hidden.stride(0), order, sorted_ids,
-        d_weight.shape[0], d, grad.shape[1], places,
+        gather_dweight_kernel,
+        grid,
+        config,
+        d_weight,
+        d_weight.stride(0),
+        grad.contiguous(),
+        hidden,
+        hidden.stride(0),
+        order,
+        sorted_ids,
+        d_weight.shape[0],
+        d,
+        grad.shape[1],
+        places,
         ADD=add,
-    )  # fmt: skip
+    )

@@ -37,9 +37,31 @@ def _store_slots(p_out, p_slots, m_r, J, b_col, b_value, BLOCK_J: tl.constexpr):
 
 @triton.jit
 def _absorb(
-    b_x, b_m, b_rest, b_restz, b_restsq, b_sumz, b_first, o_r, c0, i_b, bias, b_it, logit_scale, softcap, slots, J, slot_logits,
-    column_max, N, V, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, EXTRAS: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
+    b_x,
+    b_m,
+    b_rest,
+    b_restz,
+    b_restsq,
+    b_sumz,
+    b_first,
+    o_r,
+    c0,
+    i_b,
+    bias,
+    b_it,
+    logit_scale,
+    softcap,
+    slots,
+    J,
+    slot_logits,
+    column_max,
+    N,
+    V,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXTRAS: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
     """Add a stretch of columns, as it leaves the accumulator, to the rows' statistics; write its slot logits and column maxima."""
     o_c = c0 + tl.arange(0, b_x.shape[1])
     m_r, m_c = o_r < N, o_c < V
@@ -107,11 +129,36 @@ def _stretches(b_x, PARTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "V", "J", "tiles_n", "tiles_v"])
 def score_kernel(
-    hidden, stride_h, weight, stride_w, bias, inv_temp, logit_scale, softcap, slots, J, slot_logits, stats, stride_s, column_max,
-    N, V, D, tiles_n, tiles_v,
-    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, EXTRAS: tl.constexpr, TMA: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    stride_h,
+    weight,
+    stride_w,
+    bias,
+    inv_temp,
+    logit_scale,
+    softcap,
+    slots,
+    J,
+    slot_logits,
+    stats,
+    stride_s,
+    column_max,
+    N,
+    V,
+    D,
+    tiles_n,
+    tiles_v,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXTRAS: tl.constexpr,
+    TMA: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """z of each tile of rows × vocabulary from the accumulator; per row m = max z, Σ e^{z−m} and the like off the slots."""
     for tile in range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0)):
         # GROUP row blocks go through the vocabulary together: what they read of it comes from L2 for all but the first
@@ -148,8 +195,31 @@ def score_kernel(
         stretches = _stretches(b_x, PARTS)
         for i in tl.static_range(PARTS):
             b_m, b_rest, b_restz, b_restsq, b_sumz, b_first = _absorb(
-                stretches[i], b_m, b_rest, b_restz, b_restsq, b_sumz, b_first, o_r, v0 + i * (BLOCK_V // PARTS), i_b, bias, b_it,
-                logit_scale, softcap, slots, J, slot_logits, column_max, N, V, SOFTCAP, ENTROPY, EXTRAS, BLOCK_J)  # fmt: skip
+                stretches[i],
+                b_m,
+                b_rest,
+                b_restz,
+                b_restsq,
+                b_sumz,
+                b_first,
+                o_r,
+                v0 + i * (BLOCK_V // PARTS),
+                i_b,
+                bias,
+                b_it,
+                logit_scale,
+                softcap,
+                slots,
+                J,
+                slot_logits,
+                column_max,
+                N,
+                V,
+                SOFTCAP,
+                ENTROPY,
+                EXTRAS,
+                BLOCK_J,
+            )
         p_s = stats + i_v.to(tl.int64) * N + o_r
         tl.store(p_s, b_m, mask=m_r)
         tl.store(p_s + stride_s, b_rest, mask=m_r)
@@ -162,9 +232,17 @@ def score_kernel(
 
 
 def score_partials(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, inv_temp: torch.Tensor, logit_scale: float,
-    softcap: float, slots: torch.Tensor, entropy: bool, extras: bool, column_max: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    inv_temp: torch.Tensor,
+    logit_scale: float,
+    softcap: float,
+    slots: torch.Tensor,
+    entropy: bool,
+    extras: bool,
+    column_max: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Statistics of each row over each tile of the vocabulary, without logits in memory.
 
     Args:
@@ -197,11 +275,32 @@ def score_partials(
             for x, block in ((hidden, "BLOCK_N"), (weight, "BLOCK_V"))
         )
     launch(
-        score_kernel, (min(tiles_n * tiles_v, multiprocessors(hidden.device)),), config,
-        h, hidden.stride(0), w, weight.stride(0), bias, inv_temp.contiguous(), logit_scale, softcap, slots.contiguous(), j,
-        slot_logits, stats, stats.stride(0), tops if column_max else None, n, v, d, tiles_n, tiles_v,
-        SOFTCAP=softcap > 0, ENTROPY=entropy, EXTRAS=extras,
-    )  # fmt: skip
+        score_kernel,
+        (min(tiles_n * tiles_v, multiprocessors(hidden.device)),),
+        config,
+        h,
+        hidden.stride(0),
+        w,
+        weight.stride(0),
+        bias,
+        inv_temp.contiguous(),
+        logit_scale,
+        softcap,
+        slots.contiguous(),
+        j,
+        slot_logits,
+        stats,
+        stats.stride(0),
+        tops if column_max else None,
+        n,
+        v,
+        d,
+        tiles_n,
+        tiles_v,
+        SOFTCAP=softcap > 0,
+        ENTROPY=entropy,
+        EXTRAS=extras,
+    )
     return stats, slot_logits, tops
 
 

@@ -27,10 +27,27 @@ def _threshold(b_key, low, high, want):
 
 @triton.jit(do_not_specialize=["col0", "J", "K"])
 def fold_topk_kernel(
-    logits, stride_x, C, col0, bias, inv_temp, logit_scale, softcap, slots, J, slot_logits, stats, stride_s,
-    top_logits, top_ids, K,
-    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    logits,
+    stride_x,
+    C,
+    col0,
+    bias,
+    inv_temp,
+    logit_scale,
+    softcap,
+    slots,
+    J,
+    slot_logits,
+    stats,
+    stride_s,
+    top_logits,
+    top_ids,
+    K,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """top ← the K largest of top ∪ z, ties to the lower id; m, rest ← e^{m₀−m}·rest + Σ e^{z−m} over what is now outside."""
     i_r = tl.program_id(0).to(tl.int64)
     p_x = logits + i_r * stride_x
@@ -101,10 +118,19 @@ def fold_topk_kernel(
 
 
 def fold_topk_(
-    logits: torch.Tensor, col0: int, bias: torch.Tensor | None, inv_temp: torch.Tensor, logit_scale: float,
-    softcap: float, slots: torch.Tensor, stats: torch.Tensor, slot_logits: torch.Tensor, top_logits: torch.Tensor,
-    top_ids: torch.Tensor, entropy: bool,
-) -> None:  # fmt: skip
+    logits: torch.Tensor,
+    col0: int,
+    bias: torch.Tensor | None,
+    inv_temp: torch.Tensor,
+    logit_scale: float,
+    softcap: float,
+    slots: torch.Tensor,
+    stats: torch.Tensor,
+    slot_logits: torch.Tensor,
+    top_logits: torch.Tensor,
+    top_ids: torch.Tensor,
+    entropy: bool,
+) -> None:
     """Fold the tile `logits (R, C)` into `stats (6, R)`, `top_logits (R, K)` and `top_ids (R, K)`, in place; tiles come in
     ascending `col0`. The top-K is kept in ascending id order."""
     require_dtype(
@@ -113,8 +139,25 @@ def fold_topk_(
     rows, cols = logits.shape
     k = top_ids.shape[1]
     launch(
-        fold_topk_kernel, (rows,), pick("fold_topk_kernel", k),
-        logits, logits.stride(0), cols, col0, bias, inv_temp.contiguous(), logit_scale, softcap, slots.contiguous(),
-        slots.shape[1], slot_logits, stats, stats.stride(0), top_logits, top_ids, k,
-        SOFTCAP=softcap > 0, ENTROPY=entropy,
-    )  # fmt: skip
+        fold_topk_kernel,
+        (rows,),
+        pick("fold_topk_kernel", k),
+        logits,
+        logits.stride(0),
+        cols,
+        col0,
+        bias,
+        inv_temp.contiguous(),
+        logit_scale,
+        softcap,
+        slots.contiguous(),
+        slots.shape[1],
+        slot_logits,
+        stats,
+        stats.stride(0),
+        top_logits,
+        top_ids,
+        k,
+        SOFTCAP=softcap > 0,
+        ENTROPY=entropy,
+    )

@@ -62,9 +62,22 @@ def _first_of_its_id(p_ids, b_id, o_k, K, BLOCK_K: tl.constexpr, BLOCK_E: tl.con
 
 @triton.jit(do_not_specialize=["N", "K"])
 def topk_kl_kernel(
-    topk_logp, ids, teacher_logp, tail_logp, teacher_tail, loss, d_topk, d_tail, metrics, N, K,
-    REVERSE: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+    topk_logp,
+    ids,
+    teacher_logp,
+    tail_logp,
+    teacher_tail,
+    loss,
+    d_topk,
+    d_tail,
+    metrics,
+    N,
+    K,
+    REVERSE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
     """Σ q(log q − log p) or Σ p(log p − log q) over the valid slots (+ a tail bucket), ∂/∂topk_logp, ∂/∂tail_logp."""
     i_r = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, BLOCK_K)
@@ -138,9 +151,14 @@ def topk_kl_kernel(
 
 
 def topk_kl(
-    topk_logp: torch.Tensor, ids: torch.Tensor, teacher_logp: torch.Tensor, tail_logp: torch.Tensor | None,
-    teacher_tail: torch.Tensor | None, direction: str, normalize: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    topk_logp: torch.Tensor,
+    ids: torch.Tensor,
+    teacher_logp: torch.Tensor,
+    tail_logp: torch.Tensor | None,
+    teacher_tail: torch.Tensor | None,
+    direction: str,
+    normalize: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss (N,), ∂/∂topk_logp (N, K), ∂/∂tail_logp (N,), metrics (4, N) in the order of METRICS)."""
     require_dtype("topk_kl", topk_logp=topk_logp, teacher_logp=teacher_logp, tail_logp=tail_logp, teacher_tail=teacher_tail)
     if direction not in DIRECTIONS or normalize not in NORMALIZATIONS:
@@ -153,11 +171,21 @@ def topk_kl(
     d_topk = torch.empty((n, k), dtype=torch.float32, device=topk_logp.device)
     metrics = topk_logp.new_empty((len(METRICS), n))
     launch(
-        topk_kl_kernel, (n,), pick("topk_kl_kernel", k),
-        topk_logp.contiguous(), ids.contiguous(), teacher_logp.contiguous(),
+        topk_kl_kernel,
+        (n,),
+        pick("topk_kl_kernel", k),
+        topk_logp.contiguous(),
+        ids.contiguous(),
+        teacher_logp.contiguous(),
         tail_logp.contiguous() if tail and tail_logp is not None else None,
         teacher_tail.contiguous() if tail and teacher_tail is not None else None,
-        loss, d_topk, d_tail, metrics, n, k,
-        REVERSE=direction == "reverse", NORMALIZE=normalize,
-    )  # fmt: skip
+        loss,
+        d_topk,
+        d_tail,
+        metrics,
+        n,
+        k,
+        REVERSE=direction == "reverse",
+        NORMALIZE=normalize,
+    )
     return loss, d_topk, d_tail, metrics

@@ -12,16 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlad_kernels.core.check import check_range
 from rlad_kernels.core.head import LMHead
-from rlad_kernels.core.reduction import keep_mask
+from rlad_kernels.core.reduction import Reduction, keep_mask
 from rlad_kernels.engine.call import flat_call, flat_rows
-from rlad_kernels.integrations.liger.grpo import NAME, Options, check_options, grpo
+from rlad_kernels.integrations.liger.grpo import NAME, Options, grpo
 from rlad_kernels.integrations.wiring import check_head, kept_ids
 from rlad_kernels.linear.divergence import linear_divergence_loss
 from rlad_kernels.linear.logp import score
-from rlad_kernels.losses.cross_entropy import linear_cross_entropy_loss
+from rlad_kernels.linear.loss import linear_loss
+from rlad_kernels.losses.cross_entropy import CrossEntropy
+from rlad_kernels.losses.vocab.kl import JSD
 
-JSD = "LigerFusedLinearJSDLoss"
+JSD_NAME = "LigerFusedLinearJSDLoss"
+HARD = CrossEntropy()
 
 
 class LigerFusedLinearGRPOLoss(nn.Module):
@@ -36,26 +40,62 @@ class LigerFusedLinearGRPOLoss(nn.Module):
     """
 
     def __init__(
-        self, beta: float = 0.04, compiled: bool = True, use_ref_model: bool = True, chunk_size: int = 1, epsilon_low: float = 0.2,
-        epsilon_high: float = 0.2, loss_type: str = "dapo", max_completion_length: int | None = None,
-        importance_sampling_level: str = "token", sapo_temperature_pos: float = 1.0, sapo_temperature_neg: float = 1.05,
-        temperature: float = 1.0, delta: float | None = None, use_bias_correction_kl: bool = False, vespo_k_pos: float = 2.0,
-        vespo_lambda_pos: float = 3.0, vespo_k_neg: float = 3.0, vespo_lambda_neg: float = 2.0,
-    ) -> None:  # fmt: skip
+        self,
+        beta: float = 0.04,
+        compiled: bool = True,
+        use_ref_model: bool = True,
+        chunk_size: int = 1,
+        epsilon_low: float = 0.2,
+        epsilon_high: float = 0.2,
+        loss_type: str = "dapo",
+        max_completion_length: int | None = None,
+        importance_sampling_level: str = "token",
+        sapo_temperature_pos: float = 1.0,
+        sapo_temperature_neg: float = 1.05,
+        temperature: float = 1.0,
+        delta: float | None = None,
+        use_bias_correction_kl: bool = False,
+        vespo_k_pos: float = 2.0,
+        vespo_lambda_pos: float = 3.0,
+        vespo_k_neg: float = 3.0,
+        vespo_lambda_neg: float = 2.0,
+    ) -> None:
         super().__init__()
         self.use_ref_model = use_ref_model
-        self.options = check_options(Options(
-            beta, epsilon_low, epsilon_high, loss_type, max_completion_length, importance_sampling_level, sapo_temperature_pos,
-            sapo_temperature_neg, temperature, delta, use_bias_correction_kl, vespo_k_pos, vespo_lambda_pos, vespo_k_neg,
-            vespo_lambda_neg,
-        ))  # fmt: skip
+        self.options = Options(
+            beta=beta,
+            epsilon_low=epsilon_low,
+            epsilon_high=epsilon_high,
+            loss_type=loss_type,
+            max_completion_length=max_completion_length,
+            importance_sampling_level=importance_sampling_level,
+            sapo_temperature_pos=sapo_temperature_pos,
+            sapo_temperature_neg=sapo_temperature_neg,
+            temperature=temperature,
+            delta=delta,
+            use_bias_correction_kl=use_bias_correction_kl,
+            vespo_k_pos=vespo_k_pos,
+            vespo_lambda_pos=vespo_lambda_pos,
+            vespo_k_neg=vespo_k_neg,
+            vespo_lambda_neg=vespo_lambda_neg,
+        )
 
     def forward(
-        self, _input: Tensor, lin_weight: Tensor, selected_token_ids: Tensor, attention_mask: Tensor, advantages: Tensor,
-        bias: Tensor | None = None, ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
-        ref_input: Tensor | None = None, ref_weight: Tensor | None = None, ref_bias: Tensor | None = None,
-        vllm_is_ratio: Tensor | None = None, num_items_in_batch: Tensor | float | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+        self,
+        _input: Tensor,
+        lin_weight: Tensor,
+        selected_token_ids: Tensor,
+        attention_mask: Tensor,
+        advantages: Tensor,
+        bias: Tensor | None = None,
+        ref_per_token_logps: Tensor | None = None,
+        old_per_token_logps: Tensor | None = None,
+        ref_input: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        vllm_is_ratio: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(loss, metrics) of ``_input (B, T, H)``; metrics are the KL to the reference, if beta is not 0, and the clipped share.
 
         ``selected_token_ids``, ``attention_mask`` (bool or 0/1) and the log-probs are ``(B, T)``, advantages and vLLM's ratios
@@ -74,9 +114,15 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             with torch.no_grad():
                 reference = self._logp(ref_input, ref_weight, ref_bias, selected_token_ids, keep)
         out = grpo(
-            self.options, logp, keep, advantages, old=old_per_token_logps, reference=reference, is_ratio=vllm_is_ratio,
+            self.options,
+            logp,
+            keep,
+            advantages,
+            old=old_per_token_logps,
+            reference=reference,
+            is_ratio=vllm_is_ratio,
             items=num_items_in_batch,
-        )  # fmt: skip
+        )
         return out.loss, tuple(out.metrics.values())
 
     def _logp(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, keep: Tensor) -> Tensor:
@@ -99,59 +145,78 @@ class LigerFusedLinearJSDLoss(nn.Module):
     """
 
     def __init__(
-        self, weight_hard_loss: float = 0.5, weight_soft_loss: float = 0.5, beta: float = 0.5, ignore_index: int = -100,
-        temperature: float = 1.0, compiled: bool = True, chunk_size: int = 1024, return_soft_hard_loss: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        weight_hard_loss: float = 0.5,
+        weight_soft_loss: float = 0.5,
+        beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        compiled: bool = True,
+        chunk_size: int = 1024,
+        return_soft_hard_loss: bool = False,
+    ) -> None:
         super().__init__()
-        if not 0 <= beta <= 1:
-            raise ValueError(f"{JSD}: beta must be in [0, 1], got {beta!r}")
+        check_range(JSD_NAME, "beta", beta, 0, 1)
         if not 0 < temperature < math.inf:
-            raise ValueError(f"{JSD}: temperature must be positive and finite, got {temperature!r}")
+            raise ValueError(f"{JSD_NAME}: temperature must be positive and finite, got {temperature!r}")
         for option, weight in (("weight_hard_loss", weight_hard_loss), ("weight_soft_loss", weight_soft_loss)):
             if not 0 <= weight < math.inf:
-                raise ValueError(f"{JSD}: {option} must be at least 0 and finite, got {weight!r}")
+                raise ValueError(f"{JSD_NAME}: {option} must be at least 0 and finite, got {weight!r}")
         self.weight_hard_loss, self.weight_soft_loss = weight_hard_loss, weight_soft_loss
         self.beta, self.ignore_index, self.temperature = beta, ignore_index, temperature
         self.return_soft_hard_loss = return_soft_hard_loss
 
     def forward(
-        self, student_input: Tensor, student_weight: Tensor, teacher_input: Tensor, teacher_weight: Tensor, true_labels: Tensor,
-        student_bias: Tensor | None = None, teacher_bias: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        teacher_input: Tensor,
+        teacher_weight: Tensor,
+        true_labels: Tensor,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """The loss of ``student_input (…, H)``; with ``return_soft_hard_loss`` (loss, soft, hard), the last two without gradient.
 
         ``true_labels`` are ints ``(…)``, and ``teacher_input`` has the same leading shape. The temperature is the soft loss's only,
         and there is no factor T².
         """
-        check_head(JSD, student_input, student_weight)
-        check_head(f"{JSD} (teacher)", teacher_input, teacher_weight)
+        check_head(JSD_NAME, student_input, student_weight)
+        check_head(f"{JSD_NAME} (teacher)", teacher_input, teacher_weight)
         shape = student_input.shape[:-1]
-        flat_rows(JSD, "true_labels", true_labels, shape, student_input.device, ids=True)
-        flat_rows(JSD, "teacher_input", teacher_input[..., 0], shape, student_input.device)
+        flat_rows(JSD_NAME, "true_labels", true_labels, shape, student_input.device, ids=True)
+        flat_rows(JSD_NAME, "teacher_input", teacher_input[..., 0], shape, student_input.device)
         keep = true_labels.long() != self.ignore_index
-        divisor = keep.sum().clamp(min=1)
+        reduction = Reduction("token-mean", denominator=keep.sum().clamp(min=1))
         size, t = min(len(student_weight), len(teacher_weight)), self.temperature
         student = LMHead(student_weight, student_bias, temperature=t, vocab_size=size)
         teacher = LMHead(teacher_weight, teacher_bias, temperature=t, vocab_size=size)
-        flat_call(JSD, student_input, student)
-        flat_call(f"{JSD} (teacher)", teacher_input, teacher)
+        flat_call(JSD_NAME, student_input, student)
+        flat_call(f"{JSD_NAME} (teacher)", teacher_input, teacher)
         soft = linear_divergence_loss(
-            student_input, student, teacher_input, teacher, divergence="jsd", beta=self.beta, mask=keep, denominator=divisor
-        ).loss  # fmt: skip
+            student_input, student, teacher_input, teacher, JSD(self.beta), mask=keep, reduction=reduction
+        ).loss
         hard = torch.zeros_like(soft)
         if self.weight_hard_loss or self.return_soft_hard_loss:
-            target = kept_ids(JSD, "true_labels", true_labels, keep, len(student_weight))
+            target = kept_ids(JSD_NAME, "true_labels", true_labels, keep, len(student_weight))
             plain = LMHead(student_weight, student_bias)
-            hard = linear_cross_entropy_loss(student_input, plain, target, mask=keep, denominator=divisor).loss
+            hard = linear_loss(student_input, plain, target, HARD, mask=keep, reduction=reduction).loss
         loss = self.weight_hard_loss * hard + self.weight_soft_loss * soft
         return (loss, soft.detach(), hard.detach()) if self.return_soft_hard_loss else loss
 
 
 def chunk_topk_distill_function(
-    hidden_states: Tensor, weights: Tensor, labels: Tensor, teacher_topk_ids: Tensor, teacher_topk_log_probs: Tensor,
-    chunk_size: int = 1024, ignore_index: int = -100, shift_labels: Tensor | None = None, temperature: float = 1.0,
+    hidden_states: Tensor,
+    weights: Tensor,
+    labels: Tensor,
+    teacher_topk_ids: Tensor,
+    teacher_topk_log_probs: Tensor,
+    chunk_size: int = 1024,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    temperature: float = 1.0,
     log_prob_min_clamp: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """VeOmni's ``chunk_topk_distill_function``, which verl reads: Σ_K p(log p − log q) on the teacher's ids, and what goes with it.
 
     Args:
@@ -208,8 +273,6 @@ def chunk_topk_distill_function(
         q = q.clamp_min(log_prob_min_clamp)
     distill = torch.where(live, p.exp() * (p - q), 0).sum(-1)
     real = (slots >= 0) & ~teacher.isnan()
-    student_mass, teacher_mass = (
-        torch.where(real, x.detach().float().exp(), 0).sum(-1) for x in (scores.topk_logp, teacher)
-    )  # fmt: skip
+    student_mass, teacher_mass = (torch.where(real, x.detach().float().exp(), 0).sum(-1) for x in (scores.topk_logp, teacher))
     found = scores.logp, scores.entropy, distill, student_mass, teacher_mass
     return tuple(F.pad(x, (0, 1)) for x in found) if shifted else found  # type: ignore[return-value]

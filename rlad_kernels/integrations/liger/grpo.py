@@ -1,24 +1,26 @@
-"""The eight losses of Liger's and TRL's GRPO on log-probs ``(B, T)``, by the library's own token losses and reductions.
+"""The eight losses of Liger's and TRL's GRPO on log-probs ``(B, T)``, of the library's own parts and reductions.
 
-Only the weights of VESPO and the bias-corrected KL are formulas of this file: no method of the library has them.
+The clipped ones are its surrogate and not :class:`GRPO` or :class:`CISPO`, whose options are checked as those methods': here δ and
+the upper bound may be below 1. VESPO's weights and the bias-corrected KL are formulas of this file, as no method has them.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.reduction import reduce, sequence_index, token_weights
-from rlad_kernels.core.types import LossOutput
-from rlad_kernels.losses.ratio.cispo import cispo_tokens
-from rlad_kernels.losses.ratio.gspo import gspo_tokens
+from rlad_kernels.core.check import token_rows
+from rlad_kernels.core.reduction import Reduction, reduce, sequence_index, token_weights
+from rlad_kernels.core.types import LossOutput, TokenScores
+from rlad_kernels.losses.ratio.kl import Reference
 from rlad_kernels.losses.ratio.sampled import ratio_metrics, reinforced
-from rlad_kernels.losses.ratio.sapo import sapo_tokens
+from rlad_kernels.losses.ratio.sapo import SAPO
 from rlad_kernels.losses.ratio.sequences import sequence_mean
-from rlad_kernels.losses.ratio.surrogate import WithSlope, add_kl, per_token, ratio_loss_tokens, times, weighted_slope
+from rlad_kernels.losses.ratio.slopes import WithSlope, times, weighted_slope
+from rlad_kernels.losses.ratio.surrogate import clipped_surrogate
 
 NAME = "LigerFusedLinearGRPOLoss"
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -26,8 +28,13 @@ _REDUCTIONS = {"grpo": "seq-mean-token-mean", "sapo": "seq-mean-token-mean", "lu
 _LARGE = 45.0  # from which on e^x + 1 − x is e^x in float64
 
 
-class Options(NamedTuple):
-    """As the constructor takes them, checked."""
+@dataclass(frozen=True)
+class Options:
+    """As the constructor takes them; and what is made of them.
+
+    Raises:
+        ValueError: naming the option, what came and what was wanted.
+    """
 
     beta: float
     epsilon_low: float
@@ -44,33 +51,46 @@ class Options(NamedTuple):
     vespo_lambda_pos: float
     vespo_k_neg: float
     vespo_lambda_neg: float
+    reference: Reference = field(init=False)
+    sapo: SAPO = field(init=False)
 
+    def __post_init__(self) -> None:
+        self._check()
+        object.__setattr__(self, "reference", Reference(0.0 if self.use_bias_correction_kl else self.beta, "k3"))
+        temperatures = (self.sapo_temperature_pos, self.sapo_temperature_neg)
+        object.__setattr__(self, "sapo", SAPO(temperatures=temperatures, reference=self.reference))
 
-def check_options(o: Options) -> Options:
-    """Raise a ValueError that names the option, what came and what was wanted."""
-    kind, level = o.loss_type, o.importance_sampling_level
-    if kind not in LOSSES:
-        raise ValueError(f"{NAME}: loss_type must be one of {LOSSES}, got {kind!r}")
-    if level not in ("token", "sequence"):
-        raise ValueError(f"{NAME}: importance_sampling_level must be token or sequence, got {level!r}")
-    if level == "sequence" and kind in ("cispo", "sapo", "vespo"):
-        raise ValueError(f"{NAME}: loss_type={kind!r} is per token; set importance_sampling_level='token', got 'sequence'")
-    if kind == "dr_grpo" and not (o.max_completion_length or 0) > 0:
-        raise ValueError(f"{NAME}: loss_type='dr_grpo' needs max_completion_length > 0, got {o.max_completion_length!r}")
-    for name in ("sapo_temperature_pos", "sapo_temperature_neg", "temperature", "delta"):
-        value = getattr(o, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{NAME}: {name} must be positive and finite, got {value!r}")
-    for name in ("beta", "epsilon_low", "epsilon_high", *o._fields[-4:]):
-        if not 0 <= getattr(o, name) < math.inf:
-            raise ValueError(f"{NAME}: {name} must be at least 0 and finite, got {getattr(o, name)!r}")
-    return o
+    def _check(self) -> None:
+        kind, level = self.loss_type, self.importance_sampling_level
+        if kind not in LOSSES:
+            raise ValueError(f"{NAME}: loss_type must be one of {LOSSES}, got {kind!r}")
+        if level not in ("token", "sequence"):
+            raise ValueError(f"{NAME}: importance_sampling_level must be token or sequence, got {level!r}")
+        if level == "sequence" and kind in ("cispo", "sapo", "vespo"):
+            raise ValueError(f"{NAME}: loss_type={kind!r} is per token; set importance_sampling_level='token', got 'sequence'")
+        if kind == "dr_grpo" and not (self.max_completion_length or 0) > 0:
+            raise ValueError(f"{NAME}: loss_type='dr_grpo' needs max_completion_length > 0, got {self.max_completion_length!r}")
+        for name in ("sapo_temperature_pos", "sapo_temperature_neg", "temperature", "delta"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{NAME}: {name} must be positive and finite, got {value!r}")
+        vespo = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
+        for name in ("beta", "epsilon_low", "epsilon_high", *vespo):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{NAME}: {name} must be at least 0 and finite, got {getattr(self, name)!r}")
 
 
 def grpo(
-    o: Options, logp: Tensor, keep: Tensor, advantages: Tensor, *, old: Tensor | None, reference: Tensor | None,
-    is_ratio: Tensor | None, items: Tensor | float | None,
-) -> LossOutput:  # fmt: skip
+    o: Options,
+    logp: Tensor,
+    keep: Tensor,
+    advantages: Tensor,
+    *,
+    old: Tensor | None,
+    reference: Tensor | None,
+    is_ratio: Tensor | None,
+    items: Tensor | float | None,
+) -> LossOutput:
     """The reduced loss of ``logp (B, T)``, 0 where ``keep`` is not; metrics ``kl`` (with beta), where clipped ``clip``.
 
     Args:
@@ -81,12 +101,12 @@ def grpo(
     """
     advantages = advantages.squeeze(1) if advantages.shape == (len(keep), 1) else advantages
     given = {"advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": reference}
-    rows = {k: logp.detach() if x is None else per_token(NAME, k, x, logp) for k, x in given.items()}
-    a, o_logp, ref = (torch.where(keep, x, 0) for x in rows.values())
+    rows = {k: logp.detach() if x is None else token_rows(NAME, k, x, logp, spread=k == "advantages") for k, x in given.items()}
+    a, o_logp, ref = (torch.where(keep, x.to(logp.dtype), 0) for x in rows.values())
     weights = _is_ratio(is_ratio, keep, logp)
     loss, metrics = _tokens(o, logp, keep, a, o_logp, ref if o.beta else None, weights)
-    kind = _REDUCTIONS.get(o.loss_type, "token-mean")
-    return reduce(loss, token_weights(NAME, keep, kind, None, _divisor(o, keep, items), logp.dtype), keep, metrics)
+    reduction = Reduction(_REDUCTIONS.get(o.loss_type, "token-mean"), denominator=_divisor(o, keep, items))
+    return reduce(loss, token_weights(NAME, keep, reduction, logp.dtype), keep, metrics)
 
 
 def _is_ratio(ratio: Tensor | None, keep: Tensor, like: Tensor) -> Tensor | None:
@@ -106,32 +126,33 @@ def _is_ratio(ratio: Tensor | None, keep: Tensor, like: Tensor) -> Tensor | None
 
 def _tokens(
     o: Options, logp: Tensor, keep: Tensor, advantages: Tensor, old: Tensor, reference: Tensor | None, is_ratio: Tensor | None
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Per-token loss and metrics ``(B, T)``; every tensor is finite at masked places."""
     kind, shape = o.loss_type, logp.shape
     # a weight that is not negative multiplies a loss as it multiplies its advantage, and not the KL
     weighted = advantages if is_ratio is None or kind == "vespo" else times(advantages, is_ratio.expand(shape))
     s, old_s, a, weighted = (x.flatten() for x in (logp, old, advantages, weighted))
     ref = None if reference is None else reference.flatten()
-    kl: dict[str, Any] = {"ref_logp": ref, "kl_coef": 0.0 if o.use_bias_correction_kl else o.beta, "kl_estimator": "k3"}
     upper = o.epsilon_high if kind == "cispo" else 1 + o.epsilon_high
     place = sequence_index(NAME, keep, "the ratio", None) if o.importance_sampling_level == "sequence" else None
-    if kind == "cispo":
-        loss, found = cispo_tokens(s, old_logp=old_s, advantages=weighted, clip_high=upper - 1, **kl)
-    elif kind == "sapo":
-        taus = {"tau_pos": o.sapo_temperature_pos, "tau_neg": o.sapo_temperature_neg}
-        loss, found = sapo_tokens(s, old_logp=old_s, advantages=weighted, **taus, **kl)
-    elif kind == "vespo":
-        weight = vespo_weights(o, logp.detach() - old, advantages, is_ratio).flatten()
-        loss, found = add_kl(reinforced(s, times(weight, a)), ratio_metrics(s, old_s), s, **kl)
+    if kind == "sapo":
+        loss, found = o.sapo.tokens(TokenScores(logp=s), old_logp=old_s, advantages=weighted, ref_logp=ref)
+    elif kind in ("cispo", "vespo"):
+        found = ratio_metrics(s, old_s)
+        if kind == "cispo":
+            weight = found["ratio_mean"].clamp(max=upper)
+        else:
+            weight = vespo_weights(o, logp.detach() - old, advantages, is_ratio).flatten()
+        loss, found = o.reference.add(reinforced(s, times(weight, weighted)), found, s, ref)
     else:  # min(min(r, δ)Â, clip(r)Â): δ bounds r from above for either sign, beside the clip
         most = upper if o.delta is None else min(o.delta, upper)
-        given = {"old_logp": old_s, "advantages": weighted, "clip_low": o.epsilon_low, "clip_high": most - 1}
-        given |= {"dual_clip": None if o.delta is None else max(o.delta, upper)} | kl
+        bounds = (o.epsilon_low, most - 1), None if o.delta is None else max(o.delta, upper)
         if place is None:
-            loss, found = ratio_loss_tokens(s, **given)
+            loss, found = clipped_surrogate(s, old_s, weighted, *bounds, ref_logp=ref, reference=o.reference)
         else:
-            loss, found = gspo_tokens(s, keep=keep.flatten(), sequence=place, **given)
+            log_r = sequence_mean(s - old_s, keep.flatten(), place)
+            loss, found = clipped_surrogate(log_r, torch.zeros_like(log_r), weighted, *bounds)
+            loss, found = o.reference.add(loss, found, s, ref)
     r = found["ratio_mean"]
     clipped = ((r < 1 - o.epsilon_low) & (a < 0) & (kind != "cispo")) | ((r > upper) & (a > 0))
     metrics = {"clip": (clipped & (kind not in ("sapo", "vespo"))).to(r.dtype)}

@@ -84,7 +84,7 @@ def from_logprobs(
     more = [0, max(width - ids.shape[-1], 0)]
     ids, logp = pad(ids.gather(-1, order), more, value=-1)[..., :width], pad(logp, more, value=-math.inf)[..., :width]
     tail = _tail(ids, logp, vocab_size).to(device, torch.float32)
-    return TopK(ids.to(device, torch.int32), logp.to(device, torch.float32), None, tail, target_logp)
+    return TopK(ids.to(device, torch.int32), logp.to(device, torch.float32), tail_logp=tail, target_logp=target_logp)
 
 
 def _is_int(x: Any) -> bool:

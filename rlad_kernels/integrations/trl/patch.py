@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.check import check_floats
+from rlad_kernels.core.check import check_floats, check_range
 from rlad_kernels.core.head import LMHead
 from rlad_kernels.engine.call import flat_rows
 from rlad_kernels.integrations.wiring import check_head, check_plain_head, check_version, check_vocab
 from rlad_kernels.linear.divergence import linear_divergence
 from rlad_kernels.linear.logp import EXTRAS, score
+from rlad_kernels.losses.vocab.kl import JSD
 
 SUPPORTED = ("1.16.0",)
 
@@ -27,9 +28,16 @@ class ChunkedLogProbFunction:
 
     @staticmethod
     def apply(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, chunk_size: int,
-        final_logit_softcapping: float | None = None, logit_scale: float = 1.0, outputs: tuple[str, ...] = ("entropy", *EXTRAS),
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("entropy", *EXTRAS),
+    ) -> tuple[Tensor | None, ...]:
         """(logp, entropy, log_sum_sq_probs, mean_logits, is_top1) of ``hidden (N, H)``, None for what is not in ``outputs``.
 
         ``targets (N,)`` are ints; −100 gives 0. ``outputs`` may also name log_probs, which always come. ``chunk_size`` is ignored:
@@ -54,11 +62,19 @@ class ChunkedDivergenceFunction:
 
     @staticmethod
     def apply(
-        student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, teacher_hidden: Tensor, teacher_weight: Tensor,
-        teacher_bias: Tensor | None, beta: float, temperature: float = 1.0, student_logit_scale: float = 1.0,
-        student_final_logit_softcapping: float | None = None, teacher_logit_scale: float = 1.0,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        student_bias: Tensor | None,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        teacher_bias: Tensor | None,
+        beta: float,
+        temperature: float = 1.0,
+        student_logit_scale: float = 1.0,
+        student_final_logit_softcapping: float | None = None,
+        teacher_logit_scale: float = 1.0,
         teacher_final_logit_softcapping: float | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """(divergence, student's entropy) of each token; the entropy has no gradient and costs one product of its own.
 
         As in TRL β = 0 is the forward KL(teacher‖student), β = 1 the reverse one, and between them the generalised JSD. Hidden
@@ -68,8 +84,7 @@ class ChunkedDivergenceFunction:
         check_head(name, student_hidden, student_weight)
         check_head(name + " (teacher)", teacher_hidden, teacher_weight)
         flat_rows(name, "teacher_hidden", teacher_hidden[..., 0], student_hidden.shape[:-1], student_hidden.device)
-        if not 0 <= beta <= 1:
-            raise ValueError(f"{name}: beta must be in [0, 1], got {beta!r}")
+        check_range(name, "beta", beta, 0, 1)
         check_vocab(name, len(student_weight), len(teacher_weight), "cut the larger head to the ids both tokenizers have")
         student = _head(
             name, student_hidden, student_weight, student_bias, temperature, student_logit_scale, student_final_logit_softcapping
@@ -77,7 +92,7 @@ class ChunkedDivergenceFunction:
         teacher = _head(
             name, teacher_hidden, teacher_weight, teacher_bias, temperature, teacher_logit_scale, teacher_final_logit_softcapping
         )
-        value = linear_divergence(student_hidden, student, teacher_hidden, teacher, divergence="jsd", beta=beta)
+        value = linear_divergence(student_hidden, student, teacher_hidden, teacher, JSD(beta))
         with torch.no_grad():
             target = torch.zeros(student_hidden.shape[:-1], dtype=torch.int64, device=student_hidden.device)
             entropy = score(name, student_hidden, student, target, entropy=True).entropy

@@ -14,13 +14,17 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rlad_kernels.core.head import LMHead
 from rlad_kernels.core.probe import unwrapped
+from rlad_kernels.core.reduction import Reduction
 from rlad_kernels.core.types import LossOutput, TopK
 from rlad_kernels.integrations.backbone import HeadOutput, add_head_call, head_of
 from rlad_kernels.integrations.trl.patch import SUPPORTED
 from rlad_kernels.integrations.wiring import check_head, check_version, check_vocab
 from rlad_kernels.linear.logp import linear_logp
+from rlad_kernels.linear.loss import linear_loss
 from rlad_kernels.linear.topk import linear_topk
-from rlad_kernels.losses.rlad import rlad_loss
+from rlad_kernels.losses.ratio.kl import Reference
+from rlad_kernels.losses.rlad import RLAD
+from rlad_kernels.losses.support.topk_kl import TopKKL
 
 Teacher = Callable[[Tensor, Tensor, int], TopK]
 _FIELDS = ("ids", "logp", "tail_logp", "target_logp")
@@ -41,7 +45,7 @@ class RLADConfig(GRPOConfig):
     topk: int = field(default=0, metadata={"help": "K of the teacher's top-K; 0 leaves the KL term out."})
     topk_kl_coef: float = field(default=1.0, metadata={"help": "Factor of the truncated KL, when topk > 0."})
     direction: str = field(default="reverse", metadata={"help": "reverse KL(student‖teacher) or forward."})
-    normalize: str = field(default="both", metadata={"help": "both, teacher, none or tail: see topk_kl_loss."})
+    normalize: str = field(default="both", metadata={"help": "both, teacher, none or tail: see TopKKL."})
     filter_eps: float = field(default=0.0, metadata={"help": "Sparse backward; 0 is exact."})
     vocab_size: int | None = field(default=None, metadata={"help": "Ids that exist, where a head has rows of padding."})
     mask_special_tokens: bool = field(default=False, metadata={"help": "No teacher at the tokenizer's special tokens."})
@@ -58,7 +62,7 @@ class RLADTrainer(GRPOTrainer):
         args: :class:`RLADConfig`. Both heads are read at the sampling temperature.
         everything else: as of ``trl.GRPOTrainer``.
 
-    Logs, besides GRPO's: ``rlad/`` + the metrics of :func:`rlad_kernels.rlad_loss`. Tokens without a teacher count in
+    Logs, besides GRPO's: ``rlad/`` + the metrics of :class:`rlad_kernels.losses.RLAD`. Tokens without a teacher count in
     ``rlad/invalid_teacher``.
 
     Raises:
@@ -75,6 +79,7 @@ class RLADTrainer(GRPOTrainer):
             raise ValueError(f"RLADTrainer: args must be an RLADConfig, got {type(args).__name__}")
         _refuse(args)
         super().__init__(model, reward_funcs, args=args, **kwargs)
+        self.rlad = self._objective(args)
         for policy in (self.model, self.ref_model):
             if policy is not None:
                 _without_fused_head(unwrapped(policy))
@@ -88,6 +93,17 @@ class RLADTrainer(GRPOTrainer):
             self.teacher = self.accelerator.prepare_model(teacher.requires_grad_(False).eval(), evaluation_mode=True)
         elif not callable(teacher):
             raise ValueError(f"RLADTrainer: teacher must be a causal LM or a callable giving TopK, got {type(teacher).__name__}")
+
+    def _objective(self, args: RLADConfig) -> RLAD:
+        topk = {"topk": TopKKL(args.direction, normalize=args.normalize), "topk_coef": args.topk_kl_coef} if args.topk else {}
+        return RLAD(
+            alpha=args.alpha,
+            teacher_clamp=args.teacher_clamp,
+            clip=(self.epsilon_low, self.epsilon_high),
+            dual_clip=args.delta,
+            reference=Reference(self.beta),
+            **topk,
+        )
 
     def _head(self, model: Any) -> LMHead:
         return head_of(model, temperature=self.temperature, vocab_size=self.args.vocab_size)
@@ -172,9 +188,16 @@ class RLADTrainer(GRPOTrainer):
             return model(input_ids=ids, attention_mask=attention_mask, head_call=head_call, **extra)
 
     def _get_per_token_logps_and_entropies(
-        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int | None = None,
-        compute_entropy: bool = False, compute_aux_loss: bool = False, **images: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **images: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """GRPO's old and reference log-probs, by the code and in the batches of the loss: equal weights, equal numbers."""
         self._refuse_images(images)
         extra = {"output_router_logits": True} if compute_aux_loss else {}
@@ -212,7 +235,6 @@ class RLADTrainer(GRPOTrainer):
     def _loss(
         self, hidden: Tensor, head: LMHead, completion: Tensor, mask: Tensor, inputs: dict[str, Any], mode: str
     ) -> LossOutput:
-        args = self.args
         old_logp = inputs.get("old_per_token_logps")
         if old_logp is None:
             with torch.no_grad():
@@ -221,29 +243,29 @@ class RLADTrainer(GRPOTrainer):
         if "importance_sampling_ratio" in inputs:  # a weight w ≥ 0 on the token: w·min(rÂ, clip(r)Â) = min(r·wÂ, clip(r)·wÂ)
             wide = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
             advantages = (wide * inputs["importance_sampling_ratio"]).expand_as(old_logp)
-        topk = {}
-        if args.topk:
-            teacher = TopK(inputs["teacher_ids"], inputs["teacher_logp"], tail_logp=inputs.get("teacher_tail_logp"))
-            topk = {"teacher": teacher, "topk_kl_coef": args.topk_kl_coef, "direction": args.direction, "normalize": args.normalize}
-        reference = {"ref_logp": inputs["ref_per_token_logps"], "kl_coef": self.beta} if self.beta else {}
-        return rlad_loss(
-            hidden, head, completion, old_logp=old_logp, advantages=advantages, teacher_logp=inputs["teacher_target_logp"],
-            mask=mask, alpha=args.alpha, clip=(self.epsilon_low, self.epsilon_high), teacher_clamp=args.teacher_clamp,
-            dual_clip=args.delta, filter_eps=args.filter_eps, **topk, **reference, **self._reduction(mask, inputs, mode),
-        )  # fmt: skip
+        given = {"old_logp": old_logp, "advantages": advantages, "teacher_logp": inputs["teacher_target_logp"]}
+        if self.rlad.topk:
+            tail_logp = inputs.get("teacher_tail_logp")
+            given["teacher"] = TopK(inputs["teacher_ids"], inputs["teacher_logp"], tail_logp=tail_logp)
+        if self.beta:
+            given["ref_logp"] = inputs["ref_per_token_logps"]
+        reduction = self._reduction(mask, inputs, mode)
+        return linear_loss(
+            hidden, head, completion, self.rlad, mask=mask, reduction=reduction, filter_eps=self.args.filter_eps, **given
+        )
 
-    def _reduction(self, mask: Tensor, inputs: dict[str, Any], mode: str) -> dict[str, Any]:
+    def _reduction(self, mask: Tensor, inputs: dict[str, Any], mode: str) -> Reduction:
         """TRL's normalisers, gradient accumulation included."""
         steps = self._accumulated(mode)
         if self.loss_type == "grpo":
-            return {"reduction": "seq-mean-token-mean", "denominator": len(mask) * steps}
+            return Reduction("seq-mean-token-mean", denominator=len(mask) * steps)
         if self.loss_type == "bnpo":
-            return {"reduction": "token-mean", "denominator": mask.sum().clamp(min=1) * steps}
+            return Reduction("token-mean", denominator=mask.sum().clamp(min=1) * steps)
         if self.loss_type == "dr_grpo":
-            return {"reduction": "token-mean", "denominator": len(mask) * (self.max_completion_length or 1) * steps}
+            return Reduction("token-mean", denominator=len(mask) * (self.max_completion_length or 1) * steps)
         share = self.args.steps_per_generation if mode == "train" else 1  # num_items_in_batch counts the whole rollout
         tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
-        return {"reduction": "token-mean", "denominator": tokens * steps / share}
+        return Reduction("token-mean", denominator=tokens * steps / share)
 
     def _accumulated(self, mode: str) -> int:
         return self.current_gradient_accumulation_steps if mode == "train" else 1
@@ -281,9 +303,13 @@ def _tokens(batch: dict[str, Any], part: slice) -> tuple[Tensor, Tensor, Tensor,
 def _refuse(args: RLADConfig) -> None:
     """Raise a ValueError for an option of GRPOConfig that RLAD's loss would ignore."""
     wanted = {
-        "importance_sampling_level": "token", "top_entropy_quantile": 1.0, "entropy_coef": 0.0, "use_adaptive_entropy": False,
-        "off_policy_mask_threshold": None, "use_bias_correction_kl": False,
-    }  # fmt: skip
+        "importance_sampling_level": "token",
+        "top_entropy_quantile": 1.0,
+        "entropy_coef": 0.0,
+        "use_adaptive_entropy": False,
+        "off_policy_mask_threshold": None,
+        "use_bias_correction_kl": False,
+    }
     for name, value in wanted.items():
         if getattr(args, name, value) != value:
             raise ValueError(

@@ -2,80 +2,95 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.check import needs
-from rlad_kernels.core.reduction import keep_mask, sequence_index
-from rlad_kernels.core.registry import add_method
-from rlad_kernels.core.types import LossOutput
-from rlad_kernels.losses.ratio.rollout import weigh
-from rlad_kernels.losses.ratio.sampled import ClippedOptions, accumulated, clipped_loss, on_sampled
+from rlad_kernels.core.check import check_choice
+from rlad_kernels.core.token_loss import Batch, Metrics, Tensors
+from rlad_kernels.core.types import TokenScores
+from rlad_kernels.losses.methods import add_method
+from rlad_kernels.losses.ratio.sampled import ClippedLoss
 from rlad_kernels.losses.ratio.sequences import sequence_mean
-from rlad_kernels.losses.ratio.surrogate import add_kl, ratio_loss_tokens
+from rlad_kernels.losses.ratio.surrogate import clipped_surrogate
 
 LEVELS = ("sequence", "sequence-token")
 
 
-@on_sampled("gspo", rowwise=False)
-def gspo_tokens(
-    logp: Tensor, *, old_logp: Tensor, advantages: Tensor, keep: Tensor, sequence: Tensor, level: str = "sequence",
-    clip_low: float = 3e-4, clip_high: float = 4e-4, dual_clip: float | None = None, ref_logp: Tensor | None = None,
-    kl_coef: float = 0.0, kl_estimator: str = "k3", **rollout: Any,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """The clipped surrogate of each token's sequence ratio, and its metrics; all tensors ``(N,)``, ``sequence`` non-decreasing."""
-    advantages, found = weigh(logp, old_logp, advantages, **rollout)
-    log_ratio = sequence_mean(logp - old_logp, keep, sequence)
-    if level == "sequence-token":
-        log_ratio = log_ratio.detach() + (logp - logp.detach())
-    loss, metrics = ratio_loss_tokens(
-        log_ratio, old_logp=torch.zeros_like(log_ratio), advantages=advantages, clip_low=clip_low, clip_high=clip_high,
-        dual_clip=dual_clip,
-    )  # fmt: skip
-    return add_kl(loss, {**metrics, **found}, logp, ref_logp, kl_coef, kl_estimator)
-
-
-def gspo_loss(
-    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor | None = None, *, level: str = "sequence",
-    **options: Unpack[ClippedOptions],
-) -> LossOutput:  # fmt: skip
-    """GSPO: −min(r_i Â, clip(r_i, 1−ε_low, 1+ε_high)Â), r_i = exp(mean over sequence i's kept tokens of s − o).
+@dataclass(frozen=True, kw_only=True)
+class GSPO(ClippedLoss):
+    """GSPO: −min(r_i Â, clip(r_i, 1−ε_low, 1+ε_high)Â), r_i = exp(mean over sequence i's kept tokens of s − o) (arXiv 2507.18071).
 
     Sequences are kept or clipped as a whole (with one Â a sequence), and all their tokens get the same gradient, through the mean.
-    The ratio reads other rows, so that this loss runs on :func:`linear_logp`, not inside :func:`fused_linear_loss`, which raises.
+    The ratio reads other tokens' scores: :func:`linear_loss` runs it on :func:`linear_logp`, at four products.
 
     Args:
-        logp, old_logp, advantages, mask: as in :func:`grpo_loss`.
         level: ``sequence``, or ``sequence-token`` (GSPO-token): the value of r_i with each token's own gradient,
             log r = sg[log r_i] + s − sg[s], for advantages that differ from token to token.
-        options: as of :func:`grpo_loss`; unless given, ``clip`` is (3e-4, 4e-4) and ``reduction`` seq-mean-token-mean. Packed
-            tokens always need ``seq_ids``.
+        clip, dual_clip, reference, rollout: as of :class:`GRPO`, with other defaults.
 
-    Returns:
-        LossOutput. Metrics as of :func:`grpo_loss`, the ratio being the sequence's.
+    Tensors of a call:
+        logp, old_logp, advantages, ref_logp, rollout_logp: as of :class:`GRPO`; packed tokens always need
+            ``Reduction(seq_ids=…)``.
 
-    Raises:
-        ValueError: naming the argument, what came and what was wanted.
+    Metrics: those of :class:`GRPO`, the ratio being the sequence's.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> logp = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+        >>> out = rk.losses.GSPO(clip=None)(logp, old_logp=logp.detach() - 0.5, advantages=torch.ones(1))
+        >>> out.metrics["ratio_mean"]
+        tensor(1.6487)
     """
-    name = "gspo_loss"
-    if level not in LEVELS:
-        raise ValueError(f"{name}: level must be one of {LEVELS} (token level is grpo_loss), got {level!r}")
-    needs(name, old_logp=old_logp, advantages=advantages)
-    keep = keep_mask(name, mask, accumulated(name, logp))
-    sequence = sequence_index(name, keep, "the ratio", options.get("seq_ids"))
-    options.setdefault("clip", (3e-4, 4e-4))
-    options.setdefault("reduction", "seq-mean-token-mean")
-    given = {"keep": keep.flatten(), "sequence": sequence, "level": level}
-    return clipped_loss(name, gspo_tokens, logp, {"old_logp": old_logp, "advantages": advantages}, mask, given, **options)
+
+    reduction: str = "seq-mean-token-mean"
+    clip: tuple[float, float] | None = (3e-4, 4e-4)
+    level: str = "sequence"
+
+    needs = ("old_logp", "advantages")
+    rowwise = False
+
+    def check(self) -> None:
+        super().check()
+        check_choice(self.name, "level", self.level, LEVELS)
+
+    def prepare(self, batch: Batch, tensors: Tensors) -> Tensors:
+        return {**tensors, "keep": batch.keep, "sequence": batch.sequence("the ratio")}
+
+    def tokens(
+        self,
+        scores: TokenScores,
+        *,
+        old_logp: Tensor,
+        advantages: Tensor,
+        keep: Tensor,
+        sequence: Tensor,
+        ref_logp: Tensor | None = None,
+        rollout_logp: Tensor | None = None,
+    ) -> tuple[Tensor, Metrics]:
+        logp = scores.logp
+        advantages, found = self.weighed(advantages, logp, old_logp, rollout_logp)
+        log_ratio = sequence_mean(logp - old_logp, keep, sequence)
+        if self.level == "sequence-token":
+            log_ratio = log_ratio.detach() + (logp - logp.detach())
+        loss, metrics = clipped_surrogate(log_ratio, torch.zeros_like(log_ratio), advantages, self.clip, self.dual_clip)
+        return self.reference.add(loss, {**metrics, **found}, logp, ref_logp)
 
 
 add_method(
-    "gspo", "ratio", gspo_loss, formula="−min(r_i Â, clip(r_i, 1−3e-4, 1+4e-4)Â), r_i = exp(mean_t(s − o))",
-    needs=("old_logp", "advantages"), paper="arXiv 2507.18071", confidence="B", products=4,
-)  # fmt: skip
+    "gspo",
+    "ratio",
+    GSPO(),
+    formula="−min(r_i Â, clip(r_i, 1−3e-4, 1+4e-4)Â), r_i = exp(mean_t(s − o))",
+    paper="arXiv 2507.18071",
+    confidence="B",
+)
 add_method(
-    "gspo_token", "ratio", gspo_loss, formula="gspo with r_it = sg[r_i]·π/sg[π]", needs=("old_logp", "advantages"),
-    paper="arXiv 2507.18071", confidence="B", products=4, options={"level": "sequence-token"},
-)  # fmt: skip
+    "gspo_token",
+    "ratio",
+    GSPO(level="sequence-token"),
+    formula="gspo with r_it = sg[r_i]·π/sg[π]",
+    paper="arXiv 2507.18071",
+    confidence="B",
+)

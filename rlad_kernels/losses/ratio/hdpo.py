@@ -2,46 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from dataclasses import dataclass
 
-from torch import Tensor
-
-from rlad_kernels.core.check import check_numbers, needs
-from rlad_kernels.core.registry import add_method
-from rlad_kernels.core.types import LossOutput
-from rlad_kernels.losses.ratio.kdrl import kdrl_tokens, taught_tokens
-from rlad_kernels.losses.ratio.sampled import ClippedOptions, clipped_loss
+from rlad_kernels.losses.methods import add_method
+from rlad_kernels.losses.ratio.kdrl import KDRL
 
 
-def hdpo_loss(
-    logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, correct: Tensor, group_ids: Tensor,
-    mask: Tensor | None = None, *, kd_coef: float = 1.0, **options: Unpack[ClippedOptions],
-) -> LossOutput:  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class HDPO(KDRL):
     """HDPO: −min(rA, clip(r)A), A = Â + 1[all of the group wrong]·β·sg[t − s] (as in arXiv 2609.04108).
 
-    It is :func:`kdrl_loss` in the reward, on wrong groups, with a clip.
+    It is :class:`KDRL` in the reward, on wrong groups, with a clip; options, tensors and metrics are that one's.
 
     Args:
-        logp, old_logp, teacher_logp, advantages, correct, group_ids, mask: as in :func:`kdrl_loss`.
         kd_coef: β; no published value is known to us.
-        options: those of :func:`grpo_loss`.
 
-    Returns:
-        LossOutput. Metrics: those of :func:`grpo_loss`, kl_teacher (mean of s − t) and invalid_teacher.
-
-    Raises:
-        ValueError: naming the argument, what came and what was wanted.
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> logp = torch.zeros(2, 1)
+        >>> given = {"old_logp": logp, "advantages": torch.zeros(2), "teacher_logp": logp - 1.0}
+        >>> rk.losses.HDPO()(logp, **given, correct=torch.tensor([True, False]), group_ids=torch.tensor([0, 1])).loss
+        tensor(0.5000)
     """
-    name = "hdpo_loss"
-    needs(name, old_logp=old_logp, teacher_logp=teacher_logp, advantages=advantages)
-    check_numbers(name, kd_coef=kd_coef)
-    taught = taught_tokens(name, logp, mask, "wrong-groups", correct, group_ids)
-    tensors = {"old_logp": old_logp, "teacher_logp": teacher_logp, "advantages": advantages, "taught": taught}
-    return clipped_loss(name, kdrl_tokens, logp, tensors, mask, {"kd_coef": kd_coef, "form": "in-reward"}, **options)
+
+    clip: tuple[float, float] | None = (0.2, 0.2)
+    kd_coef: float = 1.0
+    form: str = "in-reward"
+    teach: str = "wrong-groups"
 
 
 add_method(
-    "hdpo", "ratio", hdpo_loss, formula="−min(rA, clip(r)A), A = Â + 1[all wrong]·β·sg[t − s]",
-    needs=("old_logp", "teacher_logp", "advantages", "correct", "group_ids"), paper="arXiv 2609.04108", confidence="A", products=3,
+    "hdpo",
+    "ratio",
+    HDPO(),
+    formula="−min(rA, clip(r)A), A = Â + 1[all wrong]·β·sg[t − s]",
+    paper="arXiv 2609.04108",
+    confidence="A",
     note="As the paper that compares it writes it; the method's own paper was not read.",
-)  # fmt: skip
+)

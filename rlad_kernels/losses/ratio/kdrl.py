@@ -2,48 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Unpack
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.check import check_numbers, needs
-from rlad_kernels.core.registry import add_method
-from rlad_kernels.core.types import LossOutput
+from rlad_kernels.core.check import check_choice, check_numbers
+from rlad_kernels.core.token_loss import Batch, Metrics, Tensors
+from rlad_kernels.core.types import TokenScores
+from rlad_kernels.losses.methods import add_method
 from rlad_kernels.losses.ratio.groups import correct_tokens, wrong_groups
-from rlad_kernels.losses.ratio.sampled import ClippedOptions, accumulated, clipped_loss, on_sampled, teacher_gap
-from rlad_kernels.losses.ratio.surrogate import KL_ESTIMATORS, check_kl, ratio_loss_tokens
+from rlad_kernels.losses.ratio.kl import KL_ESTIMATORS, check_estimator
+from rlad_kernels.losses.ratio.sampled import ClippedLoss, teacher_gap
 
 FORMS = ("joint", "in-reward")
-TAUGHT = ("all", "wrong", "wrong-groups")
+TAUGHT = {"all": (), "wrong": ("correct",), "wrong-groups": ("correct", "group_ids")}
 
 
-@on_sampled("kdrl")
-def kdrl_tokens(
-    logp: Tensor, *, old_logp: Tensor, advantages: Tensor, teacher_logp: Tensor, taught: Tensor | None = None,
-    kd_coef: float = 2e-3, form: str = "joint", kd_estimator: str = "k2", clip_low: float = 1.0, clip_high: float = math.inf,
-    **options: Any,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """The clipped surrogate + kd_coef·KL where ``taught`` is not 0, and its metrics; all tensors ``(N,)``."""
-    gap, found = teacher_gap(logp, teacher_logp)
-    use = (logp.detach() - teacher_logp).isfinite()
-    use = use if taught is None else use & (taught != 0)
-    if form == "in-reward":
-        advantages = advantages + kd_coef * torch.where(use, gap, 0)
-    clip = {"clip_low": clip_low, "clip_high": clip_high}
-    loss, metrics = ratio_loss_tokens(logp, old_logp=old_logp, advantages=advantages, **clip, **options)
-    if form == "joint":
-        x = torch.where(use, logp - torch.where(use, teacher_logp, 0), 0)  # every estimator is 0 at 0
-        loss = loss + kd_coef * KL_ESTIMATORS[kd_estimator](x)
-    return loss, {**metrics, **found}
-
-
-def kdrl_loss(
-    logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, mask: Tensor | None = None, *, kd_coef: float = 2e-3,
-    form: str = "joint", kd_estimator: str = "k2", teach: str = "all", correct: Tensor | None = None,
-    group_ids: Tensor | None = None, **options: Unpack[ClippedOptions],
-) -> LossOutput:  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class KDRL(ClippedLoss):
     """KDRL: −rÂ + β·k(s − t), r = exp(s − o), k an estimator of KL(π‖π_T) (arXiv 2506.02208).
 
     k2 has the reverse KL's expected gradient while the tokens are the current policy's own: after more inner steps it is not
@@ -51,73 +29,112 @@ def kdrl_loss(
     leaves no trace of the teacher in the gradient.
 
     Args:
-        logp, old_logp, advantages, mask: as in :func:`grpo_loss`.
-        teacher_logp: the teacher's log-probs t of the same tokens; a non-finite value teaches nothing there and counts in
-            ``invalid_teacher``.
         kd_coef: β; :func:`annealed_coef` gives the paper's schedule. Published: 2e-3 constant, 5e-3 → 1e-3 annealed; 0.2 on logic
             puzzles (arXiv 2609.04108).
         form: ``joint`` as above; ``in-reward``: −r(Â + β·sg[t − s]).
         kd_estimator: k2, k3, k3+, k3++, k4 or k5, for ``joint``.
         teach: ``all``; ``wrong``: the teacher's term only in responses that are not ``correct``; ``wrong-groups``: only where no
             response of the group is.
+        clip, dual_clip, reference, rollout: as of :class:`GRPO`; the paper shows no clip.
+
+    Tensors of a call:
+        logp, old_logp, advantages, ref_logp, rollout_logp: as of :class:`GRPO`.
+        teacher_logp: the teacher's log-probs t of the same tokens; a non-finite value teaches nothing there and counts in
+            ``invalid_teacher``.
         correct: bools or 0/1, ``(B,)`` or the log-probs' shape; needed unless ``teach="all"``. A sequence without a kept
             token does not count.
         group_ids: ints, ``(B,)`` or the log-probs' shape, in any order; needed for ``wrong-groups``.
-        options: those of :func:`grpo_loss`; the paper shows no clip, and ``clip`` is None, no clip, unless given.
 
-    Returns:
-        LossOutput. Metrics: those of :func:`grpo_loss`, kl_teacher (mean of s − t, taught or not) and invalid_teacher.
+    Metrics: those of :class:`GRPO`, kl_teacher (mean of s − t, taught or not) and invalid_teacher.
 
-    Raises:
-        ValueError: naming the argument, what came and what was wanted.
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+        >>> old, zero = logp.detach(), torch.zeros(2)
+        >>> rk.losses.KDRL(kd_coef=1.0)(logp, old_logp=old, advantages=zero, teacher_logp=zero).loss
+        tensor(1.2500, grad_fn=<SumBackward0>)
     """
-    name = "kdrl_loss"
-    needs(name, old_logp=old_logp, teacher_logp=teacher_logp, advantages=advantages)
-    if form not in FORMS:
-        raise ValueError(f"{name}: form must be one of {FORMS}, got {form!r}")
-    check_numbers(name, kd_coef=kd_coef)
-    check_kl(name, "kd_estimator", kd_estimator, kd_coef)
-    tensors: dict[str, Tensor | None] = {"old_logp": old_logp, "teacher_logp": teacher_logp, "advantages": advantages}
-    tensors["taught"] = taught_tokens(name, logp, mask, teach, correct, group_ids)
-    words = {"kd_coef": kd_coef, "form": form, "kd_estimator": kd_estimator}
-    options.setdefault("clip", None)
-    return clipped_loss(name, kdrl_tokens, logp, tensors, mask, words, **options)
 
+    clip: tuple[float, float] | None = None
+    kd_coef: float = 2e-3
+    form: str = "joint"
+    kd_estimator: str = "k2"
+    teach: str = "all"
 
-def taught_tokens(
-    name: str, logp: Tensor, mask: Tensor | None, teach: str, correct: Tensor | None, group_ids: Tensor | None
-) -> Tensor | None:
-    """Where the teacher's term counts, bool in ``logp``'s shape; None is everywhere."""
-    if teach not in TAUGHT:
-        raise ValueError(f"{name}: teach must be one of {TAUGHT}, got {teach!r}")
-    if teach == "all":
-        return None
-    right = correct_tokens(name, correct, accumulated(name, logp).detach(), mask)
-    return ~right if teach == "wrong" else wrong_groups(name, right, group_ids)
+    needs = ("old_logp", "advantages", "teacher_logp")
+    takes = (*ClippedLoss.takes, "correct", "group_ids")
+
+    def check(self) -> None:
+        super().check()
+        check_numbers(self.name, kd_coef=self.kd_coef)
+        check_choice(self.name, "form", self.form, FORMS)
+        check_choice(self.name, "teach", self.teach, TAUGHT)
+        check_estimator(self.name, "kd_estimator", self.kd_estimator, self.kd_coef)
+
+    def needed(self) -> tuple[str, ...]:
+        return (*super().needed(), *TAUGHT[self.teach])
+
+    def prepare(self, batch: Batch, tensors: Tensors) -> Tensors:
+        rest = {k: x for k, x in tensors.items() if k not in ("correct", "group_ids")}
+        if self.teach == "all":
+            return rest
+        right = correct_tokens(batch, tensors["correct"])
+        return {**rest, "taught": ~right if self.teach == "wrong" else wrong_groups(right, tensors["group_ids"])}
+
+    def tokens(
+        self,
+        scores: TokenScores,
+        *,
+        old_logp: Tensor,
+        advantages: Tensor,
+        teacher_logp: Tensor,
+        taught: Tensor | None = None,
+        **shared: Any,
+    ) -> tuple[Tensor, Metrics]:
+        logp = scores.logp
+        gap, found = teacher_gap(logp, teacher_logp)
+        use = (logp.detach() - teacher_logp).isfinite()
+        use = use if taught is None else use & taught
+        if self.form == "in-reward":
+            advantages = advantages + self.kd_coef * torch.where(use, gap, 0)
+        loss, metrics = self.surrogate(logp, old_logp, advantages, **shared)
+        if self.form == "joint":
+            x = torch.where(use, logp - torch.where(use, teacher_logp, 0), 0)  # every estimator is 0 at 0
+            loss = loss + self.kd_coef * KL_ESTIMATORS[self.kd_estimator](x)
+        return loss, {**metrics, **found}
 
 
 def annealed_coef(step: int, *, start: float = 5e-3, decrement: float = 5e-5, floor: float = 1e-3) -> float:
-    """KDRL's coefficient at a training step: max(start − decrement·step, floor)."""
+    """KDRL's coefficient at a training step: max(start − decrement·step, floor).
+
+    Example:
+        >>> import rlad_kernels as rk
+        >>> rk.losses.KDRL(kd_coef=rk.losses.annealed_coef(200)).kd_coef
+        0.001
+    """
     return max(start - decrement * step, floor)
 
 
-_NEEDS, _PAPER = ("old_logp", "teacher_logp", "advantages"), "arXiv 2506.02208"
+_PAPER = "arXiv 2506.02208"
 add_method(
-    "kdrl", "ratio", kdrl_loss, formula="−rÂ + β·½(s − t)², β = 2e-3", needs=_NEEDS, paper=_PAPER, confidence="B", products=3,
+    "kdrl",
+    "ratio",
+    KDRL(),
+    formula="−rÂ + β·½(s − t)², β = 2e-3",
+    paper=_PAPER,
+    confidence="B",
     note=(
         "k2's gradient is the reverse KL's only on the policy's own samples: it is not importance-corrected over "
         "several updates. Backpropagating s − t itself (k1) would lose the teacher."
     ),
-)  # fmt: skip
+)
+add_method("kdrl_in_reward", "ratio", KDRL(form="in-reward"), formula="−r(Â + β·sg[t − s]), β = 2e-3", paper=_PAPER, confidence="B")
+add_method("kdrl_wrong", "ratio", KDRL(teach="wrong"), formula="kdrl, the KL only in wrong responses", paper=_PAPER, confidence="B")
 add_method(
-    "kdrl_in_reward", "ratio", kdrl_loss, formula="−r(Â + β·sg[t − s]), β = 2e-3", needs=_NEEDS, paper=_PAPER, confidence="B",
-    products=3, options={"form": "in-reward"},
-)  # fmt: skip
-add_method(
-    "kdrl_wrong", "ratio", kdrl_loss, formula="kdrl, the KL only in wrong responses", needs=(*_NEEDS, "correct"), paper=_PAPER,
-    confidence="B", products=3, options={"teach": "wrong"},
-)  # fmt: skip
-add_method(
-    "kdrl_wrong_groups", "ratio", kdrl_loss, formula="kdrl, the KL only in groups that are all wrong",
-    needs=(*_NEEDS, "correct", "group_ids"), paper=_PAPER, confidence="B", products=3, options={"teach": "wrong-groups"},
-)  # fmt: skip
+    "kdrl_wrong_groups",
+    "ratio",
+    KDRL(teach="wrong-groups"),
+    formula="kdrl, the KL only in groups that are all wrong",
+    paper=_PAPER,
+    confidence="B",
+)

@@ -2,70 +2,79 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from rlad_kernels.core.check import check_numbers, needs
-from rlad_kernels.core.registry import add_method
-from rlad_kernels.core.types import LossOutput
-from rlad_kernels.losses.ratio.rollout import ICEPOP, Rollout, check_rollout, weigh
-from rlad_kernels.losses.ratio.sampled import TokenOptions, on_sampled, reinforced, sampled_loss, teacher_gap
-from rlad_kernels.losses.ratio.surrogate import add_kl
+from rlad_kernels.core.check import check_numbers
+from rlad_kernels.core.token_loss import Metrics
+from rlad_kernels.core.types import TokenScores
+from rlad_kernels.losses.methods import add_method
+from rlad_kernels.losses.ratio.rollout import ICEPOP, Rollout
+from rlad_kernels.losses.ratio.sampled import SampledLoss, reinforced, teacher_gap
 
-MOPD = ICEPOP._replace(policy="current")
-
-
-@on_sampled("mopd")
-def mopd_tokens(
-    logp: Tensor, *, rollout_logp: Tensor, teacher_logp: Tensor, advantages: Tensor | None = None, advantage_coef: float = 1.0,
-    ref_logp: Tensor | None = None, kl_coef: float = 0.0, kl_estimator: str = "k3", **rollout: Any,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """−sg[w·A]·s per token, A = t − s + α·Â, and its metrics; all tensors ``(N,)``."""
-    gap, metrics = teacher_gap(logp, teacher_logp)
-    total = gap if advantages is None else gap + advantage_coef * advantages
-    rollout = {**{f"rollout_{k}": v for k, v in MOPD._asdict().items()}, **rollout}
-    total, found = weigh(logp, logp, total, rollout_logp=rollout_logp, **rollout)
-    return add_kl(reinforced(logp, total), {**metrics, **found}, logp, ref_logp, kl_coef, kl_estimator)
+CURRENT = replace(ICEPOP, policy="current")
 
 
-def mopd_loss(
-    logp: Tensor, rollout_logp: Tensor, teacher_logp: Tensor, mask: Tensor | None = None, *, advantages: Tensor | None = None,
-    advantage_coef: float = 1.0, rollout: Rollout = MOPD, **options: Unpack[TokenOptions],
-) -> LossOutput:  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class MOPD(SampledLoss):
     """MOPD: −w·A·s, w = sg[π/μ]·1[ε_lo ≤ π/μ ≤ ε_hi], A = sg[t − s] + α·Â (MiMo-V2-Flash report).
 
     The value is no objective, only its gradient is meant: d/ds = −w·A, exactly 0 outside the bounds.
 
     Args:
-        logp, mask: as in :func:`grpo_loss`.
+        advantage_coef: α.
+        rollout: form and bounds of w, of the policy ``current``; the bounds of the report are not known to us, these are
+            IcePop's .5 and 5.
+        reference: as of :class:`GRPO`.
+
+    Tensors of a call:
+        logp, ref_logp: as of :class:`GRPO`.
         rollout_logp: log-probs μ of the engine that sampled, same shape.
-        teacher_logp: log-probs t of the teacher of the token's domain (:func:`combine_teachers`); a non-finite value gives t − s
-            the value 0 and counts in ``invalid_teacher``.
-        advantages, advantage_coef: Â of an outcome reward and α.
-        rollout: form and bounds of w; the bounds of the report are not known to us, these are IcePop's .5 and 5.
-        options: ref_logp, kl_coef, kl_estimator, reduction, seq_ids and denominator of :func:`grpo_loss`; ``reduction`` is
-            ``seq-mean-token-mean`` unless given.
+        teacher_logp: log-probs t of the teacher of the token's domain (``rk.supports.combine_teachers``); a non-finite value
+            gives t − s the value 0 and counts in ``invalid_teacher``.
+        advantages: Â of an outcome reward.
 
-    Returns:
-        LossOutput. Metrics: rollout_weight_mean, rollout_clip_frac, kl_teacher (mean of s − t), invalid_teacher, kl_ref.
+    Metrics: rollout_weight_mean, rollout_clip_frac, kl_teacher (mean of s − t), invalid_teacher, kl_ref.
 
-    Raises:
-        ValueError: naming the argument, what came and what was wanted.
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> logp = torch.full((1, 2), -1.0, requires_grad=True)
+        >>> mu, teacher = torch.tensor([[-1.0, -9.0]]), torch.zeros(1, 2)
+        >>> rk.losses.MOPD()(logp, rollout_logp=mu, teacher_logp=teacher).loss.backward()
+        >>> logp.grad
+        tensor([[-0.5000,  0.0000]])
     """
-    name = "mopd_loss"
-    needs(name, rollout_logp=rollout_logp, teacher_logp=teacher_logp)
-    check_numbers(name, advantage_coef=advantage_coef)
-    check_rollout(name, rollout, rollout_logp)
-    if rollout.policy != "current":
-        raise ValueError(f"{name}: rollout.policy must be 'current', this loss has no old policy; got {rollout.policy!r}")
-    options.setdefault("reduction", "seq-mean-token-mean")
-    tensors = {"teacher_logp": teacher_logp, "advantages": advantages}
-    coef = {"advantage_coef": advantage_coef}
-    return sampled_loss(name, mopd_tokens, logp, tensors, mask, coef, rollout_logp=rollout_logp, rollout=rollout, **options)
+
+    reduction: str = "seq-mean-token-mean"
+    rollout: Rollout | None = field(default_factory=lambda: CURRENT)
+    advantage_coef: float = 1.0
+
+    needs = ("rollout_logp", "teacher_logp")
+    takes = ("advantages", "ref_logp")
+
+    def check(self) -> None:
+        super().check()
+        check_numbers(self.name, advantage_coef=self.advantage_coef)
+        if self.rollout is None or self.rollout.policy != "current":
+            raise ValueError(f"{self.name}: rollout.policy must be 'current', this loss has no old policy; got {self.rollout!r}")
+
+    def tokens(
+        self,
+        scores: TokenScores,
+        *,
+        rollout_logp: Tensor,
+        teacher_logp: Tensor,
+        advantages: Tensor | None = None,
+        ref_logp: Tensor | None = None,
+    ) -> tuple[Tensor, Metrics]:
+        logp = scores.logp
+        gap, metrics = teacher_gap(logp, teacher_logp)
+        total = gap if advantages is None else gap + self.advantage_coef * advantages
+        total, found = self.weighed(total, logp, logp, rollout_logp)
+        return self.reference.add(reinforced(logp, total), {**metrics, **found}, logp, ref_logp)
 
 
 add_method(
-    "mopd", "ratio", mopd_loss, formula="−w·sg[t − s]·s, w = sg[π/μ]·1[ε_lo ≤ π/μ ≤ ε_hi]", needs=("rollout_logp", "teacher_logp"),
-    paper="MiMo-V2-Flash", confidence="B", products=3,
-)  # fmt: skip
+    "mopd", "ratio", MOPD(), formula="−w·sg[t − s]·s, w = sg[π/μ]·1[ε_lo ≤ π/μ ≤ ε_hi]", paper="MiMo-V2-Flash", confidence="B"
+)

@@ -3,50 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Unpack
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.check import check_numbers, is_number, needs
-from rlad_kernels.core.reduction import keep_mask, sequence_index
-from rlad_kernels.core.registry import add_method
-from rlad_kernels.core.types import LossOutput
-from rlad_kernels.losses.ratio.sampled import ClippedOptions, accumulated, clipped_loss, on_sampled, teacher_gap
+from rlad_kernels.core.check import check_numbers, check_range, is_number
+from rlad_kernels.core.token_loss import Batch, Metrics, Tensors
+from rlad_kernels.core.types import TokenScores
+from rlad_kernels.losses.methods import add_method
+from rlad_kernels.losses.ratio.sampled import ClippedLoss, teacher_gap
 from rlad_kernels.losses.ratio.sequences import suffix_sums
-from rlad_kernels.losses.ratio.surrogate import per_token, ratio_loss_tokens
 
 
-def opd_reward(old_logp: Tensor, teacher_logp: Tensor, base_logp: Tensor | None, extrapolation: float) -> tuple[Tensor, Tensor]:
-    """λt + (1 − λ)b − o, 0 where that is not finite; and where it is not."""
-    target = teacher_logp
-    if base_logp is not None and extrapolation != 1:
-        target = extrapolation * teacher_logp + (1 - extrapolation) * base_logp
-    reward = target - old_logp
-    invalid = ~reward.isfinite()
-    return torch.where(invalid, 0, reward), invalid
-
-
-@on_sampled("opd")
-def opd_tokens(
-    logp: Tensor, *, old_logp: Tensor, teacher_logp: Tensor, base_logp: Tensor | None = None, future: Tensor | None = None,
-    advantages: Tensor | None = None, extrapolation: float = 1.0, coef: float = 1.0, reward_clamp: float = math.inf,
-    clip_low: float = 1.0, clip_high: float = math.inf, **options: Any,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """The clipped surrogate with A = coef·clamp(λt + (1 − λ)b − o + future) + Â, and its metrics; all tensors ``(N,)``."""
-    reward, invalid = opd_reward(old_logp, teacher_logp, base_logp, extrapolation)
-    total = coef * (reward if future is None else reward + future).clamp(-reward_clamp, reward_clamp)
-    total = total if advantages is None else total + advantages
-    loss, metrics = ratio_loss_tokens(logp, old_logp=old_logp, advantages=total, clip_low=clip_low, clip_high=clip_high, **options)
-    _, found = teacher_gap(logp, teacher_logp)
-    return loss, {**metrics, **found, "invalid_teacher": invalid.to(loss.dtype)}
-
-
-def opd_loss(
-    logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, mask: Tensor | None = None, *, base_logp: Tensor | None = None,
-    extrapolation: float = 1.0, coef: float = 1.0, gamma: float = 0.0, reward_clamp: float | None = None,
-    advantages: Tensor | None = None, **options: Unpack[ClippedOptions],
-) -> LossOutput:  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class OPD(ClippedLoss):
     """Sampled-token OPD: −r·A, r = exp(s − o), A = coef·(t − o): a policy gradient with the teacher's log-ratio as reward.
 
     As published by Thinking Machines: importance-sampled, not clipped, not normalised. On-policy the expected gradient is the
@@ -54,66 +26,112 @@ def opd_loss(
     loss: the teacher drops out of its gradient, whose expectation is 0.
 
     Args:
-        logp, old_logp, mask: as in :func:`grpo_loss`.
-        teacher_logp: the teacher's log-probs t of the same tokens (several teachers: :func:`combine_teachers`). Where the reward
-            is not finite it is 0, and counts in ``invalid_teacher``.
-        base_logp, extrapolation: b of a reference model and λ: A = coef·(λt + (1 − λ)b − o). The optimum is λ·log π_T +
-            (1 − λ)·log π_b + const (G-OPD, arXiv 2602.12125): λ > 1 extrapolates (ExOPD; 1.5 can be unstable), λ = 1 is OPD.
+        extrapolation: λ: A = coef·(λt + (1 − λ)b − o). The optimum is λ·log π_T + (1 − λ)·log π_b + const (G-OPD, arXiv
+            2602.12125): λ > 1 extrapolates (ExOPD; 1.5 can be unstable), λ = 1 is OPD.
         coef: factor on the reward.
         gamma: γ of a discounted sum Σ_{t' ≥ t} γ^{t'−t} of the rewards of the sequence (arXiv 2603.25562); masked tokens add
-            nothing and still are a step. In a fused sweep pass it as ``future``, the sum without its first term.
+            nothing and still are a step. Packed tokens then need ``Reduction(seq_ids=…)``.
         reward_clamp: c; the reward, or its discounted sum, is clamped to [−c, c] (it has no gradient that could be lost).
+        clip, dual_clip, reference, rollout: as of :class:`GRPO`; by default no clip (the PPO form of arXiv 2603.25562 clips).
+
+    Tensors of a call:
+        logp, old_logp, ref_logp, rollout_logp: as of :class:`GRPO`.
+        teacher_logp: the teacher's log-probs t of the same tokens (several teachers: ``rk.supports.combine_teachers``). Where the
+            reward is not finite it is 0, and counts in ``invalid_teacher``.
+        base_logp: b of a reference model, needed for λ ≠ 1.
         advantages: Â of a task reward to add.
-        options: those of :func:`grpo_loss`; ``clip`` is None, no clip, unless given (the PPO form of arXiv 2603.25562 clips).
-            Packed tokens need ``seq_ids`` with ``gamma``.
 
-    Returns:
-        LossOutput. Metrics: those of :func:`grpo_loss`, kl_teacher (mean of s − t) and invalid_teacher.
+    Metrics: those of :class:`GRPO`, kl_teacher (mean of s − t) and invalid_teacher.
 
-    Raises:
-        ValueError: naming the argument, what came and what was wanted.
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> logp, teacher = torch.tensor([-1.0, -2.0]), torch.tensor([-0.5, -2.5])
+        >>> rk.losses.OPD()(logp, old_logp=logp, teacher_logp=teacher).token_loss
+        tensor([-0.5000,  0.5000])
     """
-    name = "opd_loss"
-    needs(name, old_logp=old_logp, teacher_logp=teacher_logp)
-    check_numbers(name, extrapolation=extrapolation, coef=coef)
-    if extrapolation != 1 and base_logp is None:
-        raise ValueError(f"{name}: extrapolation={extrapolation!r} needs base_logp, got None")
-    if not (is_number(gamma) and 0 <= gamma <= 1):
-        raise ValueError(f"{name}: gamma must be in [0, 1], got {gamma!r}")
-    if reward_clamp is not None and not (is_number(reward_clamp) and reward_clamp > 0):
-        raise ValueError(f"{name}: reward_clamp must be positive or None, got {reward_clamp!r}")
-    tensors: dict[str, Tensor | None] = {"old_logp": old_logp, "teacher_logp": teacher_logp, "base_logp": base_logp}
-    tensors["advantages"] = advantages
-    if gamma:
-        like = accumulated(name, logp).detach()
-        keep = keep_mask(name, mask, like)
-        sequence = sequence_index(name, keep, "gamma", options.get("seq_ids"))
-        given = {k: per_token(name, k, x, like) for k, x in tensors.items() if x is not None and k != "advantages"}
-        reward, _ = opd_reward(given["old_logp"], given["teacher_logp"], given.get("base_logp"), extrapolation)
-        reward = torch.where(keep, reward, 0).flatten()
-        tensors["future"] = (suffix_sums(reward, sequence, gamma) - reward).view_as(like)
-    numbers = {"extrapolation": extrapolation, "coef": coef, "reward_clamp": math.inf if reward_clamp is None else reward_clamp}
-    options.setdefault("clip", None)
-    return clipped_loss(name, opd_tokens, logp, tensors, mask, numbers, **options)
+
+    clip: tuple[float, float] | None = None
+    extrapolation: float = 1.0
+    coef: float = 1.0
+    gamma: float = 0.0
+    reward_clamp: float | None = None
+
+    needs = ("old_logp", "teacher_logp")
+    takes = (*ClippedLoss.takes, "base_logp", "advantages")
+
+    def check(self) -> None:
+        super().check()
+        check_numbers(self.name, extrapolation=self.extrapolation, coef=self.coef)
+        check_range(self.name, "gamma", self.gamma, 0, 1)
+        if self.reward_clamp is not None and not (is_number(self.reward_clamp) and self.reward_clamp > 0):
+            raise ValueError(f"{self.name}: reward_clamp must be positive or None, got {self.reward_clamp!r}")
+
+    def needed(self) -> tuple[str, ...]:
+        return (*super().needed(), *(("base_logp",) if self.extrapolation != 1 else ()))
+
+    def reward(self, old_logp: Tensor, teacher_logp: Tensor, base_logp: Tensor | None) -> tuple[Tensor, Tensor]:
+        """λt + (1 − λ)b − o, 0 where that is not finite; and where it is not."""
+        target = teacher_logp
+        if base_logp is not None and self.extrapolation != 1:
+            target = self.extrapolation * teacher_logp + (1 - self.extrapolation) * base_logp
+        reward = target - old_logp
+        invalid = ~reward.isfinite()
+        return torch.where(invalid, 0, reward), invalid
+
+    def prepare(self, batch: Batch, tensors: Tensors) -> Tensors:
+        if not self.gamma:
+            return tensors
+        sequence = batch.sequence("gamma")
+        reward, _ = self.reward(tensors["old_logp"], tensors["teacher_logp"], tensors.get("base_logp"))
+        reward = torch.where(batch.keep, reward, 0)
+        return {**tensors, "future": suffix_sums(reward, sequence, self.gamma) - reward}
+
+    def tokens(
+        self,
+        scores: TokenScores,
+        *,
+        old_logp: Tensor,
+        teacher_logp: Tensor,
+        base_logp: Tensor | None = None,
+        future: Tensor | None = None,
+        advantages: Tensor | None = None,
+        **shared: Any,
+    ) -> tuple[Tensor, Metrics]:
+        reward, invalid = self.reward(old_logp, teacher_logp, base_logp)
+        bound = math.inf if self.reward_clamp is None else self.reward_clamp
+        total = self.coef * (reward if future is None else reward + future).clamp(-bound, bound)
+        total = total if advantages is None else total + advantages
+        loss, metrics = self.surrogate(scores.logp, old_logp, total, **shared)
+        _, found = teacher_gap(scores.logp, teacher_logp)
+        return loss, {**metrics, **found, "invalid_teacher": invalid.to(loss.dtype)}
 
 
-_NEEDS = ("old_logp", "teacher_logp")
 add_method(
-    "opd", "ratio", opd_loss, formula="−r·A, A = t − o", needs=_NEEDS, paper="Thinking Machines, On-Policy Distillation",
-    confidence="A", products=3,
+    "opd",
+    "ratio",
+    OPD(),
+    formula="−r·A, A = t − o",
+    paper="Thinking Machines, On-Policy Distillation",
+    confidence="A",
     note="t − o is detached: as a backpropagated loss s − t would have the expected gradient 0.",
-)  # fmt: skip
+)
 add_method(
-    "opd_clipped", "ratio", opd_loss, formula="−min(rA, clip(r)A), A = clamp(Σ_{t' ≥ t} γ^{t'−t}(t − o), ±5)", needs=_NEEDS,
-    paper="arXiv 2603.25562", confidence="A", products=3, options={"clip": (0.2, 0.2), "reward_clamp": 5.0},
+    "opd_clipped",
+    "ratio",
+    OPD(clip=(0.2, 0.2), reward_clamp=5.0),
+    formula="−min(rA, clip(r)A), A = clamp(Σ_{t' ≥ t} γ^{t'−t}(t − o), ±5)",
+    paper="arXiv 2603.25562",
+    confidence="A",
     note="γ = 0 is the default; γ > 0 has a variance that grows faster with the length.",
-)  # fmt: skip
+)
 add_method(
-    "exopd", "ratio", opd_loss, formula="−min(rA, clip(r)A) with dual clip 3, A = λt + (1 − λ)b − o, λ = 1.25",
-    needs=(*_NEEDS, "base_logp"), paper="arXiv 2602.12125", confidence="A", products=3,
-    options={"extrapolation": 1.25, "clip": (0.2, 0.2), "dual_clip": 3.0},
+    "exopd",
+    "ratio",
+    OPD(extrapolation=1.25, clip=(0.2, 0.2), dual_clip=3.0),
+    formula="−min(rA, clip(r)A) with dual clip 3, A = λt + (1 − λ)b − o, λ = 1.25",
+    paper="arXiv 2602.12125",
+    confidence="A",
     note=(
-        "λ = 1 is opd whatever b; λ = 1.5 can be unstable. The official code calls the teacher ref_log_prob and b "
-        "base_log_prob."
+        "λ = 1 is opd whatever b; λ = 1.5 can be unstable. The official code calls the teacher ref_log_prob and b base_log_prob."
     ),
-)  # fmt: skip
+)

@@ -2,59 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from rlad_kernels.core.check import is_number, needs
-from rlad_kernels.core.registry import add_method
-from rlad_kernels.core.types import LossOutput
-from rlad_kernels.losses.ratio.sampled import ClippedOptions, clipped_loss, on_sampled, teacher_gap
-from rlad_kernels.losses.ratio.surrogate import ratio_loss_tokens
+from rlad_kernels.core.check import check_range
+from rlad_kernels.core.token_loss import Metrics
+from rlad_kernels.core.types import TokenScores
+from rlad_kernels.losses.methods import add_method
+from rlad_kernels.losses.ratio.sampled import ClippedLoss, teacher_gap
 
 
-@on_sampled("rlsd")
-def rlsd_tokens(
-    logp: Tensor, *, old_logp: Tensor, advantages: Tensor, teacher_logp: Tensor, mix: float = 1.0, weight_clip: float = 0.2,
-    **options: Any,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """The clipped surrogate with A = Â·((1 − λ) + λ·clip(e^{sign(Â)(t − s)}, 1 ± ε_w)); all tensors ``(N,)``."""
-    gap, found = teacher_gap(logp, teacher_logp)
-    weight = (1 - mix) + mix * (advantages.sign() * gap).exp().clamp(1 - weight_clip, 1 + weight_clip)
-    loss, metrics = ratio_loss_tokens(logp, old_logp=old_logp, advantages=advantages * weight, **options)
-    return loss, {**metrics, **found}
-
-
-def rlsd_loss(
-    logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, mask: Tensor | None = None, *, mix: float = 1.0,
-    weight_clip: float = 0.2, **options: Unpack[ClippedOptions],
-) -> LossOutput:  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class RLSD(ClippedLoss):
     """RLSD: −min(rA, clip(r)A), A = Â·sg[(1 − λ) + λ·clip(e^{sign(Â)(t − s)}, 1 ± ε_w)] (as in arXiv 2609.04108 and ms-swift).
 
     Args:
-        logp, old_logp, advantages, mask: as in :func:`grpo_loss`.
-        teacher_logp: log-probs t of the teacher, usually the policy itself shown the answer; a non-finite value leaves Â as it
-            is and counts in ``invalid_teacher``.
         mix: λ in [0, 1]; 0 is GRPO.
         weight_clip: ε_w in [0, 1].
-        options: those of :func:`grpo_loss`.
+        clip, dual_clip, reference, rollout: as of :class:`GRPO`.
 
-    Returns:
-        LossOutput. Metrics: those of :func:`grpo_loss`, kl_teacher (mean of s − t) and invalid_teacher.
+    Tensors of a call:
+        logp, old_logp, advantages, ref_logp, rollout_logp: as of :class:`GRPO`.
+        teacher_logp: log-probs t of the teacher, usually the policy itself shown the answer; a non-finite value leaves Â as it
+            is and counts in ``invalid_teacher``.
 
-    Raises:
-        ValueError: naming the argument, what came and what was wanted.
+    Metrics: those of :class:`GRPO`, kl_teacher (mean of s − t) and invalid_teacher.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> logp = torch.zeros(2)
+        >>> rk.losses.RLSD()(logp, old_logp=logp, advantages=logp + 1, teacher_logp=torch.tensor([0.1, -9.0])).token_loss
+        tensor([-1.1052, -0.8000])
     """
-    name = "rlsd_loss"
-    needs(name, old_logp=old_logp, teacher_logp=teacher_logp, advantages=advantages)
-    for option, value in {"mix": mix, "weight_clip": weight_clip}.items():
-        if not (is_number(value) and 0 <= value <= 1):
-            raise ValueError(f"{name}: {option} must be in [0, 1], got {value!r}")
-    tensors = {"old_logp": old_logp, "teacher_logp": teacher_logp, "advantages": advantages}
-    return clipped_loss(name, rlsd_tokens, logp, tensors, mask, {"mix": mix, "weight_clip": weight_clip}, **options)
+
+    mix: float = 1.0
+    weight_clip: float = 0.2
+
+    needs = ("old_logp", "advantages", "teacher_logp")
+
+    def check(self) -> None:
+        super().check()
+        check_range(self.name, "mix", self.mix, 0, 1)
+        check_range(self.name, "weight_clip", self.weight_clip, 0, 1)
+
+    def tokens(
+        self, scores: TokenScores, *, old_logp: Tensor, advantages: Tensor, teacher_logp: Tensor, **shared: Any
+    ) -> tuple[Tensor, Metrics]:
+        gap, found = teacher_gap(scores.logp, teacher_logp)
+        weight = (advantages.sign() * gap).exp().clamp(1 - self.weight_clip, 1 + self.weight_clip)
+        loss, metrics = self.surrogate(scores.logp, old_logp, advantages * ((1 - self.mix) + self.mix * weight), **shared)
+        return loss, {**metrics, **found}
 
 
 add_method(
-    "rlsd", "ratio", rlsd_loss, formula="−min(rA, clip(r)A), A = Â·sg[clip(e^{sign(Â)(t − s)}, 1 ± .2)]",
-    needs=("old_logp", "teacher_logp", "advantages"), paper="arXiv 2609.04108", confidence="A", products=3,
-)  # fmt: skip
+    "rlsd",
+    "ratio",
+    RLSD(),
+    formula="−min(rA, clip(r)A), A = Â·sg[clip(e^{sign(Â)(t − s)}, 1 ± .2)]",
+    paper="arXiv 2609.04108",
+    confidence="A",
+)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.check import is_number
+from rlad_kernels.core.check import check_choice, is_number
 
 FORMS = ("truncate", "mask")
 POLICIES = ("old", "current")
 
 
-class Rollout(NamedTuple):
-    """How a token is weighed by x = sg[π/μ], π the ``policy`` named, μ the sampling engine's probability.
+@dataclass(frozen=True)
+class Rollout:
+    """How a token is weighed by x = sg[π/μ], π the ``policy`` named, μ of ``rollout_logp``.
 
     ``truncate``: x clamped to [low, high] (TIS: low 0). ``mask``: x inside [low, high], 0 outside (IcePop with π_old, MOPD with
     π_θ). The weight multiplies Â, which is the same as multiplying the clipped loss; KL terms are not weighed. A μ that is not
-    finite gives the weight 0. A weight of 0 takes the token's loss, not its place in the reduction.
+    finite gives the weight 0, and so does a weight that underflows (log x < −103 in float32). A weight of 0 takes the token's
+    loss, not its place in the reduction.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> zero, loss = torch.zeros(1), rk.losses.GRPO(rollout=rk.losses.Rollout("truncate", high=2.0))
+        >>> loss(zero, old_logp=zero, advantages=zero + 1, rollout_logp=zero - 3).loss
+        tensor(-2.)
     """
 
     form: str = "truncate"
@@ -26,44 +34,27 @@ class Rollout(NamedTuple):
     high: float = 2.0
     policy: str = "old"
 
+    def check(self, name: str) -> None:
+        """Raise a ValueError that names the field, what came and what was wanted."""
+        check_choice(name, "rollout.form", self.form, FORMS)
+        check_choice(name, "rollout.policy", self.policy, POLICIES)
+        if not (is_number(self.low) and is_number(self.high) and 0 <= self.low <= self.high):
+            raise ValueError(f"{name}: rollout must have 0 <= low <= high, got low={self.low!r}, high={self.high!r}")
+
+    def weights(self, log_x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights from log x, without gradient, and where the bounds changed them."""
+        log_x = log_x.detach()
+        x = log_x.exp()
+        inside = (x <= self.high) & (x >= self.low)
+        outside = torch.zeros_like(x) if self.form == "mask" else x.clamp(self.low, self.high)
+        return torch.where(log_x.isfinite(), torch.where(inside, x, outside), 0), ~(inside & log_x.isfinite())
+
+    def weigh(self, advantages: Tensor, logp: Tensor, old_logp: Tensor, rollout_logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Advantages times the weights, and the metrics rollout_weight_mean and rollout_clip_frac."""
+        weights, changed = self.weights((old_logp if self.policy == "old" else logp) - rollout_logp)
+        metrics = {"rollout_weight_mean": weights, "rollout_clip_frac": changed.to(weights.dtype)}
+        return torch.where(weights == 0, 0, weights * advantages), metrics
+
 
 TIS = Rollout("truncate", high=2.0)
 ICEPOP = Rollout("mask", 0.5, 5.0)
-
-
-def check_rollout(name: str, rollout: Rollout | None, rollout_logp: Tensor | None) -> None:
-    """Raise a ValueError that names the field, what came and what was wanted."""
-    if rollout is None:
-        return
-    if rollout_logp is None:
-        raise ValueError(f"{name}: rollout={rollout!r} needs rollout_logp, got None")
-    if not isinstance(rollout, Rollout):
-        raise ValueError(f"{name}: rollout must be a Rollout(form, low, high, policy), got {rollout!r}")
-    if rollout.form not in FORMS:
-        raise ValueError(f"{name}: rollout.form must be one of {FORMS}, got {rollout.form!r}")
-    if rollout.policy not in POLICIES:
-        raise ValueError(f"{name}: rollout.policy must be one of {POLICIES}, got {rollout.policy!r}")
-    if not (is_number(rollout.low) and is_number(rollout.high) and 0 <= rollout.low <= rollout.high):
-        raise ValueError(f"{name}: rollout must have 0 <= low <= high, got low={rollout.low!r}, high={rollout.high!r}")
-
-
-def rollout_weights(log_x: Tensor, form: str, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Weights from log x, without gradient, and where the bounds changed them."""
-    log_x = log_x.detach()
-    x = log_x.exp()
-    inside = (x <= high) & (x >= low)
-    outside = torch.zeros_like(x) if form == "mask" else x.clamp(low, high)
-    return torch.where(log_x.isfinite(), torch.where(inside, x, outside), 0), ~(inside & log_x.isfinite())
-
-
-def weigh(
-    logp: Tensor, old_logp: Tensor, advantages: Tensor, *, rollout_logp: Tensor | None = None, rollout_form: str = "truncate",
-    rollout_low: float = 0.0, rollout_high: float = 2.0, rollout_policy: str = "old",
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Advantages times the weights of :class:`Rollout`, and the metrics rollout_weight_mean and rollout_clip_frac."""
-    if rollout_logp is None:
-        return advantages, {}
-    policy = old_logp if rollout_policy == "old" else logp
-    weights, changed = rollout_weights(policy - rollout_logp, rollout_form, rollout_low, rollout_high)
-    metrics = {"rollout_weight_mean": weights, "rollout_clip_frac": changed.to(weights.dtype)}
-    return torch.where(weights == 0, 0, weights * advantages), metrics

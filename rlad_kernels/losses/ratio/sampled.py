@@ -1,112 +1,85 @@
-"""The frame of a loss on sampled tokens: check, replace what is masked, flatten, call the method's tokens, reduce."""
+"""What losses on sampled tokens share: a reference, the sampler's mismatch, a clip; and the terms that several are made of."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, TypedDict, Unpack
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.check import check_tensor, refuse_options
-from rlad_kernels.core.reduction import keep_mask, reduce, token_weights
-from rlad_kernels.core.registry import register
-from rlad_kernels.core.types import LossOutput
-from rlad_kernels.losses.ratio.rollout import TIS, Rollout, check_rollout
-from rlad_kernels.losses.ratio.surrogate import check_clip, check_reference, per_token
-
-Tokens = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+from rlad_kernels.core.token_loss import Metrics, TokenLoss
+from rlad_kernels.losses.ratio.kl import NO_KL, Reference
+from rlad_kernels.losses.ratio.rollout import TIS, Rollout
+from rlad_kernels.losses.ratio.surrogate import Anchor, check_clip, clipped_surrogate
 
 
-class TokenOptions(TypedDict, total=False):
-    """Options of every loss on sampled tokens, with the meanings and defaults of :func:`grpo_loss`."""
+@dataclass(frozen=True, kw_only=True)
+class SampledLoss(TokenLoss):
+    """A loss on sampled tokens.
 
-    ref_logp: Tensor | None
-    kl_coef: float
-    kl_estimator: str
-    reduction: str
-    seq_ids: Tensor | None
-    denominator: float | Tensor | None
-
-
-class SampledOptions(TokenOptions, total=False):
-    """The same and those of the sampler's mismatch."""
-
-    rollout_logp: Tensor | None
-    rollout: Rollout | None
-
-
-class ClippedOptions(SampledOptions, total=False):
-    """The same and those of the clip; ``clip=None`` never clips."""
-
-    clip: tuple[float, float] | None
-    dual_clip: float | None
-
-
-def on_sampled(name: str, *, rowwise: bool = True) -> Callable[[Tokens], Tokens]:
-    """Register ``tokens(logp, **inputs) → (loss, metrics)`` as the token loss ``name`` of a fused sweep.
-
-    ``fused_linear_loss(…, TOKEN_LOSSES[name], inputs=…)`` takes the public function's tensors and numbers under their names, with
-    clip as clip_low and clip_high, and the fields of rollout as rollout_form, rollout_low, rollout_high and rollout_policy. Its
-    options are not checked.
+    Attributes:
+        reference: a KL to ``ref_logp``, by default a metric where that is given.
+        rollout: how ``rollout_logp``, the log-probs μ of the engine that sampled, weighs tokens; where it is given and this is
+            None, by min(π_old/μ, 2) (TIS).
     """
 
-    def add(tokens: Tokens) -> Tokens:
-        @register(name, rowwise=rowwise)
-        def token_loss(scores: Any, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-            loss, metrics = tokens(scores.logp, **inputs)
-            return loss, metrics if scores.entropy is None else {**metrics, "entropy": scores.entropy}
+    reference: Reference = field(default_factory=lambda: NO_KL)  # a function: torch.compile traces no object among defaults
+    rollout: Rollout | None = None
 
-        return tokens
+    takes = ("ref_logp", "rollout_logp")
 
-    return add
+    def check(self) -> None:
+        if not isinstance(self.reference, Reference):
+            raise ValueError(f"{self.name}: reference must be a Reference(coef, estimator), got {self.reference!r}")
+        if not isinstance(self.rollout, Rollout | None):
+            raise ValueError(f"{self.name}: rollout must be a Rollout(form, low, high, policy) or None, got {self.rollout!r}")
+        self.reference.check(self.name)
+        if self.rollout is not None:
+            self.rollout.check(self.name)
+
+    def needed(self) -> tuple[str, ...]:
+        asked = {"ref_logp": self.reference.coef != 0, "rollout_logp": self.rollout is not None}
+        return (*self.needs, *(k for k, needed in asked.items() if needed and k not in self.needs))
+
+    def weighed(self, advantages: Tensor, logp: Tensor, old_logp: Tensor, rollout_logp: Tensor | None) -> tuple[Tensor, Metrics]:
+        """Advantages times the weights of ``rollout``, and its metrics."""
+        if rollout_logp is None:
+            return advantages, {}
+        return (self.rollout or TIS).weigh(advantages, logp, old_logp, rollout_logp)
 
 
-def accumulated(name: str, logp: Tensor, argument: str = "logp") -> Tensor:
-    """Log-probs in the dtype that losses are computed in."""
-    check_tensor(name, argument, logp)
-    if not logp.is_floating_point():
-        raise ValueError(f"{name}: {argument} must be floats, got {logp.dtype}")
-    return logp if logp.dtype == torch.float64 else logp.float()
+@dataclass(frozen=True, kw_only=True)
+class ClippedLoss(SampledLoss):
+    """A loss whose ratio is clipped.
 
-
-def sampled_loss(
-    name: str, tokens: Tokens, logp: Tensor, tensors: Mapping[str, Tensor | None], mask: Tensor | None, options: Mapping[str, Any],
-    /, *, ref_logp: Tensor | None = None, kl_coef: float = 0.0, kl_estimator: str = "k3", reduction: str = "token-mean",
-    seq_ids: Tensor | None = None, denominator: float | Tensor | None = None, rollout_logp: Tensor | None = None,
-    rollout: Rollout | None = None, **unknown: Any,
-) -> LossOutput:  # fmt: skip
-    """Reduce ``tokens(logp, **tensors, **options)``, all tensors ``(N,)``, for a public function ``name``.
-
-    ``logp`` and ``tensors`` come in one shape ``(…)``, ``options`` as they go. The keywords are :class:`SampledOptions`.
+    Attributes:
+        clip: (ε_low, ε_high); None never clips.
+        dual_clip: c > 1; for Â < 0 the token loss is min(PPO loss, −c·Â).
     """
-    if unknown:
-        refuse_options(name, unknown)
-    check_reference(name, ref_logp, kl_coef, kl_estimator)
-    check_rollout(name, rollout, rollout_logp)
-    logp = accumulated(name, logp)
-    keep = keep_mask(name, mask, logp)
-    tensors = {**tensors, "ref_logp": ref_logp, "rollout_logp": rollout_logp}
-    given = {k: per_token(name, k, x, logp) for k, x in tensors.items() if x is not None}
-    # Whatever sits at masked tokens must not matter, NaN included: every input is replaced there, not multiplied.
-    flat = {k: torch.where(keep, x, 0).flatten() for k, x in {"logp": logp, **given}.items()}
-    if rollout_logp is not None:
-        options = {**options, **{f"rollout_{k}": v for k, v in (rollout or TIS)._asdict().items()}}
-    loss, metrics = tokens(**flat, kl_coef=kl_coef, kl_estimator=kl_estimator, **options)
-    weights = token_weights(name, keep, reduction, seq_ids, denominator, logp.dtype)
-    return reduce(loss.view_as(logp), weights, keep, {k: x.view_as(logp) for k, x in metrics.items()})
 
+    clip: tuple[float, float] | None = (0.2, 0.2)
+    dual_clip: float | None = None
 
-def clipped_loss(
-    name: str, tokens: Tokens, logp: Tensor, tensors: Mapping[str, Tensor | None], mask: Tensor | None, options: Mapping[str, Any],
-    /, *, clip: tuple[float, float] | None = (0.2, 0.2), dual_clip: float | None = None, **shared: Unpack[SampledOptions],
-) -> LossOutput:  # fmt: skip
-    """:func:`sampled_loss` of tokens that have a clip; the keywords are :class:`ClippedOptions`."""
-    clip = (1.0, math.inf) if clip is None else clip
-    check_clip(name, clip, dual_clip)
-    options = {**options, "clip_low": clip[0], "clip_high": clip[1], "dual_clip": dual_clip}
-    return sampled_loss(name, tokens, logp, tensors, mask, options, **shared)
+    def check(self) -> None:
+        super().check()
+        check_clip(self.name, self.clip, self.dual_clip)
+
+    def surrogate(
+        self,
+        logp: Tensor,
+        old_logp: Tensor,
+        advantages: Tensor,
+        *,
+        anchor: Anchor | None = None,
+        ref_logp: Tensor | None = None,
+        rollout_logp: Tensor | None = None,
+    ) -> tuple[Tensor, Metrics]:
+        """−min(rA, clip(r)A) + coef·KL with these options, and the metrics; all tensors ``(N,)``."""
+        advantages, found = self.weighed(advantages, logp, old_logp, rollout_logp)
+        loss, metrics = clipped_surrogate(
+            logp, old_logp, advantages, self.clip, self.dual_clip, anchor=anchor, ref_logp=ref_logp, reference=self.reference
+        )
+        return loss, {**metrics, **found}
 
 
 def reinforced(logp: Tensor, weight: Tensor) -> Tensor:

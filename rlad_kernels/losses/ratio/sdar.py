@@ -2,60 +2,64 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.check import check_numbers, needs
-from rlad_kernels.core.registry import add_method
-from rlad_kernels.core.types import LossOutput
-from rlad_kernels.losses.ratio.sampled import ClippedOptions, clipped_loss, on_sampled, teacher_gap
-from rlad_kernels.losses.ratio.surrogate import ratio_loss_tokens
+from rlad_kernels.core.check import check_numbers
+from rlad_kernels.core.token_loss import Metrics
+from rlad_kernels.core.types import TokenScores
+from rlad_kernels.losses.methods import add_method
+from rlad_kernels.losses.ratio.sampled import ClippedLoss, teacher_gap
 
 
-@on_sampled("sdar")
-def sdar_tokens(
-    logp: Tensor, *, old_logp: Tensor, advantages: Tensor, teacher_logp: Tensor, kd_coef: float = 1.0, gate: float = 5.0,
-    **options: Any,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """The clipped surrogate + kd_coef·sg[σ(gate·(t − s))]·(t − s); all tensors ``(N,)``."""
-    gap, found = teacher_gap(logp, teacher_logp)
-    loss, metrics = ratio_loss_tokens(logp, old_logp=old_logp, advantages=advantages, **options)
-    use = (logp.detach() - teacher_logp).isfinite()
-    pull = torch.where(use, torch.where(use, teacher_logp, 0) - logp, 0)
-    return loss + kd_coef * torch.sigmoid(gate * gap) * pull, {**metrics, **found}
-
-
-def sdar_loss(
-    logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, mask: Tensor | None = None, *, kd_coef: float = 1.0,
-    gate: float = 5.0, **options: Unpack[ClippedOptions],
-) -> LossOutput:  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class SDAR(ClippedLoss):
     """SDAR: −min(rÂ, clip(r)Â) + coef·sg[σ(gate·(t − s))]·(t − s) (as in ms-swift).
 
     The second term always raises the sampled token, by coef·σ(gate·(t − s)): it is a gated imitation of the own samples, not a
     KL estimator, and its expected on-policy gradient is 0 where the gate is constant.
 
     Args:
-        logp, old_logp, advantages, mask: as in :func:`grpo_loss`.
-        teacher_logp: the teacher's log-probs t; a non-finite value gives no pull and counts in ``invalid_teacher``.
         kd_coef: factor on the pull; no published value is known to us.
         gate: slope of the gate.
-        options: those of :func:`grpo_loss`.
+        clip, dual_clip, reference, rollout: as of :class:`GRPO`.
 
-    Returns:
-        LossOutput. Metrics: those of :func:`grpo_loss`, kl_teacher (mean of s − t) and invalid_teacher.
+    Tensors of a call:
+        logp, old_logp, advantages, ref_logp, rollout_logp: as of :class:`GRPO`.
+        teacher_logp: the teacher's log-probs t; a non-finite value gives no pull and counts in ``invalid_teacher``.
 
-    Raises:
-        ValueError: naming the argument, what came and what was wanted.
+    Metrics: those of :class:`GRPO`, kl_teacher (mean of s − t) and invalid_teacher.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> logp = torch.zeros(1, requires_grad=True)
+        >>> given = {"old_logp": torch.zeros(1), "advantages": torch.zeros(1), "teacher_logp": torch.zeros(1)}
+        >>> rk.losses.SDAR()(logp, **given).loss.backward()
+        >>> logp.grad
+        tensor([-0.5000])
     """
-    needs("sdar_loss", old_logp=old_logp, teacher_logp=teacher_logp, advantages=advantages)
-    check_numbers("sdar_loss", kd_coef=kd_coef, gate=gate)
-    tensors = {"old_logp": old_logp, "teacher_logp": teacher_logp, "advantages": advantages}
-    return clipped_loss("sdar_loss", sdar_tokens, logp, tensors, mask, {"kd_coef": kd_coef, "gate": gate}, **options)
+
+    kd_coef: float = 1.0
+    gate: float = 5.0
+
+    needs = ("old_logp", "advantages", "teacher_logp")
+
+    def check(self) -> None:
+        super().check()
+        check_numbers(self.name, kd_coef=self.kd_coef, gate=self.gate)
+
+    def tokens(
+        self, scores: TokenScores, *, old_logp: Tensor, advantages: Tensor, teacher_logp: Tensor, **shared: Any
+    ) -> tuple[Tensor, Metrics]:
+        logp = scores.logp
+        gap, found = teacher_gap(logp, teacher_logp)
+        loss, metrics = self.surrogate(logp, old_logp, advantages, **shared)
+        use = (logp.detach() - teacher_logp).isfinite()
+        pull = torch.where(use, torch.where(use, teacher_logp, 0) - logp, 0)
+        return loss + self.kd_coef * torch.sigmoid(self.gate * gap) * pull, {**metrics, **found}
 
 
-add_method(
-    "sdar", "ratio", sdar_loss, formula="grpo + sg[σ(5(t − s))]·(t − s)", needs=("old_logp", "teacher_logp", "advantages"),
-    paper="SDAR, ms-swift", confidence="A", products=3,
-)  # fmt: skip
+add_method("sdar", "ratio", SDAR(), formula="grpo + sg[σ(5(t − s))]·(t − s)", paper="SDAR, ms-swift", confidence="A")

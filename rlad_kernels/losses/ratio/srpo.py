@@ -2,56 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.check import needs
-from rlad_kernels.core.registry import add_method
-from rlad_kernels.core.types import LossOutput
+from rlad_kernels.core.token_loss import Batch, Metrics, Tensors
+from rlad_kernels.core.types import TokenScores
+from rlad_kernels.losses.methods import add_method
 from rlad_kernels.losses.ratio.groups import correct_tokens
-from rlad_kernels.losses.ratio.sampled import ClippedOptions, accumulated, clipped_loss, on_sampled, teacher_gap
-from rlad_kernels.losses.ratio.surrogate import ratio_loss_tokens
+from rlad_kernels.losses.ratio.sampled import ClippedLoss, teacher_gap
 
 
-@on_sampled("srpo")
-def srpo_tokens(
-    logp: Tensor, *, old_logp: Tensor, advantages: Tensor, teacher_logp: Tensor, right: Tensor, **options: Any
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped surrogate with A = Â where ``right`` is not 0, else t − s; all tensors ``(N,)``."""
-    gap, found = teacher_gap(logp, teacher_logp)
-    loss, metrics = ratio_loss_tokens(logp, old_logp=old_logp, advantages=torch.where(right != 0, advantages, gap), **options)
-    return loss, {**metrics, **found}
-
-
-def srpo_loss(
-    logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, correct: Tensor, mask: Tensor | None = None,
-    **options: Unpack[ClippedOptions],
-) -> LossOutput:  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class SRPO(ClippedLoss):
     """SRPO: −min(rA, clip(r)A), A = c·Â + (1 − c)·sg[t − s], c = 1 in a correct response (as in arXiv 2609.04108).
 
     Args:
-        logp, old_logp, advantages, mask: as in :func:`grpo_loss`.
+        clip, dual_clip, reference, rollout: as of :class:`GRPO`.
+
+    Tensors of a call:
+        logp, old_logp, advantages, ref_logp, rollout_logp: as of :class:`GRPO`.
         teacher_logp: the teacher's log-probs t; a non-finite value makes t − s 0 and counts in ``invalid_teacher``.
         correct: bools or 0/1, ``(B,)`` or the log-probs' shape.
-        options: those of :func:`grpo_loss`.
 
-    Returns:
-        LossOutput. Metrics: those of :func:`grpo_loss`, kl_teacher (mean of s − t) and invalid_teacher.
+    Metrics: those of :class:`GRPO`, kl_teacher (mean of s − t) and invalid_teacher.
 
-    Raises:
-        ValueError: naming the argument, what came and what was wanted.
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> logp = torch.zeros(2)
+        >>> given = {"old_logp": logp, "advantages": logp + 1, "teacher_logp": logp - 3}
+        >>> rk.losses.SRPO()(logp, **given, correct=torch.tensor([True, False])).token_loss
+        tensor([-1.,  3.])
     """
-    name = "srpo_loss"
-    needs(name, old_logp=old_logp, teacher_logp=teacher_logp, advantages=advantages)
-    right = correct_tokens(name, correct, accumulated(name, logp).detach(), mask)
-    tensors = {"old_logp": old_logp, "teacher_logp": teacher_logp, "advantages": advantages, "right": right}
-    return clipped_loss(name, srpo_tokens, logp, tensors, mask, {}, **options)
+
+    needs = ("old_logp", "advantages", "teacher_logp", "correct")
+
+    def prepare(self, batch: Batch, tensors: Tensors) -> Tensors:
+        return {**tensors, "correct": correct_tokens(batch, tensors["correct"])}
+
+    def tokens(
+        self, scores: TokenScores, *, old_logp: Tensor, advantages: Tensor, teacher_logp: Tensor, correct: Tensor, **shared: Any
+    ) -> tuple[Tensor, Metrics]:
+        gap, found = teacher_gap(scores.logp, teacher_logp)
+        loss, metrics = self.surrogate(scores.logp, old_logp, torch.where(correct, advantages, gap), **shared)
+        return loss, {**metrics, **found}
 
 
 add_method(
-    "srpo", "ratio", srpo_loss, formula="−min(rA, clip(r)A), A = Â in right responses, sg[t − s] in wrong ones",
-    needs=("old_logp", "teacher_logp", "advantages", "correct"), paper="arXiv 2609.04108", confidence="A", products=3,
+    "srpo",
+    "ratio",
+    SRPO(),
+    formula="−min(rA, clip(r)A), A = Â in right responses, sg[t − s] in wrong ones",
+    paper="arXiv 2609.04108",
+    confidence="A",
     note="As the paper that compares it writes it; the method's own paper was not read.",
-)  # fmt: skip
+)

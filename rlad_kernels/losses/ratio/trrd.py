@@ -2,68 +2,78 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from rlad_kernels.core.check import needs
-from rlad_kernels.core.registry import add_method
-from rlad_kernels.core.types import LossOutput
-from rlad_kernels.losses.ratio.rollout import Rollout
-from rlad_kernels.losses.ratio.sampled import clipped_loss, on_sampled
-from rlad_kernels.losses.ratio.surrogate import check_anchor, ratio_loss_tokens
+from rlad_kernels.core.check import check_range, is_number
+from rlad_kernels.core.token_loss import Metrics
+from rlad_kernels.core.types import TokenScores
+from rlad_kernels.losses.methods import add_method
+from rlad_kernels.losses.ratio.sampled import ClippedLoss
+from rlad_kernels.losses.ratio.surrogate import Anchor
 
 
-@on_sampled("trrd")
-def trrd_tokens(logp: Tensor, *, alpha: float = 0.5, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped surrogate on TRRD's ratio, and its metrics; all tensors ``(N,)``."""
-    return ratio_loss_tokens(logp, alpha=alpha, **inputs)
-
-
-def trrd_loss(
-    logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, mask: Tensor | None = None, *, alpha: float = 0.5,
-    clip: tuple[float, float] = (0.2, 0.2), teacher_clamp: float | None = None, dual_clip: float | None = None,
-    ref_logp: Tensor | None = None, kl_coef: float = 0.0, kl_estimator: str = "k3", reduction: str = "seq-mean-token-mean",
-    seq_ids: Tensor | None = None, denominator: float | Tensor | None = None, rollout_logp: Tensor | None = None,
-    rollout: Rollout | None = None,
-) -> LossOutput:  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class TRRD(ClippedLoss):
     """TRRD: the clipped surrogate with r = π/(π_old^α·π_T^{1−α}), log r = α(s−o) + (1−α)(s−t) (RLAD, arXiv 2602.22495).
 
     α = 1 is GRPO. With α < 1 the clip is live at the first step already: at α = .5, ε = .2, tokens with Â > 0 get no
     gradient where s − t > 0.365 nats, tokens with Â < 0 none where t − s > 0.446 nats.
 
     Args:
-        teacher_logp: teacher's log-probs t of the same tokens; a non-finite value turns that token into α = 1 and counts
-            in ``invalid_teacher``.
         alpha: weight of the old policy in the anchor, in [0, 1].
         teacher_clamp: c; s − t is clamped to [−c, c] first, and where that binds the token keeps α of its gradient.
-        logp, old_logp, advantages, mask, clip, dual_clip, ref_logp, kl_coef, kl_estimator, reduction, seq_ids, denominator,
-            rollout_logp, rollout: as in :func:`grpo_loss`.
+        clip, dual_clip, reference, rollout: as of :class:`GRPO`.
 
-    Returns:
-        LossOutput. Metrics: those of :func:`grpo_loss`, kl_teacher (mean of s − t) and invalid_teacher (fraction).
+    Tensors of a call:
+        logp, old_logp, advantages, ref_logp, rollout_logp: as of :class:`GRPO`.
+        teacher_logp: teacher's log-probs t of the same tokens; a non-finite value turns that token into α = 1 and counts
+            in ``invalid_teacher``.
 
-    Raises:
-        ValueError: naming the argument, what came and what was wanted.
+    Metrics: those of :class:`GRPO`, kl_teacher (mean of s − t) and invalid_teacher (fraction).
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+        >>> teacher = torch.tensor([-1.0, -1.0])
+        >>> out = rk.losses.TRRD(reduction="token-mean")(
+        ...     logp, old_logp=logp.detach(), advantages=torch.ones(2), teacher_logp=teacher
+        ... )
+        >>> out.token_loss
+        tensor([-1.0000, -0.6065])
     """
-    if teacher_logp is None:
-        raise ValueError("trrd_loss: teacher_logp is None, wanted a tensor in logp's shape (without a teacher: grpo_loss)")
-    needs("trrd_loss", old_logp=old_logp, advantages=advantages)
-    check_anchor("trrd_loss", alpha, teacher_clamp)
-    return clipped_loss(
-        "trrd_loss", trrd_tokens, logp, {"old_logp": old_logp, "teacher_logp": teacher_logp, "advantages": advantages}, mask,
-        {"alpha": alpha, "teacher_clamp": teacher_clamp}, clip=clip, dual_clip=dual_clip, ref_logp=ref_logp, kl_coef=kl_coef,
-        kl_estimator=kl_estimator, reduction=reduction, seq_ids=seq_ids, denominator=denominator, rollout_logp=rollout_logp,
-        rollout=rollout,
-    )  # fmt: skip
+
+    reduction: str = "seq-mean-token-mean"
+    alpha: float = 0.5
+    teacher_clamp: float | None = None
+
+    needs = ("old_logp", "advantages", "teacher_logp")
+
+    def check(self) -> None:
+        super().check()
+        check_range(self.name, "alpha", self.alpha, 0, 1)
+        if self.teacher_clamp is not None and not (is_number(self.teacher_clamp) and self.teacher_clamp > 0):
+            raise ValueError(f"{self.name}: teacher_clamp must be positive or None, got {self.teacher_clamp!r}")
+
+    def tokens(
+        self, scores: TokenScores, *, old_logp: Tensor, advantages: Tensor, teacher_logp: Tensor, **shared: Any
+    ) -> tuple[Tensor, Metrics]:
+        anchor = Anchor(teacher_logp, self.alpha, self.teacher_clamp)
+        return self.surrogate(scores.logp, old_logp, advantages, anchor=anchor, **shared)
 
 
 add_method(
-    "trrd", "ratio", trrd_loss, formula="−min(rÂ, clip(r, 1−ε, 1+ε)Â), log r = α(s − o) + (1 − α)(s − t)",
-    needs=("old_logp", "teacher_logp", "advantages"), paper="arXiv 2602.22495", confidence="B", products=3,
+    "trrd",
+    "ratio",
+    TRRD(),
+    formula="−min(rÂ, clip(r, 1−ε, 1+ε)Â), log r = α(s − o) + (1 − α)(s − t)",
+    paper="arXiv 2602.22495",
+    confidence="B",
     note=(
         "The clip is live at the first step: at α = .5, ε = .2 no gradient where s − t > 0.365 (Â > 0) or t − s > "
         "0.446 (Â < 0). Â = 0: no teacher signal. Without teacher_clamp or dual_clip r is unbounded for Â < 0. α = "
         "1 is grpo."
     ),
-)  # fmt: skip
+)

@@ -1,9 +1,12 @@
-"""The mathematics of a truncated KL per token, plain differentiable PyTorch: support, normalisation, direction, clamps."""
+"""The mathematics of a truncated KL per token, plain differentiable PyTorch: support, normalisation, direction, clamps.
+
+``options`` are a :class:`TopKKL`'s.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,25 +17,6 @@ DIRECTIONS = ("reverse", "forward", "mixed", "jsd")
 NORMALIZE = ("both", "teacher", "none", "tail")
 CLAMP_GRADIENT = ("kill", "pass")
 _LOG_FLOOR = -23 * math.log(2)  # smallest student tail mass told from 1 − Σ in float32: 2^-23
-
-
-class KLOptions(NamedTuple):
-    """What :func:`topk_kl_loss` lets one choose of the divergence itself."""
-
-    direction: str = "reverse"
-    normalize: str = "both"
-    beta: float = 0.5  # the forward KL's share of "mixed", the teacher's share of "jsd"
-    log_ratio_clamp: float | None = None
-    logp_floor: float | None = None
-    clamp_gradient: str = "kill"
-    loss_min: float | None = None
-    loss_max: float | None = None
-    outside_logp: float | None = None  # the teacher's log-prob of every token outside the support
-
-    @property
-    def in_op(self) -> bool:
-        """Whether ``rlad::topk_kl`` has them, which is a kernel on CUDA."""
-        return self.direction in DIRECTIONS[:2] and self[3:] == KLOptions()[3:]
 
 
 def bounded(x: Tensor, low: float | None, high: float | None, gradient: str) -> Tensor:
@@ -46,7 +30,7 @@ def bounded(x: Tensor, low: float | None, high: float | None, gradient: str) -> 
     return y.detach() + (through - through.detach())
 
 
-def _kl(la: Tensor, lb: Tensor, unit: Tensor, options: KLOptions) -> Tensor:
+def _kl(la: Tensor, lb: Tensor, unit: Tensor, options: Any) -> Tensor:
     """Slots of Σ a(log a − log b), 0 where a = 0.
 
     Where ``unit``, both sum to one, and Σ(b − a) = 0 is added slot by slot: the terms are then non-negative and of second
@@ -64,7 +48,7 @@ def _kl(la: Tensor, lb: Tensor, unit: Tensor, options: KLOptions) -> Tensor:
     return torch.where(near, a * (torch.expm1(-small) + small), far)
 
 
-def divergence(lq: Tensor, lp: Tensor, unit: Tensor, options: KLOptions) -> Tensor:
+def divergence(lq: Tensor, lp: Tensor, unit: Tensor, options: Any) -> Tensor:
     """Slots of the chosen divergence between student log-probs ``lq`` and teacher log-probs ``lp``."""
     beta = options.beta
     if options.direction == "reverse":
@@ -86,9 +70,14 @@ def support(ids: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def topk_kl_tokens(
-    topk_logp: Tensor, ids: Tensor, teacher_logp: Tensor, tail_logp: Tensor | None, teacher_tail: Tensor | None,
-    entropy: Tensor | None, options: KLOptions,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    topk_logp: Tensor,
+    ids: Tensor,
+    teacher_logp: Tensor,
+    tail_logp: Tensor | None,
+    teacher_tail: Tensor | None,
+    entropy: Tensor | None,
+    options: Any,
+) -> tuple[Tensor, Tensor]:
     """Per-token divergence on the support S, tensors ``(N, K)`` and ``(N,)``; metrics ``(4, N)``. An empty S gives 0."""
     valid, invalid = support(ids, teacher_logp)
     some = valid.any(1)
@@ -100,8 +89,7 @@ def topk_kl_tokens(
     clamped = torch.zeros_like(some)
     rest = _outside(lq, tail_logp, entropy, options)
     if options.normalize == "tail":
-        if teacher_tail is None:
-            raise ValueError("topk_kl_loss: normalize='tail' needs teacher.tail_logp, got None")
+        assert teacher_tail is not None
         invalid = invalid | teacher_tail.isnan() | (teacher_tail == torch.inf)
         if tail_logp is None:
             held = (lq > -torch.inf).any(1, keepdim=True)  # logsumexp of −∞ alone has a NaN gradient
@@ -127,12 +115,11 @@ def topk_kl_tokens(
     return loss, torch.stack(rows)
 
 
-def _outside(lq: Tensor, tail_logp: Tensor | None, entropy: Tensor | None, options: KLOptions) -> Tensor | float:
+def _outside(lq: Tensor, tail_logp: Tensor | None, entropy: Tensor | None, options: Any) -> Tensor | float:
     """Σ_{v∉S} q(log q − L), the reverse KL's part outside S where the teacher's log-prob is L, from the entropy of all of q."""
     if options.outside_logp is None:
         return 0.0
-    if entropy is None:
-        raise ValueError("topk_kl_loss: outside_logp needs entropy (…), the student's over the whole vocabulary, got None")
+    assert entropy is not None
     live = lq > -torch.inf
     lq = torch.where(live, lq, 0)
     q = torch.where(live, lq.exp(), 0)

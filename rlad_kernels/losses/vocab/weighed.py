@@ -1,0 +1,122 @@
+"""Two KLs weighed column by column or by the teacher's head and tail, and the KL to a target between teacher and student."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlad_kernels.core.check import check_range
+from rlad_kernels.core.divergence import Divergence, Kind
+from rlad_kernels.losses.methods import add_divergence
+from rlad_kernels.losses.vocab.kl import sym
+
+
+@dataclass(frozen=True)
+class ToDi(Divergence):
+    """Σ[σ·p·w − (1−σ)·q·w], σ = sigmoid(βw) held constant (ToDi, arXiv 2505.16297); inf where either KL is.
+
+    Args:
+        beta: β > 0.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> student, teacher = rk.LMHead(torch.zeros(2, 1)), rk.LMHead(torch.tensor([[0.0], [1.0]]))
+        >>> rk.linear_divergence(torch.ones(1, 1), student, torch.ones(1, 1), teacher, rk.losses.ToDi())
+        tensor([0.2311])
+    """
+
+    beta: float = 1.0
+
+    def check(self) -> None:
+        check_range(self.name, "beta", self.beta, 0, math.inf, "()")
+
+    def kind(self) -> Kind:
+        return Kind("todi", (self.beta, 0.0, 0.0))
+
+
+_MOST = math.log(0.501)  # a log-prob beyond it is the largest of its row
+
+
+def adaptive_coefficients(lq: Tensor, lp: Tensor, mu: float) -> Tensor:
+    """AKL's shares of forward and reverse KL: Σ|p − q| over the teacher's head, and over its tail, as parts of the whole.
+
+    The head: tokens by falling p while their cumulative mass is ≤ μ, the first in any case, and all that tie with the last.
+    """
+    p = lp.exp()
+    falling = p.sort(dim=1, descending=True).values
+    last = ((falling.cumsum(1) <= mu).sum(1, keepdim=True) - 1).clamp_min(0)
+    head = p >= falling.gather(1, last)
+    gap = p - lq.exp()
+    sure = (lp > _MOST) & (lq > _MOST)  # both near 1: their difference is what the others' leave
+    gap = torch.where(sure, torch.where(sure, 0, gap).sum(1, keepdim=True), gap).abs_()
+    whole, part = gap.sum(1), torch.where(head, gap, 0).sum(1)
+    forward = torch.where(whole > 0, part / whole, 0.5)
+    return torch.stack([forward, 1 - forward])
+
+
+@dataclass(frozen=True)
+class AKL(Divergence):
+    """(g_head·KL(p‖q) + g_tail·KL(q‖p))/(g_head + g_tail), g = sg Σ|p − q| over the teacher's head and tail (arXiv 2404.02657).
+
+    Sorts the vocabulary of each token; inf where either KL is.
+
+    Args:
+        mu: mass of the head in [0, 1], ties with its last token included.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> student, teacher = rk.LMHead(torch.zeros(2, 1)), rk.LMHead(torch.tensor([[0.0], [1.0]]))
+        >>> rk.linear_divergence(torch.ones(1, 1), student, torch.ones(1, 1), teacher, rk.losses.AKL())
+        tensor([0.1155])
+    """
+
+    mu: float = 0.5
+
+    def check(self) -> None:
+        check_range(self.name, "mu", self.mu, 0, 1)
+
+    def kind(self) -> Kind:
+        return Kind("sym", coefficients=lambda lq, lp: adaptive_coefficients(lq, lp, self.mu))
+
+
+@dataclass(frozen=True)
+class TAID(Divergence):
+    """KL(p_τ‖q), p_τ = sg softmax((1−τ)·z_student + τ·z_teacher) (TAID, arXiv 2501.16937).
+
+    The mixture is of logits, not of probabilities; inf where no column has mass on both sides.
+
+    Args:
+        tau: τ in [0, 1]; it rises from 0.4 to 1 in training.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> student, teacher = rk.LMHead(torch.zeros(2, 1)), rk.LMHead(torch.tensor([[0.0], [1.0]]))
+        >>> rk.linear_divergence(torch.ones(1, 1), student, torch.ones(1, 1), teacher, rk.losses.TAID(0.4))
+        tensor([0.0196])
+    """
+
+    tau: float
+
+    def check(self) -> None:
+        check_range(self.name, "tau", self.tau, 0, 1)
+
+    def kind(self) -> Kind:
+        ends = self.tau in (0, 1)  # at 0 the target is the student itself
+        return sym(self.tau, 0) if ends else Kind("taid", (self.tau, 0.0, 0.0))
+
+
+add_divergence(
+    "todi", ToDi(1.0), "Σ[σ·p·w − (1−σ)·q·w], w = log p − log q, σ = sg sigmoid(w)", "arXiv 2505.16297", "A",
+    note="The forward KL dominates where the student is below the teacher.",
+)  # fmt: skip
+add_divergence(
+    "akl", AKL(0.5), "(g_head·KL(p‖q) + g_tail·KL(q‖p))/(g_head + g_tail), g = sg Σ|p − q|", "arXiv 2404.02657", "A",
+    note="Sorts the vocabulary of each token.",
+)  # fmt: skip
+add_divergence(
+    "taid", TAID(0.4), "KL(p_τ‖q), p_τ = sg softmax((1−τ)·z_student + τ·z_teacher)", "arXiv 2501.16937", "A",
+    note="The mixture is of logits, not of probabilities; τ rises from 0.4 to 1 in training.",
+)  # fmt: skip
