@@ -38,6 +38,8 @@ from tests.test_bad_input import (
     world,
 )  # fmt: skip
 
+pytestmark = pytest.mark.slow_interpreted  # what is refused is the same on every backend
+
 Spoil = Callable[[Any], dict[str, Any]]
 W = torch.ones(V, D)
 HEADS: dict[str, tuple[Callable[[], Any], str]] = {

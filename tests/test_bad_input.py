@@ -36,6 +36,8 @@ from rlad_kernels.losses import (
 )  # fmt: skip
 from tests.sweeps import Own
 
+pytestmark = pytest.mark.slow_interpreted  # what is refused is the same on every backend
+
 B, T, D, V, K = 2, 3, 8, 16, 4
 RIGHT: tuple[rk.TokenLoss, ...] = (
     GRPO(), TRRD(), RLAD(topk=TopKKL(), topk_coef=0.5), CISPO(), SAPO(), GSPO(), OPD(), MOPD(), KDRL(), SRPO(), HDPO(), RLSD(),
