@@ -36,8 +36,9 @@ test: test-cpp test-triton gate  ## the suite on the C++ backend and on the inte
 test-cpp: .venv/.built
 	$(SUITE) --ignore tests/test_compile_gate.py
 
-# what is refused and what is traced is the same on every CPU
+# what is refused, traced or run as a script is the same on every CPU
 PORTABLE := --ignore tests/test_bad_input.py --ignore tests/test_argument_kinds.py --ignore tests/test_own_loss.py \
+	--ignore tests/test_example_scripts.py --ignore tests/test_bench.py --ignore tests/test_plan.py \
 	--deselect tests/test_both_roads.py::test_both_roads_compile_for_any_number_of_tokens
 
 test-portable: .venv/.built  ## the suite as on a CPU without vector instructions: PyTorch's and our own plain code
