@@ -139,7 +139,7 @@ def compare(name: str, garbage: float | None, divergence: Divergence, side: str)
         assert g is None if e is None else relative(g, e) <= 2e-6
 
 
-GARBAGE = [None, torch.nan, torch.inf, -torch.inf]
+GARBAGE = [torch.nan] if INTERPRET else [None, torch.nan, torch.inf, -torch.inf]
 any_garbage = pytest.mark.parametrize("garbage", GARBAGE, ids=str)
 
 
@@ -149,7 +149,7 @@ def test_compaction_off_gives_what_on_gives(name: str, garbage: float | None) ->
     compare(name, garbage, JSD(), "student teacher")
 
 
-@pytest.mark.parametrize("garbage", GARBAGE[1:2] if INTERPRET else GARBAGE, ids=str)
+@any_garbage
 @pytest.mark.parametrize(("kind", "side"), SIDES, ids=str)
 def test_every_divergence(kind: Divergence, side: str, garbage: float | None) -> None:
     compare("divergence_loss", garbage, kind, side)
