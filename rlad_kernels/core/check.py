@@ -127,6 +127,11 @@ def token_rows(name: str, argument: str, x: Any, like: Tensor, *, spread: bool =
     return x.detach()
 
 
+def flat_tokens(x: Tensor, dims: int) -> Tensor:
+    """``x`` with its first ``dims`` dimensions flat_tokens to one: a single token's has none, and gets it."""
+    return x.flatten(0, dims - 1) if dims else x.unsqueeze(0)
+
+
 def needed_grad(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
     """Which of a call's operands receive gradient."""
     return tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias))  # type: ignore

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from rlad_kernels.core.check import check_floats, check_k, integers, refuse, token_rows
+from rlad_kernels.core.check import check_floats, check_k, flat_tokens, integers, refuse, token_rows
 from rlad_kernels.core.modes import ordinary
 from rlad_kernels.core.options import Options
 from rlad_kernels.core.reduction import REDUCTIONS, Reduction, keep_mask, reduce, sequence_index, token_weights
@@ -20,8 +20,16 @@ Tensors = dict[str, Any]  # a tensor or a TopK by name
 Metrics = dict[str, Tensor]
 
 
+class Arranged(NamedTuple):
+    """A call's arguments, checked."""
+
+    keep: Tensor  # (…) bool
+    tensors: Tensors  # those of ``tokens``, (N,) or (N, K)
+    weights: Tensor  # (…) the reduction's
+
+
 class Batch(NamedTuple):
-    """All tokens of a call, flattened: what a loss may look at before the rows are cut."""
+    """All tokens of a call, flat_tokens: what a loss may look at before the rows are cut."""
 
     keep: Tensor  # (N,) bool
     like: Tensor  # (…) the log-probs' shape, dtype and device
@@ -143,15 +151,18 @@ class TokenLoss(Options):
         """
         scores = self._scores(scores)
         like = _like(self.name, scores)
-        batch, given, weights = self.arrange(like, mask, reduction, tensors)
-        keep, teacher = batch.keep, tensors.get("teacher")
+        call, teacher = self.arrange(like, mask, reduction, tensors), tensors.get("teacher")
         if teacher is not None and scores.topk_logp is not None and scores.topk_logp.shape != teacher.ids.shape:
             got, wanted = tuple(scores.topk_logp.shape), tuple(teacher.ids.shape)
             raise ValueError(f"{self.name}: topk_logp has shape {got}, teacher.ids {wanted}; they must match")
-        flat = tree_map_only(Tensor, lambda x: _replaced(_rows(x, like.dim()), keep), scores._replace(extras=None))
-        loss, metrics = self.evaluate(flat, given)
-        shaped = {k: x.view(like.shape) for k, x in metrics.items()}
-        return reduce(loss.view(like.shape), weights, keep.view(like.shape), shaped)
+        return self.reduced(scores, call)
+
+    def reduced(self, scores: TokenScores, call: Arranged) -> LossOutput:
+        """The reduced loss of scores in the tokens' shape and a call's checked arguments."""
+        shape, keep = call.keep.shape, call.keep.reshape(-1)
+        flat = tree_map_only(Tensor, lambda x: _replaced(flat_tokens(x, len(shape)), keep), scores._replace(extras=None))
+        loss, metrics = self.evaluate(flat, call.tensors)
+        return reduce(loss.view(shape), call.weights, call.keep, {k: x.view(shape) for k, x in metrics.items()})
 
     def evaluate(self, scores: TokenScores, tensors: Tensors) -> tuple[Tensor, Metrics]:
         """:meth:`tokens`, its results checked, with the entropy among the metrics where it is known."""
@@ -169,10 +180,8 @@ class TokenLoss(Options):
                 raise ValueError(f"{self.name}: tokens must return {what} of one value a token, shape {tuple(rows)}, got {got}")
         return loss, metrics if scores.entropy is None else {**metrics, "entropy": scores.entropy.detach()}
 
-    def arrange(
-        self, like: Tensor, mask: Tensor | None, reduction: str | Reduction | None, tensors: Mapping[str, Any]
-    ) -> tuple[Batch, Tensors, Tensor]:
-        """A call's arguments checked: the batch, the tensors of :meth:`tokens` ``(N, …)``, and the reduction's weights ``(…)``."""
+    def arrange(self, like: Tensor, mask: Tensor | None, reduction: str | Reduction | None, tensors: Mapping[str, Any]) -> Arranged:
+        """A call's arguments checked, for tokens in the shape, dtype and on the device of ``like``."""
         needed = self.needed()
         known = [*dict.fromkeys((*self.needs, *self.takes, *needed)), "mask", "reduction"]
         for k in tensors:
@@ -187,7 +196,7 @@ class TokenLoss(Options):
         given = {k: self._rows(k, x, like, keep) for k, x in tensors.items() if x is not None}
         batch = Batch(keep.reshape(-1), like, chosen.seq_ids, self.name)
         weights = token_weights(self.name, keep, chosen, like.dtype)
-        return batch, self.prepare(batch, given), weights
+        return Arranged(keep, self.prepare(batch, given), weights)
 
     def _wanted(self, argument: str) -> str:
         """What an argument must be, in words."""
@@ -214,7 +223,7 @@ class TokenLoss(Options):
             x = integers(self.name, argument, x)
         elif x.dtype != torch.bool:
             x = x.to(like.dtype)
-        return _replaced(_rows(ordinary(x), like.dim()), keep.reshape(-1))
+        return _replaced(flat_tokens(ordinary(x), like.dim()), keep.reshape(-1))
 
     def _scores(self, scores: Any) -> TokenScores:
         """The scores, those that are read checked and in the accumulation dtype."""
@@ -252,11 +261,6 @@ def _like(name: str, scores: TokenScores) -> Tensor:
         if (device := getattr(scores, k).device) != x.device:
             raise ValueError(f"{name}: scores.{k} is on {device}, scores.{first} on {x.device}; they must share a device")
     return (x[..., 0] if first == "topk_logp" else x).detach()
-
-
-def _rows(x: Tensor, dims: int) -> Tensor:
-    """``x`` with its first ``dims`` dimensions flattened to one: a single token's has none, and gets it."""
-    return x.flatten(0, dims - 1) if dims else x.unsqueeze(0)
 
 
 def _replaced(x: Tensor, keep: Tensor) -> Tensor:

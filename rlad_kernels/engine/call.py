@@ -7,14 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.check import check_floats, check_tensor, integers
+from rlad_kernels.core.check import check_floats, check_tensor, flat_tokens, integers
 from rlad_kernels.core.dtypes import acc_dtype
 from rlad_kernels.core.head import LMHead
 from rlad_kernels.core.modes import ordinary, transformed
 
 
 class Call(NamedTuple):
-    """The flattened arguments that every sweep op takes."""
+    """The flat_tokens arguments that every sweep op takes."""
 
     hidden: Tensor  # (N, D)
     weight: Tensor
@@ -62,7 +62,7 @@ def flat_call(name: str, hidden: Tensor, head: LMHead) -> Call:
     hidden, shape, t = ordinary(hidden), hidden.shape[:-1], head.temperature
     if isinstance(t, Tensor) and t.numel() != 1 and t.shape != shape:
         raise ValueError(f"{name}: temperature has shape {tuple(t.shape)}, wanted the target's shape {tuple(shape)}")
-    hidden = hidden.flatten(0, -2) if shape else hidden.unsqueeze(0)
+    hidden = flat_tokens(hidden, len(shape))
     hidden = hidden if hidden.stride(-1) == 1 or hidden.shape[-1] == 1 else hidden.contiguous()
     return Call(hidden, weight, bias, _inv_temp(hidden, head), head.logit_scale, head.softcap or 0.0, head.vocab_size or 0)
 
@@ -78,7 +78,7 @@ def _inv_temp(hidden: Tensor, head: LMHead) -> Tensor:
 def flat_rows(
     name: str, argument: str, x: Tensor, shape: torch.Size, device: torch.device, *, ids: bool = False, extra: int = 0
 ) -> Tensor:
-    """``x`` with the leading ``shape`` flattened; ``extra`` trailing dimensions are kept; ``ids`` are int32 or int64.
+    """``x`` with the leading ``shape`` flat_tokens; ``extra`` trailing dimensions are kept; ``ids`` are int32 or int64.
 
     Raises:
         ValueError: for another shape or device, or with ``ids`` for a dtype that is not an integer.
@@ -90,13 +90,7 @@ def flat_rows(
     if leading != shape:
         wanted = f"{tuple(shape)}" if not extra else f"({', '.join(map(str, (*shape, 'K')))})"
         raise ValueError(f"{name}: {argument} has shape {tuple(x.shape)}, wanted {wanted}")
-    return flat(integers(name, argument, x) if ids else x, len(shape))
-
-
-def flat(x: Tensor, dims: int) -> Tensor:
-    """``x``, detached, with its first ``dims`` dimensions flattened to one: a single token's has none, and gets it."""
-    x = ordinary(x.detach())
-    return x.flatten(0, dims - 1) if dims else x.unsqueeze(0)
+    return flat_tokens(ordinary((integers(name, argument, x) if ids else x).detach()), len(shape))
 
 
 def maybe_rows(

@@ -15,7 +15,7 @@ from rlad_kernels.core.reduction import Reduction, keep_mask
 from rlad_kernels.core.token_loss import Tensors, TokenLoss
 from rlad_kernels.core.types import LossOutput, TokenScores
 from rlad_kernels.engine.call import Call, flat_call, flat_rows, target_shape
-from rlad_kernels.engine.loss import Fused, FusedLoss, flattened, loss_op, made_metrics, metric_names, run
+from rlad_kernels.engine.loss import Fused, FusedLoss, flattened, loss_op, made_metrics, metric_names, run, support_of
 from rlad_kernels.engine.rows import IGNORE
 from rlad_kernels.linear.gather import gather
 from rlad_kernels.linear.logp import score
@@ -72,17 +72,16 @@ def linear_loss(
     if "target" in loss.needs:
         tensors = {**tensors, "target": target}
     like = torch.empty(shape, dtype=acc_dtype(call.hidden.dtype), device=hidden.device)
-    _, given, weights = loss.arrange(like, keep, reduction, tensors)
-    support = tensors.get("teacher")
+    arranged, support = loss.arrange(like, keep, reduction, tensors), tensors.get("teacher")
     if support is None and "topk_logp" in loss.read():
         raise ValueError(f"{loss.name}: teacher is None, wanted a TopK, on whose ids topk_logp is read")
     if support is not None:
         check_k(name, support.ids.shape[-1], call.vocab_size, "teacher.ids (…, K)")
     if loss.products == 0:
         z = gather(name, hidden, head, tensors["teacher"].ids, mask=keep, ids_name="teacher.ids")
-        return loss(TokenScores(topk_logp=z), mask=keep, reduction=reduction, **tensors)
+        return loss.reduced(TokenScores(topk_logp=z), arranged)
     if not loss.rowwise:
-        topk = support.ids if support is not None and "topk_logp" in loss.read() else None
+        topk = support_of(loss, tensors)
         scores = score(
             name,
             hidden,
@@ -95,19 +94,19 @@ def linear_loss(
             filter_eps=filter_eps,
             ids_name="teacher.ids",
         )
-        return loss(scores, mask=keep, reduction=reduction, **tensors)
+        return loss.reduced(scores, arranged)
     need = needed_grad(*call[:3])
-    args = (flat_target, keep.reshape(-1), weights.reshape(-1))
+    args = (flat_target, keep.reshape(-1), arranged.weights.reshape(-1), loss, arranged.tensors)
     if torch.compiler.is_compiling():
-        return _compiled(name, call, *args, loss, given, filter_eps, need, shape)
+        return _compiled(name, call, *args, filter_eps, need, shape)
     if any(need):
 
         def sweep(h: Tensor, w: Tensor, b: Tensor | None, need: tuple[bool, bool, bool]) -> Fused:
-            return run(name, call._replace(hidden=h, weight=w, bias=b), *args, loss, given, filter_eps, need)
+            return run(name, call._replace(hidden=h, weight=w, bias=b), *args, filter_eps, need)
 
         total, token, keys, *values = FusedLoss.apply(*call[:3], name, sweep)
         return LossOutput(total, token.view(shape), dict(zip(keys, values, strict=True)))
-    out = run(name, call, *args, loss, given, 0.0, need)
+    out = run(name, call, *args, 0.0, need)
     return LossOutput(out.loss, out.token_loss.view(shape), out.metrics)
 
 
