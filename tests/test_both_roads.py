@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import Tensor
 
 import rlad_kernels as rk
 from rlad_kernels.engine.tiles import Tiles
-from tests.conftest import INTERPRET
 
 B, T, D, V, K = 3, 6, 16, 40, 7  # B·T and B·(T + 4) lie between two powers of 2: sums over sequences unroll to log₂ N steps
 LOSSES = {k: m.loss for k, m in rk.METHODS.items() if isinstance(m.loss, rk.TokenLoss)}
@@ -133,12 +133,8 @@ def test_most_methods_are_three_products() -> None:
     assert {k for k, n in products.items() if n == 0} == {"lsm", "lsm_sampled", "nemo_rl_mixed", "ms_swift_topk"}
 
 
-@pytest.mark.skipif(INTERPRET, reason="float64 is the C++ backend's")
-@pytest.mark.cpu
 @pytest.mark.parametrize("name", LOSSES)
 def test_methods_pickle(name: str) -> None:
-    import pickle
-
     method = rk.METHODS.get(name)
     assert pickle.loads(pickle.dumps(LOSSES[name])) == LOSSES[name]
     assert method is None or pickle.loads(pickle.dumps(method)) == method

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.check import check_tensor, integers, is_integer, is_number, token_rows
-from rlad_kernels.core.config import settings
+from rlad_kernels.core.check import check_tensor, integers, is_integer, is_number, may_read, token_rows
 from rlad_kernels.core.reduction import keep_mask, sequence_index
 from rlad_kernels.losses.ratio.groups import wrong_groups
 
@@ -134,7 +133,7 @@ def reward_mask(correct: Tensor, group_ids: Tensor | None = None, level: str = "
     check_tensor(name, "correct", correct)
     if correct.dim() != 1:
         raise ValueError(f"{name}: correct must be (B,), one a response, got shape {tuple(correct.shape)}")
-    if correct.dtype != torch.bool and (settings.checks or not correct.is_cuda) and bool(((correct != 0) & (correct != 1)).any()):
+    if correct.dtype != torch.bool and may_read(correct) and bool(((correct != 0) & (correct != 1)).any()):
         raise ValueError(f"{name}: correct must hold bools, or numbers equal to 0 or 1, got {correct.tolist()}")
     wrong = correct == 0
     if level == "response":
@@ -159,7 +158,7 @@ def spread(responses: Tensor, tokens: Tensor, *, seq_ids: Tensor | None = None) 
     check_tensor("spread", "responses", responses)
     check_tensor("spread", "tokens", tokens)
     place = _places("spread", tokens, seq_ids)
-    if settings.checks or not place.is_cuda:
+    if may_read(place):
         count = int(place.max()) + 1 if place.numel() else 0
         if responses.dim() != 1 or responses.shape[0] != count:
             raise ValueError(f"spread: responses has shape {tuple(responses.shape)}, wanted ({count},), one a response of tokens")

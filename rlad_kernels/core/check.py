@@ -58,6 +58,11 @@ def is_number(x: Any) -> TypeGuard[float]:
     return isinstance(x, int | float) or (isinstance(x, Tensor) and x.dim() == 0) or isinstance(x, Real)
 
 
+def is_pair(x: Any) -> TypeGuard[tuple[float, float]]:
+    """Whether ``x`` is a tuple of two numbers."""
+    return isinstance(x, tuple) and len(x) == 2 and all(map(is_number, x))
+
+
 def is_integer(x: Any) -> TypeGuard[int]:
     """Whether ``x`` is an integer, numpy's among them; a bool is none."""
     return not isinstance(x, bool) and isinstance(x, int | Integral)
@@ -90,6 +95,12 @@ def check_range(name: str, argument: str, x: Any, low: float, high: float, ends:
     above = is_number(x) and (x >= low if ends[0] == "[" else x > low)
     if not (is_number(x) and -inf < x < inf and above and (x <= high if ends[1] == "]" else x < high)):
         raise ValueError(f"{name}: {argument} must be in {ends[0]}{low:g}, {high:g}{ends[1]}, got {x!r}")
+
+
+def check_positive(name: str, argument: str, x: Any) -> None:
+    """Raise a ValueError unless ``x`` is a positive number or None."""
+    if x is not None and not (is_number(x) and x > 0):
+        raise ValueError(f"{name}: {argument} must be positive or None, got {x!r}")
 
 
 def check_choice(name: str, argument: str, x: Any, known: Iterable[str]) -> None:

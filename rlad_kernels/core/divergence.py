@@ -42,11 +42,6 @@ class Divergence(Options):
     """
 
     @property
-    def name(self) -> str:
-        """The class's name, which errors begin with."""
-        return type(self).__name__
-
-    @property
     def products(self) -> int:
         """2·N·D·V matrix products of :func:`linear_divergence_loss`, forward and backward."""
         return 4

@@ -23,7 +23,12 @@ class Options:
 
     def __post_init__(self) -> None:
         self.check()
-        object.__setattr__(self, "key", _key(_structure(self, type(self).__name__)))
+        object.__setattr__(self, "key", _key(_structure(self, self.name)))
+
+    @property
+    def name(self) -> str:
+        """The class's name, which errors begin with."""
+        return type(self).__name__
 
     @property
     def numbers(self) -> list[float]:

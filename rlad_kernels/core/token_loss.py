@@ -95,11 +95,6 @@ class TokenLoss(Options):
         super().__post_init__()
 
     @property
-    def name(self) -> str:
-        """The class's name, which errors begin with."""
-        return type(self).__name__
-
-    @property
     def products(self) -> int:
         """2·N·D·V matrix products of :func:`linear_loss`, forward and backward."""
         return 3 if self.rowwise else 4

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlad_kernels.backends.contract import HEAD
 from rlad_kernels.core.divergence import Divergence, Kind
 from rlad_kernels.core.dtypes import acc_dtype, held_dtype
 from rlad_kernels.core.modes import autograd_inside, without_autocast
@@ -21,7 +22,7 @@ from rlad_kernels.engine.call import Call
 from rlad_kernels.engine.chunks import Chunks
 from rlad_kernels.engine.gradients import Gradients, half_scale
 from rlad_kernels.engine.loss import Fused
-from rlad_kernels.engine.op import CALL, HEAD, NEED, define, given, gradients, no_double_backward, result, scaled, wanted
+from rlad_kernels.engine.op import CALL, NEED, define, given, gradients, no_double_backward, result, scaled, wanted
 from rlad_kernels.engine.rows import Kept, checked_finite, kept_inv_temp
 from rlad_kernels.engine.tiles import Tiles
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlad_kernels.backends.contract import HEAD
 from rlad_kernels.core.dtypes import acc_dtype
-from rlad_kernels.engine.op import HEAD, NEED, define, given, gradients, no_double_backward, result, wanted
+from rlad_kernels.engine.op import NEED, define, given, gradients, no_double_backward, result, wanted
 from rlad_kernels.engine.rows import checked_ids, checked_inv_temp, row_mask
 
 

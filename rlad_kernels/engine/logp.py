@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlad_kernels.backends.contract import HEAD
 from rlad_kernels.engine import sparse
 from rlad_kernels.engine.chunks import Chunks
 from rlad_kernels.engine.gradients import Cotangents, Gradients, backward_tile
-from rlad_kernels.engine.op import CALL, HEAD, NEED, define, given, gradients, no_double_backward, result, wanted
+from rlad_kernels.engine.op import CALL, NEED, define, given, gradients, no_double_backward, result, wanted
 from rlad_kernels.engine.outputs import outputs, row_slots
 from rlad_kernels.engine.rows import Kept, checked_finite, kept_inv_temp, row_mask
 from rlad_kernels.engine.scoring import fused, statistics

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from rlad_kernels.backends.contract import HEAD
 from rlad_kernels.core.dtypes import held_dtype
 from rlad_kernels.core.metrics import MetricSums
 from rlad_kernels.core.modes import autograd_inside, ordinary, without_autocast
@@ -23,7 +24,7 @@ from rlad_kernels.engine import sparse
 from rlad_kernels.engine.call import Call
 from rlad_kernels.engine.chunks import Chunks
 from rlad_kernels.engine.gradients import Cotangents, Gradients, backward_tile
-from rlad_kernels.engine.op import CALL, HEAD, NEED, define, gradients, result, scaled
+from rlad_kernels.engine.op import CALL, NEED, define, gradients, result, scaled
 from rlad_kernels.engine.outputs import row_slots
 from rlad_kernels.engine.rows import Kept, checked_finite, kept_inv_temp
 from rlad_kernels.engine.tiles import Tiles

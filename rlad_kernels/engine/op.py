@@ -11,8 +11,7 @@ from torch import Tensor
 from rlad_kernels.core.dtypes import acc_dtype
 from rlad_kernels.core.modes import without_autocast
 
-# arguments that every sweep op begins with
-HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
+# arguments of every sweep op, after HEAD
 CALL = "Tensor inv_temp, float logit_scale, float softcap, int vocab_size"
 NEED = "bool need_hidden, bool need_weight, bool need_bias"
 

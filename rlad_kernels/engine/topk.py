@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlad_kernels.engine.op import CALL, HEAD, define, result
+from rlad_kernels.backends.contract import HEAD
+from rlad_kernels.engine.op import CALL, define, result
 from rlad_kernels.engine.outputs import row_slots
 from rlad_kernels.engine.rows import Kept, checked_finite, kept_inv_temp, row_mask
 from rlad_kernels.engine.statistics import Stats, add_slots

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.check import check_floats
-from rlad_kernels.core.config import settings
+from rlad_kernels.core.check import check_floats, may_read
 from rlad_kernels.core.head import LMHead
 from rlad_kernels.engine.call import flat_rows
 
@@ -62,7 +61,7 @@ def kept_ids(name: str, argument: str, ids: Tensor, keep: Tensor, size: int, *, 
     low = -1 if slots else 0
     ids = torch.where(keep.unsqueeze(-1) if slots else keep, ids.long(), low)
     wrong = (ids < low) | (ids >= size)
-    if (settings.checks or not ids.is_cuda) and not torch.compiler.is_compiling() and bool(wrong.any()):
+    if may_read(ids) and not torch.compiler.is_compiling() and bool(wrong.any()):
         empty = " or -1" if slots else ""
         raise ValueError(
             f"{name}: {argument} must be in [0, vocab_size={size}){empty} where it is not masked, got {ids[wrong][0].item()}"

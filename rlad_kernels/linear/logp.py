@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
-from rlad_kernels.core.check import check_eps, check_k
+from rlad_kernels.core.check import check_eps, check_k, needed_grad
 from rlad_kernels.core.head import LMHead
 from rlad_kernels.core.types import TokenScores
 from rlad_kernels.engine.call import flat_call, flat_rows, maybe_rows, target_shape
@@ -102,9 +101,9 @@ def score(
     ids = maybe_rows(name, ids_name, topk_ids, shape, hidden.device, ids=True, extra=1)
     if ids is not None:
         check_k(name, ids.shape[1], call.vocab_size, f"{ids_name} (…, K)")
-    need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in call[:3]]
+    need = needed_grad(*call[:3])
     eps = float(filter_eps) if any(need) else 0.0
-    ahead = need == [True, False, False] and not (entropy or ids is not None or eps)  # frozen head, one direction per token
+    ahead = need == (True, False, False) and not (entropy or ids is not None or eps)  # frozen head, one direction per token
     flat_target = flat_rows(name, "target", target, shape, hidden.device, ids=True)
     flat_mask = maybe_rows(name, "mask", mask, shape, hidden.device)
     asked = (entropy, tail, bool(extras), eps, ahead, name)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.check import check_numbers, check_range, is_number
+from rlad_kernels.core.check import check_numbers, check_positive, check_range
 from rlad_kernels.core.token_loss import Batch, Metrics, Tensors
 from rlad_kernels.core.types import TokenScores
 from rlad_kernels.losses.methods import add_method
@@ -63,8 +63,7 @@ class OPD(ClippedLoss):
         super().check()
         check_numbers(self.name, extrapolation=self.extrapolation, coef=self.coef)
         check_range(self.name, "gamma", self.gamma, 0, 1)
-        if self.reward_clamp is not None and not (is_number(self.reward_clamp) and self.reward_clamp > 0):
-            raise ValueError(f"{self.name}: reward_clamp must be positive or None, got {self.reward_clamp!r}")
+        check_positive(self.name, "reward_clamp", self.reward_clamp)
 
     def needed(self) -> tuple[str, ...]:
         return (*super().needed(), *(("base_logp",) if self.extrapolation != 1 else ()))

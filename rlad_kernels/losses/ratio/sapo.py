@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.check import is_number
+from rlad_kernels.core.check import is_pair
 from rlad_kernels.core.token_loss import Metrics
 from rlad_kernels.core.types import TokenScores
 from rlad_kernels.losses.methods import add_method
@@ -50,8 +50,7 @@ class SAPO(SampledLoss):
 
     def check(self) -> None:
         super().check()
-        pair = isinstance(self.temperatures, tuple) and len(self.temperatures) == 2 and all(map(is_number, self.temperatures))
-        if not (pair and min(self.temperatures) > 0):
+        if not (is_pair(self.temperatures) and min(self.temperatures) > 0):
             raise ValueError(f"{self.name}: temperatures must be (positive Â, other Â), both > 0, got {self.temperatures!r}")
 
     def tokens(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from rlad_kernels.backends.contract import on_cpu
-from rlad_kernels.core.check import is_number
+from rlad_kernels.core.check import is_number, is_pair
 from rlad_kernels.core.modes import autograd_inside, numbers, ordinary, transformed
 from rlad_kernels.losses.ratio.kl import KL_ESTIMATORS, NO_KL, Reference
 
@@ -121,8 +121,7 @@ def clipped_surrogate(
 
 def check_clip(name: str, clip: tuple[float, float] | None, dual_clip: float | None = None) -> None:
     """Raise a ValueError that names the option, what came and what was wanted."""
-    pair = isinstance(clip, tuple) and len(clip) == 2 and all(map(is_number, clip))
-    if clip is not None and not (pair and 0 <= clip[0] <= 1 and clip[1] >= 0):
+    if clip is not None and not (is_pair(clip) and 0 <= clip[0] <= 1 and clip[1] >= 0):
         raise ValueError(f"{name}: clip must be (low, high) with 0 <= low <= 1 and high >= 0, or None, got {clip!r}")
     if dual_clip is not None and not (is_number(dual_clip) and dual_clip > 1):
         raise ValueError(f"{name}: dual_clip must be greater than 1 or None, got {dual_clip!r}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlad_kernels.core.check import check_range, is_number
+from rlad_kernels.core.check import check_positive, check_range
 from rlad_kernels.core.token_loss import Metrics
 from rlad_kernels.core.types import TokenScores
 from rlad_kernels.losses.methods import add_method
@@ -54,8 +54,7 @@ class TRRD(ClippedLoss):
     def check(self) -> None:
         super().check()
         check_range(self.name, "alpha", self.alpha, 0, 1)
-        if self.teacher_clamp is not None and not (is_number(self.teacher_clamp) and self.teacher_clamp > 0):
-            raise ValueError(f"{self.name}: teacher_clamp must be positive or None, got {self.teacher_clamp!r}")
+        check_positive(self.name, "teacher_clamp", self.teacher_clamp)
 
     def tokens(
         self, scores: TokenScores, *, old_logp: Tensor, advantages: Tensor, teacher_logp: Tensor, **shared: Any

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.check import check_choice, check_numbers, is_number
+from rlad_kernels.core.check import check_choice, check_numbers, is_pair
 from rlad_kernels.core.token_loss import Batch, Metrics, Tensors, TokenLoss
 from rlad_kernels.core.types import TokenScores, TopK
 from rlad_kernels.losses.methods import add_method
@@ -66,8 +66,7 @@ class SampledTailKL(TokenLoss):
         check_choice(self.name, "direction", self.direction, _EXACT)
         check_numbers(self.name, scale=self.scale)
         clip = self.iw_clip
-        pair = isinstance(clip, tuple) and len(clip) == 2 and all(map(is_number, clip))
-        if clip is not None and not (pair and 0 <= clip[0] < clip[1]):
+        if clip is not None and not (is_pair(clip) and 0 <= clip[0] < clip[1]):
             raise ValueError(f"{self.name}: iw_clip must be (low, high) with 0 <= low < high, or None, got {clip!r}")
 
     def needed(self) -> tuple[str, ...]:
