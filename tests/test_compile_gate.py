@@ -16,15 +16,15 @@ if DEVICE != "cpu":
     pytest.skip("compiles on the CPU, for minutes: `make gate` is that run", allow_module_level=True)
 
 from rlad_kernels.backends import triton as kernels  # noqa: E402
-from rlad_kernels.backends.triton._launch import Launch  # noqa: E402
+from rlad_kernels.backends.contract import LOSS_OPS, ROW_OPS  # noqa: E402
+from rlad_kernels.backends.triton._kernel import KERNELS, WIDE_LOAD  # noqa: E402
+from rlad_kernels.backends.triton._launch import Config, Launch  # noqa: E402
 from rlad_kernels.backends.triton._math import product  # noqa: E402
 from rlad_kernels.backends.triton.clipped_ratio import ESTIMATORS  # noqa: E402
-from rlad_kernels.backends.triton.configs import TABLES, Config  # noqa: E402
 from rlad_kernels.backends.triton.divergence import FAMILIES  # noqa: E402
-from rlad_kernels.backends.triton.registry import REGISTRY, WIDE_LOAD  # noqa: E402
 from rlad_kernels.backends.triton.topk_kl import NORMALIZATIONS  # noqa: E402
 from rlad_kernels.tools.compile_gate import gate as compile_gate  # noqa: E402
-from rlad_kernels.tools.compile_gate.cases import CASES  # noqa: E402
+from rlad_kernels.tools.compile_gate.gate import CASES  # noqa: E402
 
 HALVES = {torch.float32, torch.bfloat16, torch.float16}
 FLOAT32_OUT = {"gather_dot_kernel", "column_stats_kernel", "divergence_kernel"}
@@ -42,21 +42,21 @@ def jitted_kernels() -> set[str]:
     return found
 
 
-def test_every_kernel_is_registered_configured_and_compiled():
-    assert jitted_kernels() == set(REGISTRY) == set(TABLES) == set(CASES)
-    assert {spec.launcher.__name__ for spec in REGISTRY.values()} == set(kernels.__all__)
+def test_every_kernel_is_known_and_compiled():
+    assert jitted_kernels() == set(KERNELS) == {name for name, cases in CASES.items() if cases}
+    assert set(kernels.LAUNCHERS) == {*ROW_OPS, *LOSS_OPS}
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", KERNELS)
 def test_cases_reach_every_config_row_dtype_flag_and_optional_argument(name):
     launches = [case.launch(arch) for case in CASES[name] for arch in compile_gate.ARCHS]
-    assert {launch.kernel for launch in launches} == {REGISTRY[name].fn}
-    assert {launch.config for launch in launches} == set(TABLES[name])
-    parameters = [p.name for p in REGISTRY[name].fn.params]
+    assert {launch.kernel for launch in launches} == {KERNELS[name].fn}
+    assert {launch.config for launch in launches} == set(KERNELS[name].table)
+    parameters = [p.name for p in KERNELS[name].fn.params]
     seen = [dict(zip(parameters, launch.args, strict=False)) | launch.flags for launch in launches]
     for flag in launches[0].flags:
         assert {values[flag] for values in seen} == CHOICES.get(flag, {False, True}), flag
-    for optional in {"bias", "teacher_bias", "ref_logp", "tail_logp", "column_max"} & set(parameters):
+    for optional in {"bias", "teacher_bias", "softcap", "teacher_softcap", "ref_logp", "tail_logp"} & set(parameters):
         assert {values[optional] is None for values in seen} == {False, True}, optional
     for tensor in {"out", "weight", "hidden", "d_weight"} & set(parameters) - ({"out"} if name in FLOAT32_OUT else set()):
         assert {getattr(values[tensor], "base", values[tensor]).dtype for values in seen} == HALVES, tensor
@@ -67,7 +67,7 @@ def reports():
     return compile_gate.run()
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", KERNELS)
 def test_kernel_passes(reports, name):
     own = [report for report in reports if report.kernel == name]
     assert len(own) == len(CASES[name]) * len(compile_gate.ARCHS)
@@ -103,12 +103,12 @@ def test_logits_are_rounded_before_they_are_used():
     assert "no mul" not in faults(_gap, x, BLOCK=1024, ROUNDED=True, wide=(compile_gate.ROUNDED,))
     assert "no fma" not in faults(_gap, x, BLOCK=1024, ROUNDED=False, wide=(r"fma\.rn\.f32",))
     assert "no fma" in faults(_gap, x, BLOCK=1024, ROUNDED=True, wide=(r"fma\.rn\.f32",))
-    makers = {name for name, spec in REGISTRY.items() if spec.tempers}
-    assert makers == {name for name, spec in REGISTRY.items() if "tempered" in spec.fn.fn.__globals__}
+    makers = {name for name, spec in KERNELS.items() if spec.tempers}
+    assert makers == {name for name, spec in KERNELS.items() if {"tempered", "load_z"} & set(spec.fn.fn.__globals__)}
 
 
 def test_products_of_16_bit_types_must_use_the_tensor_cores():
-    spec = REGISTRY["score_kernel"]
+    spec = KERNELS["score_kernel"]
     patterns = {case.label: compile_gate.required(spec, case, case.launch(90), 90) for case in CASES["score_kernel"]}
     rounded = compile_gate.ROUNDED
     assert {label.split()[0]: len(set(found) - {rounded}) for label, found in patterns.items()} == {

@@ -101,30 +101,25 @@ def test_gradients_through_the_fused_forward() -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_partial_statistics_and_column_maxima() -> None:
+def test_partial_statistics() -> None:
     x, w, it = torch.randn(150, 24), torch.randn(270, 24), torch.rand(150) + 0.5
     slots = torch.randint(-1, 270, (150, 7), dtype=torch.int32)
     slots[:, 3] = slots[:, 0]
-    args = (x, w, None, it, 0.9, 4.0, slots, True, True, True)
-    parts, z, tops = torch.ops.rlad.score_partials(*args)
-    for again, first in zip(torch.ops.rlad.score_partials(*args), (parts, z, tops), strict=True):
+    args = (x, w, None, it, 0.9, 4.0, slots, True, True)
+    parts, z = torch.ops.rlad.score_partials(*args)
+    for again, first in zip(torch.ops.rlad.score_partials(*args), (parts, z), strict=True):
         assert torch.equal(again, first)
     exact = 4 * torch.tanh((x.double() @ w.double().T) * 0.9 / 4) * it.double()[:, None]
     at = slots.clamp(min=0).long()
     torch.testing.assert_close(z.double(), torch.where(slots < 0, -torch.inf, exact.gather(1, at)), rtol=0, atol=1e-5)
-    want = torch.stack([exact[:128].amax(0), exact[128:].amax(0)])
-    torch.testing.assert_close(tops.double(), want, rtol=0, atol=1e-5)
     lse = add_slots(Stats(*merge_tiles(parts)), z, first_occurrence(slots)).lse
     torch.testing.assert_close(lse.double(), exact.logsumexp(1), rtol=0, atol=1e-5)
-    for block, rows in enumerate((slice(0, 128), slice(128, 150))):
-        p = (exact[rows] - lse[rows, None]).exp().amax(0)
-        assert (p <= (tops[block] - lse[rows].min()).exp() * (1 + 1e-5)).all()
 
 
 def test_nothing_but_minus_infinity_and_no_rows() -> None:
     bias, slots = torch.full((70,), -torch.inf), torch.tensor([[3], [-1]], dtype=torch.int32)
-    args = (torch.randn(70, 8), bias, torch.ones(2), 1.0, 0.0, slots, True, True, False)
-    parts, z, _ = torch.ops.rlad.score_partials(torch.randn(2, 8), *args)
+    args = (torch.randn(70, 8), bias, torch.ones(2), 1.0, 0.0, slots, True, True)
+    parts, z = torch.ops.rlad.score_partials(torch.randn(2, 8), *args)
     stats = merge_tiles(parts)
     assert stats.tolist() == [[-torch.inf] * 2, [0, 0], [0, 0], [0, 0], [-torch.inf] * 2, [0, 0]]
     assert (z == -torch.inf).all()
@@ -133,10 +128,10 @@ def test_nothing_but_minus_infinity_and_no_rows() -> None:
 
 
 def test_the_table_chooses() -> None:
-    from rlad_kernels.backends.triton import configs
+    from rlad_kernels.backends.triton import score
     from rlad_kernels.backends.triton._launch import LAUNCHES
 
-    assert dict(configs.FUSED_SCORING) == {}  # an entry needs a measurement: docs say that none has been taken
+    assert dict(score.FUSED_SCORING) == {}  # an entry needs a measurement: docs say that none has been taken
     p = problem(n=8, dtype=torch.bfloat16)
 
     def fused(p: Problem) -> bool:
@@ -146,7 +141,7 @@ def test_the_table_chooses() -> None:
 
     assert not fused(p)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configs, "FUSED_SCORING", {(90, 2): 8})
+        patch.setattr(score, "FUSED_SCORING", {(90, 2): 8})
         assert fused(p)
         assert not fused(problem(n=7, dtype=torch.bfloat16))
         assert not fused(problem(n=8, d=12, dtype=torch.bfloat16))  # rows of 24 bytes: TMA cannot read them

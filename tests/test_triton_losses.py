@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from rlad_kernels.backends.triton import topk_kl
 from rlad_kernels.backends.triton.clipped_ratio import ESTIMATORS, clipped_ratio
+from rlad_kernels.backends.triton.topk_kl import topk_kl
 from rlad_kernels.core.modes import numbers
 from tests.oracles import gradient, hold, kl_estimate, surrogate, truncated_kl
 from tests.test_triton_rows import I32, INF, ULP, near

@@ -10,20 +10,17 @@ from inspect import signature
 import pytest
 import torch
 
-from rlad_kernels.backends import triton as kernels
-from rlad_kernels.backends.triton import (
-    dlogits_,
-    fold_,
-    fold_topk_,
-    gather_dhidden,
-    gather_dot,
-    gather_dweight_,
-    score_partials,
-    topk_kl,
-)
+from rlad_kernels.backends.triton import KERNELS, LAUNCHERS
 from rlad_kernels.backends.triton._launch import LAUNCHES
 from rlad_kernels.backends.triton.clipped_ratio import clipped_ratio
-from rlad_kernels.backends.triton.registry import REGISTRY
+from rlad_kernels.backends.triton.columns import column_stats_
+from rlad_kernels.backends.triton.divergence import divergence_
+from rlad_kernels.backends.triton.dlogits import dlogits_
+from rlad_kernels.backends.triton.fold import fold_
+from rlad_kernels.backends.triton.gather import gather_dhidden, gather_dot, gather_dweight_
+from rlad_kernels.backends.triton.score import score_partials
+from rlad_kernels.backends.triton.topk import fold_topk_
+from rlad_kernels.backends.triton.topk_kl import topk_kl
 from rlad_kernels.core.modes import numbers
 
 INTERPRET, DEVICE = os.environ.get("TRITON_INTERPRET") == "1", os.environ.get("RLAD_TEST_DEVICE", "cpu")
@@ -135,23 +132,23 @@ def membership(slots: torch.Tensor, cols: int) -> torch.Tensor:
     return inside.scatter_(1, torch.where(slots < 0, cols, slots).long(), True)[:, :cols]
 
 
-SLOTS = [(0, True, True, True), (6, True, True, True), (6, False, False, True), (3, True, True, False), (300, True, True, True)]
+SLOTS = [(0, True, True), (6, True, True), (6, False, True), (3, True, False), (300, True, True)]
 FOLDS = [*zip(TILES, SLOTS, strict=True), *zip(TILES, SLOTS[::-1], strict=True)]
 
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize(("tile", "flags"), FOLDS)
 def test_fold(tile, flags, head):
-    (cols, width), (j, exclude, entropy, extras) = tile, flags
+    (cols, width), (j, entropy, extras) = tile, flags
     p = Problem(cols, head)
     slots, stats, slot_logits = some_slots(cols, p.rows, j), fresh_stats(p.rows), torch.full((p.rows, j), 123.0)
     for x, args in p.tiles(width):
         before = x.clone()
-        fold_(x, *args, slots, exclude, stats, slot_logits, entropy, extras)
+        fold_(x, *args, slots, stats, slot_logits, entropy, extras)
         assert torch.equal(x, before)
         assert (slot_logits[(slots < 0) | (slots >= args[0] + width)] == 123).all()
     z, inside = p.z, membership(slots, cols)
-    assert_stats(stats, expected_stats(z, ~(inside & exclude)), p.slack, entropy, extras)
+    assert_stats(stats, expected_stats(z, ~inside), p.slack, entropy, extras)
     near(stats[4], z.sum(1) * extras if extras else stats[4] * 0, p.slack[:, 0] * cols)
     some = stats[0] > -INF
     near(stats[0][some], (z[torch.arange(p.rows), stats[5].long()] if extras else stats[0])[some], p.slack[some, 0])
@@ -162,7 +159,7 @@ def test_fold(tile, flags, head):
 def test_fold_of_nothing_but_minus_infinity():
     stats, slots = fresh_stats(2), torch.tensor([[4], [-1]], dtype=I32)
     for c0 in (0, 9):
-        fold_(*plain(torch.full((2, 9), -INF), c0), slots, True, stats, torch.zeros(2, 1), True, True)
+        fold_(*plain(torch.full((2, 9), -INF), c0), slots, stats, torch.zeros(2, 1), True, True)
     assert stats.tolist() == [[-INF, -INF], [0, 0], [0, 0], [0, 0], [-INF, -INF], [0, 0]]
 
 
@@ -171,7 +168,7 @@ def test_fold_keeps_a_small_tail_and_repeats_bit_by_bit():
     x[:, 500] = 0
     runs = [fresh_stats(3), fresh_stats(3)]
     for stats in runs:
-        fold_(*plain(x), torch.full((3, 1), 500, dtype=I32), True, stats, torch.zeros(3, 1), True, False)
+        fold_(*plain(x), torch.full((3, 1), 500, dtype=I32), stats, torch.zeros(3, 1), True, False)
     assert torch.equal(*runs)
     want = expected_stats(x.double(), torch.arange(900) != 500)[1]
     assert (want >= 1).all()
@@ -295,19 +292,19 @@ def test_gather(dtype, d):
 def test_every_kernel_runs_is_counted_and_refuses_float64():
     LAUNCHES.clear()
     one, four, ids, none = torch.ones(1, 1), torch.ones(1, 4), torch.zeros(1, 1, dtype=I32), torch.zeros(1, 0)
-    fold_(*plain(one), ids, True, fresh_stats(1), one.clone(), True, True)
+    fold_(*plain(one), ids, fresh_stats(1), one.clone(), True, True)
     fold_topk_(*plain(one), ids, fresh_stats(1), one.clone(), -INF * one, ids - 1, True)
     dlogits_(one.clone(), *plain(one), none.to(I32), none, torch.ones(6, 1), True, True)
     gather_dweight_(one.clone(), gather_dot(one, one, ids), gather_dhidden(one, one, ids), ids[0].long(), ids[0], False)
     clipped_ratio(one[0], one[0], None, one[0], None, numbers(1.0, 0.2, 0.2, INF, 0.0, 0.0), "k3")
     topk_kl(one, ids, one, None, None, "reverse", "both")
-    score_partials(four, four, None, one[0], 1.0, 0.0, ids, True, True, False)
-    kernels.column_stats_(torch.empty(2, 1, 1), one, None, one[0], 1.0, 0.0, one[0], 1)
+    score_partials(four, four, None, one[0], 1.0, 0.0, ids, True, True)
+    column_stats_(torch.empty(2, 1, 1), one, None, one[0], 1.0, 0.0, one[0], 1)
     side = one, None, one[0], 1.0, 0.0, torch.zeros(2, 1)
-    kernels.divergence_(one[0].clone(), None, *side, *side, torch.ones(4, 1), "sym", 0.0, 0.0, 0.0, False)
-    assert dict(LAUNCHES) == dict.fromkeys(REGISTRY, 1)
+    divergence_(one[0].clone(), None, *side, *side, torch.ones(4, 1), "sym", 0.0, 0.0, 0.0, False)
+    assert dict(LAUNCHES) == dict.fromkeys(KERNELS, 1)
     gather_dot(one[:0], one, ids[:0])  # no rows: no launch
     assert LAUNCHES["gather_dot_kernel"] == 1
-    for launcher in (getattr(kernels, name) for name in kernels.__all__):
+    for launcher in LAUNCHERS.values():
         with pytest.raises(TypeError, match=f"{launcher.__name__}: .*float64"):
             launcher(*[one.double()] * len(signature(launcher).parameters))

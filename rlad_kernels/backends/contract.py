@@ -24,7 +24,7 @@ HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
 _TILE = "Tensor logits, int col0, Tensor? bias, Tensor inv_temp, float logit_scale, float softcap, Tensor slots"
 
 ROW_OPS = {
-    "fold_": f"({_TILE}, bool exclude, Tensor(a!) stats, Tensor(b!) slot_logits, bool entropy, bool extras) -> ()",
+    "fold_": f"({_TILE}, Tensor(a!) stats, Tensor(b!) slot_logits, bool entropy, bool extras) -> ()",
     "fold_topk_": f"({_TILE}, Tensor(a!) stats, Tensor(b!) slot_logits, Tensor(c!) top_logits, Tensor(d!) top_ids, "
     "bool entropy) -> ()",
     "dlogits_": f"(Tensor(a!) out, {_TILE}, Tensor slot_dz, Tensor rows, bool entropy, bool tail) -> ()",
@@ -36,8 +36,8 @@ ROW_OPS = {
     "gather_dot": "(Tensor hidden, Tensor weight, Tensor ids) -> Tensor",
     "gather_dhidden": "(Tensor grad, Tensor weight, Tensor ids) -> Tensor",
     "gather_dweight_": "(Tensor(a!) d_weight, Tensor grad, Tensor hidden, Tensor order, Tensor sorted_ids, bool add) -> ()",
-    "score_partials": f"({HEAD}, Tensor inv_temp, float logit_scale, float softcap, Tensor slots, bool entropy, bool extras, "
-    "bool column_max) -> (Tensor, Tensor, Tensor)",
+    "score_partials": f"({HEAD}, Tensor inv_temp, float logit_scale, float softcap, Tensor slots, bool entropy, bool extras) "
+    "-> (Tensor, Tensor)",
 }
 LOSS_OPS = {
     "clipped_ratio": "(Tensor logp, Tensor old_logp, Tensor? teacher_logp, Tensor advantages, Tensor? ref_logp, "
@@ -52,7 +52,7 @@ def _late(name: str) -> Callable[..., Any]:
 
     @without_autocast
     def call(*args: Any) -> Any:
-        return getattr(import_module("rlad_kernels.backends.triton"), name)(*args)
+        return import_module("rlad_kernels.backends.triton").LAUNCHERS[name](*args)
 
     return call
 

@@ -1,7 +1,7 @@
 """The three process-wide switches: tile sizes, checks that synchronise, row compaction.
 
 A fourth has no public name: ``settings.fused_scoring``, for benches and tests. None leaves the choice between the tiles
-and the fully fused kernel to the table ``FUSED_SCORING`` of the Triton backend; True and False make it for every call.
+and the fully fused kernel to the table ``FUSED_SCORING`` of ``backends.triton.score``; True and False make it for every call.
 """
 
 from __future__ import annotations

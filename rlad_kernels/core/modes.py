@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,9 +23,12 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def ordinary(x: Tensor) -> Tensor:
+T = TypeVar("T", Tensor, Tensor | None)
+
+
+def ordinary(x: T) -> T:
     """``x``; outside ``inference_mode`` a copy of a tensor that was made inside it, which autograd would refuse to save."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+    if x is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return x
     return x.clone() if x.is_inference() else x
 

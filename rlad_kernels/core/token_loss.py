@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from rlad_kernels.core.check import check_floats, check_k, flat_tokens, integers, refuse, token_rows
 from rlad_kernels.core.modes import ordinary
@@ -155,7 +154,7 @@ class TokenLoss(Options):
     def reduced(self, scores: TokenScores, call: Arranged) -> LossOutput:
         """The reduced loss of scores in the tokens' shape and a call's checked arguments."""
         shape, keep = call.keep.shape, call.keep.reshape(-1)
-        flat = tree_map_only(Tensor, lambda x: _replaced(flat_tokens(x, len(shape)), keep), scores._replace(extras=None))
+        flat = TokenScores(*(None if x is None else _replaced(flat_tokens(x, len(shape)), keep) for x in scores[:-1]))
         loss, metrics = self.evaluate(flat, call.tensors)
         return reduce(loss.view(shape), call.weights, call.keep, {k: x.view(shape) for k, x in metrics.items()})
 

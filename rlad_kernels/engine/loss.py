@@ -49,6 +49,19 @@ def metric_names(loss: TokenLoss, like: Tensor, tensors: Tensors) -> list[str]:
     return [*loss.evaluate(scores, tree_map_only(Tensor, lambda x: x[:0], tensors))[1]]
 
 
+_METRICS: dict[Any, list[str]] = {}
+
+
+def _known_metrics(loss: TokenLoss, like: Tensor, tensors: Tensors) -> list[str]:
+    """:func:`metric_names`, asked once for a loss and what it is given."""
+    given = (loss, *flattened(tensors)[0])
+    if given not in _METRICS:
+        if len(_METRICS) >= 256:  # a coefficient that changes makes a loss a step
+            _METRICS.clear()
+        _METRICS[given] = metric_names(loss, like, tensors)
+    return _METRICS[given]
+
+
 def support_of(loss: TokenLoss, tensors: Tensors) -> Tensor | None:
     """The ids ``(N, K)`` at which the loss reads the student's log-probs."""
     return tensors["teacher"].ids if "topk_logp" in loss.read() else None
@@ -74,7 +87,7 @@ def run(
     multiple = sparse.BLOCK if filter_eps else 1
     tiles = Tiles(kept.take(call.hidden), *call[1:3], inv_temp, *call[4:], keep_logits=1, multiple=multiple)
     weight = kept.take(row_weight)
-    names = metric_names(loss, weight, tensors)
+    names = _known_metrics(loss, weight, tensors)
     tensors = tree_map_only(Tensor, lambda x: ordinary(kept.take(x)), tensors)
     grads = Gradients(tiles, call.weight, *need, whole=True, scattered=filter_eps > 0) if any(need) else None
     losses, sums = weight.new_zeros(tiles.n), MetricSums((*names, *made_metrics(grads is not None, filter_eps)), weight)

@@ -24,12 +24,11 @@ def fused(hidden: Tensor, weight: Tensor) -> bool:
         return settings.fused_scoring
     if not (hidden.is_cuda or INTERPRET):
         return False
-    from rlad_kernels.backends.triton import configs
+    from rlad_kernels.backends.triton import score
     from rlad_kernels.backends.triton._launch import architecture
-    from rlad_kernels.backends.triton.score import aligned
 
-    least = configs.FUSED_SCORING.get((architecture(hidden.device), hidden.dtype.itemsize))
-    return least is not None and hidden.shape[0] >= least and aligned(hidden) and aligned(weight)
+    least = score.FUSED_SCORING.get((architecture(hidden.device), hidden.dtype.itemsize))
+    return least is not None and hidden.shape[0] >= least and score.aligned(hidden) and score.aligned(weight)
 
 
 def statistics(
@@ -47,13 +46,13 @@ def statistics(
     bias = None if bias is None else bias.float()
     inv_temp = inv_temp.float().expand(hidden.shape[0]).contiguous()
     stats, z = inv_temp.new_empty(len(Stats._fields), hidden.shape[0]), inv_temp.new_empty(slots.shape)
-    tiles = -(-weight.shape[0] // (64 if hidden.dtype == torch.float32 else 128))
+    tiles = -(-weight.shape[0] // 128)
     blocks = _PARTIAL_BYTES // (_ROW_BLOCK * stats.shape[0] * stats.element_size() * tiles)
     rows = settings.tile_rows or _ROW_BLOCK * max(blocks, 1)
     for r0 in range(0, hidden.shape[0], rows):
         r = slice(r0, r0 + rows)
-        parts, z[r], _ = torch.ops.rlad.score_partials(
-            hidden[r], weight, bias, inv_temp[r], logit_scale, softcap, slots[r], entropy, extras, False
+        parts, z[r] = torch.ops.rlad.score_partials(
+            hidden[r], weight, bias, inv_temp[r], logit_scale, softcap, slots[r], entropy, extras
         )
         stats[:, r] = merge_tiles(parts)
     return stats, z

@@ -139,7 +139,6 @@ class Tiles:
             self.logit_scale,
             self.softcap,
             slots[r0:r1],
-            True,
             stats[:, r0:r1],
             z[r0:r1],
             entropy,

@@ -1,25 +1,14 @@
-"""Triton backend: one module per operation, each a kernel and its launcher. Imported only when an operation first runs."""
+"""Triton backend: a file an operation, with its kernel and all that is known of it. Imported only when an operation first runs.
 
-from .clipped_ratio import clipped_ratio
-from .columns import column_stats_
-from .divergence import divergence_
-from .dlogits import dlogits_
-from .fold import fold_
-from .gather import gather_dhidden, gather_dot, gather_dweight_
-from .score import score_partials
-from .topk import fold_topk_
-from .topk_kl import topk_kl
+Every file here is imported, so that a kernel exists because its file does.
+"""
 
-__all__ = [
-    "clipped_ratio",
-    "column_stats_",
-    "divergence_",
-    "dlogits_",
-    "fold_",
-    "fold_topk_",
-    "gather_dhidden",
-    "gather_dot",
-    "gather_dweight_",
-    "score_partials",
-    "topk_kl",
-]
+from importlib import import_module
+from pkgutil import iter_modules
+
+from ._kernel import KERNELS
+
+for _module in iter_modules(__path__, f"{__name__}."):
+    import_module(_module.name)
+
+LAUNCHERS = {kernel.launcher.__name__: kernel.launcher for kernel in KERNELS.values()}

@@ -8,13 +8,35 @@ from typing import Any
 
 import torch
 
-from .configs import Config
-
 INTERPRETED = (90, 3)  # the interpreter runs Hopper's configurations, on fewer programs than there are tiles
 
 LAUNCHES: Counter[str] = Counter()  # kernel name → launches; tests read it to prove that a kernel ran
 _recording: list["Launch"] | None = None
 _recorded_for = 90
+
+
+@dataclass(frozen=True)
+class Config:
+    """One row of a kernel's launch table: it serves sizes up to `limit`. Nothing is tuned at run time."""
+
+    limit: float
+    num_warps: int
+    num_stages: int
+    blocks: tuple[tuple[str, int], ...]
+
+
+def config(limit: float, num_warps: int, num_stages: int = 1, **blocks: int) -> Config:
+    """`num_stages` is 1 for a kernel that feeds no dot: there is nothing for the software pipeliner to overlap, and enough
+    programs per SM are resident to hide the latency instead."""
+    return Config(limit, num_warps, num_stages, tuple(blocks.items()))
+
+
+def pick(table: tuple[Config, ...], size: int) -> Config:
+    """The first row of the table that serves `size`."""
+    for row in table:
+        if size <= row.limit:
+            return row
+    raise ValueError(f"no launch configuration for size {size}, the largest is {table[-1].limit}")
 
 
 @dataclass(frozen=True)

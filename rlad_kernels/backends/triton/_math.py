@@ -1,6 +1,7 @@
 """Arithmetic shared by the kernels: temperature and softcap, safe exponents, accurate expm1/log1p, and the one cast."""
 
 import os
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -8,6 +9,14 @@ import triton.language as tl
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite stand-in for -inf: differences with it never become NaN
 NO_KEY = tl.constexpr(-(2**31))  # below the key of every float32, -inf included
+
+
+class Tempering(NamedTuple):
+    """What makes tempered logits z of raw ones."""
+
+    logit_scale: tl.tensor
+    softcap: tl.tensor | None
+    inv_temp: tl.tensor
 
 
 @triton.jit
@@ -56,14 +65,14 @@ def product(b_x, b_y):
 
 
 @triton.jit
-def tempered(b_raw, logit_scale, softcap, inv_temp, SOFTCAP: tl.constexpr):
-    """(z, dz/draw): z = softcap·tanh(raw·scale/softcap)·inv_temp, without the tanh when not SOFTCAP."""
-    if SOFTCAP:
-        b_tanh, b_slope = tanh_and_slope(b_raw * (logit_scale / softcap))
-        return product(b_tanh * softcap, inv_temp), b_slope * (logit_scale * inv_temp)
+def tempered(b_raw, t):
+    """(z, dz/draw): z = softcap·tanh(raw·scale/softcap)·inv_temp, without the tanh where softcap is None."""
+    if t.softcap is not None:
+        b_tanh, b_slope = tanh_and_slope(b_raw * (t.logit_scale / t.softcap))
+        return product(b_tanh * t.softcap, t.inv_temp), b_slope * (t.logit_scale * t.inv_temp)
     else:
         # two products, as the definition has them: one combined factor would move z by an ulp of |z|
-        return product(b_raw * logit_scale, inv_temp), logit_scale * inv_temp
+        return product(b_raw * t.logit_scale, t.inv_temp), t.logit_scale * t.inv_temp
 
 
 @triton.jit

@@ -1,12 +1,18 @@
 """clipped_ratio: the token loss of GRPO and TRRD with its gradient and metrics, in one pass over (N,) vectors."""
 
+from collections.abc import Iterator
+from math import inf
+
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import launch, require_dtype
+from ._kernel import Case, R, add_kernel, meta
+from ._launch import config, launch, pick, require_dtype
 from ._math import excess, exp, expm1
-from .configs import pick
+
+# By N. A few thousand tokens: one a thread, so that even small batches reach every SM.
+TABLE = (config(inf, 4, BLOCK=128),)
 
 ESTIMATORS = ("k1", "k2", "k3", "k3+", "k3++", "k4", "k5")
 METRICS = ("clip_low", "clip_high", "ratio", "kl_old", "kl_teacher", "kl_ref", "invalid_teacher")
@@ -124,13 +130,13 @@ def clipped_ratio(
     if ref_logp is not None and kl_estimator not in ESTIMATORS:
         raise ValueError(f"clipped_ratio: kl_estimator={kl_estimator!r}, want one of {', '.join(ESTIMATORS)}")
     n = logp.numel()
-    config = pick("clipped_ratio_kernel", n)
+    row = pick(TABLE, n)
     loss, d_logp = torch.empty_like(logp), torch.empty_like(logp)
     metrics = logp.new_empty((len(METRICS), n))
     launch(
         clipped_ratio_kernel,
-        (triton.cdiv(n, dict(config.blocks)["BLOCK"]),),
-        config,
+        (triton.cdiv(n, dict(row.blocks)["BLOCK"]),),
+        row,
         logp.contiguous(),
         old_logp.contiguous(),
         None if teacher_logp is None else teacher_logp.contiguous(),
@@ -150,3 +156,14 @@ def clipped_ratio(
         ESTIMATOR=kl_estimator if ref_logp is not None else "none",
     )
     return loss, d_logp, metrics
+
+
+def cases() -> Iterator[Case]:
+    plain = [(teacher, None, dual) for teacher in (False, True) for dual in (0.0, 3.0)]
+    for teacher, estimator, dual in (*plain, *((True, name, 3.0) for name in ESTIMATORS)):
+        numbers = torch.tensor([0.5, 0.2, 0.2, inf, dual, 0.1])
+        tensors = (meta(R), meta(R), meta(R) if teacher else None, meta(R), meta(R) if estimator else None)
+        yield Case(f"teacher={teacher} {estimator} dual={dual}", clipped_ratio, (*tensors, numbers, estimator or "k3"))
+
+
+add_kernel(clipped_ratio_kernel, clipped_ratio, TABLE, cases, max_registers=40)

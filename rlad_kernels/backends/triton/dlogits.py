@@ -1,46 +1,48 @@
 """dlogits_: the gradient with respect to one tile of raw logits."""
 
+from collections.abc import Iterator
+from math import inf
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from ._columns import load_raw, slot_columns
-from ._launch import launch, require_dtype
-from ._math import bounded, cast, tempered
-from .configs import pick
+from ._columns import Row, Slots, load_z, slot_columns
+from ._kernel import HALVES, WIDE_LOAD, WIDE_STORE, Case, J, R, add_kernel, flag_sets, ids, meta, tempering, tiles
+from ._launch import config, launch, pick, require_dtype
+from ._math import Tempering, bounded, cast
+
+# By the columns. No running values, so 16 columns a thread: four loads in flight and 16-byte stores of bf16. With 8, ptxas for
+# sm_100 spills two values to stay within 32 registers; in 8 warps, the one for sm_80 to stay within 64.
+TABLE = (
+    config(1024, 2, BLOCK=1024, BLOCK_J=64),
+    config(inf, 4, BLOCK=2048, BLOCK_J=128),
+)
+
+
+class Pull(NamedTuple):
+    """What a row's gradient is made of: dL/dz = p·w − p·b·(log p + h) + t·e^{z − tail_lse}."""
+
+    lse: tl.tensor
+    w: tl.tensor
+    b: tl.tensor
+    h: tl.tensor
+    t: tl.tensor
+    tail_lse: tl.tensor
 
 
 @triton.jit
-def _column_step(
-    p_out,
-    p_logits,
-    p_bias,
-    o_c,
-    C,
-    logit_scale,
-    softcap,
-    it,
-    lse,
-    w,
-    b,
-    h,
-    t,
-    tail_lse,
-    MASKED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    TAIL: tl.constexpr,
-):
+def _column_step(p_out, row, pull, o_c, MASKED: tl.constexpr, ENTROPY: tl.constexpr, TAIL: tl.constexpr):
     """Gradient of one block of columns as if none were a slot."""
-    b_x = load_raw(p_logits, p_bias, o_c, o_c < C, MASKED)
-    b_z, b_slope = tempered(b_x, logit_scale, softcap, it, SOFTCAP)
-    b_lp = bounded(b_z - lse)
-    b_g = tl.exp(b_lp) * (w - b * (b_lp + h) if ENTROPY else w)
+    b_z, b_slope = load_z(row, o_c, o_c < row.cols, MASKED)
+    b_lp = bounded(b_z - pull.lse)
+    b_g = tl.exp(b_lp) * (pull.w - pull.b * (b_lp + pull.h) if ENTROPY else pull.w)
     if TAIL:
-        b_g += t * tl.exp(b_z - tail_lse)
+        b_g += pull.t * tl.exp(b_z - pull.tail_lse)
     b_out = cast(b_g * b_slope, p_out.dtype.element_ty)
     if MASKED:
-        tl.store(p_out + o_c, b_out, mask=o_c < C)
+        tl.store(p_out + o_c, b_out, mask=o_c < row.cols)
     else:
         tl.store(p_out + o_c, b_out)
 
@@ -64,7 +66,6 @@ def dlogits_kernel(
     rows,
     stride_r,
     SLOTS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     TAIL: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -72,9 +73,9 @@ def dlogits_kernel(
 ):
     """out = dz/draw · (p·w − p·b·(lp + H) + t·e^{z − tail_lse}), at the slots dz/draw · slot_dz."""
     i_r = tl.program_id(0).to(tl.int64)
-    p_x = logits + i_r * stride_x
     p_o = out + i_r * stride_o
-    it = tl.load(inv_temp + i_r)
+    row = Row(logits + i_r * stride_x, bias, C, Tempering(logit_scale, softcap, tl.load(inv_temp + i_r)))
+    own = Slots(slots + i_r * J, J, col0)
     lse = tl.load(rows + i_r)
     lse = tl.where(lse == -float("inf"), 0.0, lse)  # without mass every z is −inf, and −inf + inf would be NaN
     w = tl.load(rows + stride_r + i_r)
@@ -89,14 +90,15 @@ def dlogits_kernel(
         t = tl.load(rows + 4 * stride_r + i_r)
         tail_lse = tl.load(rows + 5 * stride_r + i_r)
         tail_lse = tl.where(tail_lse == -float("inf"), float("inf"), tail_lse)  # an empty tail takes no gradient
+    pull = Pull(lse, w, b, h, t, tail_lse)
     o_b = tl.arange(0, BLOCK)
     o_j = tl.arange(0, BLOCK_J)
 
     if SLOTS:  # finished before the sweep, which may overwrite the raw logits; written after it
         for j0 in range(0, J, BLOCK_J):
             o_s = i_r * J + j0 + o_j
-            b_c, m_c = slot_columns(slots + i_r * J, j0 + o_j, J, col0, C)
-            b_slope = tempered(load_raw(p_x, bias, b_c, m_c, True), logit_scale, softcap, it, SOFTCAP)[1]
+            b_c, m_c = slot_columns(own, j0 + o_j, C)
+            b_slope = load_z(row, b_c, m_c, True)[1]
             b_g = tl.load(slot_dz + o_s, mask=m_c, other=0.0)
             tl.store(slot_out + o_s, b_g * b_slope, mask=m_c)
         tl.debug_barrier()
@@ -104,19 +106,15 @@ def dlogits_kernel(
     # full blocks without a mask: an odd C would otherwise cost every access its width
     full = C // BLOCK * BLOCK
     for c0 in range(0, full, BLOCK):
-        _column_step(
-            p_o, p_x, bias, c0 + o_b, C, logit_scale, softcap, it, lse, w, b, h, t, tail_lse, False, SOFTCAP, ENTROPY, TAIL
-        )
+        _column_step(p_o, row, pull, c0 + o_b, False, ENTROPY, TAIL)
     if full < C:
-        _column_step(
-            p_o, p_x, bias, full + o_b, C, logit_scale, softcap, it, lse, w, b, h, t, tail_lse, True, SOFTCAP, ENTROPY, TAIL
-        )
+        _column_step(p_o, row, pull, full + o_b, True, ENTROPY, TAIL)
 
     if SLOTS:
         tl.debug_barrier()  # slot values land after the sweep's, which other threads wrote to the same columns
         for j0 in range(0, J, BLOCK_J):
             o_s = i_r * J + j0 + o_j
-            b_c, m_c = slot_columns(slots + i_r * J, j0 + o_j, J, col0, C)
+            b_c, m_c = slot_columns(own, j0 + o_j, C)
             b_g = tl.load(slot_out + o_s, mask=m_c, other=0.0)
             tl.store(p_o + b_c, cast(b_g, out.dtype.element_ty), mask=m_c)
 
@@ -136,7 +134,7 @@ def dlogits_(
     tail: bool,
 ) -> None:
     """Write the gradient with respect to the raw tile `logits (R, C)` into `out (R, C)`, which may be `logits` itself."""
-    require_dtype("dlogits_", (torch.float32, torch.bfloat16, torch.float16), out=out)
+    require_dtype("dlogits_", HALVES, out=out)
     require_dtype("dlogits_", logits=logits, bias=bias, inv_temp=inv_temp, slot_dz=slot_dz, rows=rows)
     n_rows, cols = logits.shape
     j = slots.shape[1]
@@ -144,7 +142,7 @@ def dlogits_(
     launch(
         dlogits_kernel,
         (n_rows,),
-        pick("dlogits_kernel", cols),
+        pick(TABLE, cols),
         out,
         out.stride(0),
         logits,
@@ -154,7 +152,7 @@ def dlogits_(
         bias,
         inv_temp.contiguous(),
         logit_scale,
-        softcap,
+        softcap or None,
         slots.contiguous(),
         j,
         slot_dz.contiguous(),
@@ -162,7 +160,22 @@ def dlogits_(
         rows,
         rows.stride(0),
         SLOTS=j > 0,
-        SOFTCAP=softcap > 0,
         ENTROPY=entropy,
         TAIL=tail,
     )
+
+
+def cases() -> Iterator[Case]:
+    several = tiles(TABLE)
+    for dtype in HALVES:
+        for tile in several:
+            cols, single = tile.shape[1], tile is several[1] and dtype == torch.bfloat16
+            out = meta(R, tile.stride(0), dtype=dtype)[:, :cols]
+            for f in flag_sets("bias", "softcap", "slots", "entropy", "tail", single=single):
+                j = J if "slots" in f else 0
+                rest = (ids(R, j), meta(R, j), meta(6, R), "entropy" in f, "tail" in f)
+                args = (out, tile, 0, *tempering(f, cols), *rest)
+                yield Case(f"{dtype} C={cols} {'+'.join(sorted(f))}", dlogits_, args, cols > 1)
+
+
+add_kernel(dlogits_kernel, dlogits_, TABLE, cases, max_registers=80, wide=(WIDE_LOAD, WIDE_STORE), tempers=True)

@@ -1,14 +1,31 @@
 """Products over gathered rows of the LM head: K rows of W a token, no sweep over the vocabulary."""
 
+from collections.abc import Iterator
+from math import inf
+
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import launch, require_dtype
+from ._kernel import HALVES, WIDE_LOAD, Case, D, J, R, V, add_kernel, ids, meta, sizes
+from ._launch import config, launch, pick, require_dtype
 from ._math import cast
-from .configs import pick
 
-HALVES = (torch.float32, torch.bfloat16, torch.float16)
+# By D. Rows of W are far apart, so a program keeps BLOCK_K of them in flight; 512 columns of bf16 are one 16-byte load for each
+# of 2 warps' lanes.
+DOT_TABLE = (
+    config(512, 4, BLOCK_K=8, BLOCK_D=256),
+    config(inf, 4, BLOCK_K=4, BLOCK_D=1024),
+)
+DHIDDEN_TABLE = (
+    config(512, 4, BLOCK_K=8, BLOCK_D=256),
+    config(inf, 4, BLOCK_K=8, BLOCK_D=512),
+)
+# Most programs leave at once (they do not start a run), so wide D blocks: fewer programs to launch.
+DWEIGHT_TABLE = (
+    config(512, 4, BLOCK_P=8, BLOCK_D=256),
+    config(inf, 4, BLOCK_P=4, BLOCK_D=1024),
+)
 
 
 @triton.jit(do_not_specialize=["V", "K"])
@@ -93,13 +110,13 @@ def gather_dot(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) ->
     """Raw dot products (N, K) float32 of `hidden (N, D)` with the rows `ids (N, K)` of `weight (V, D)`; 0 for a bad id."""
     require_dtype("gather_dot", HALVES, hidden=hidden, weight=weight)
     n, k = ids.shape
-    config = pick("gather_dot_kernel", hidden.shape[1])
+    row = pick(DOT_TABLE, hidden.shape[1])
     out = torch.empty((n, k), dtype=torch.float32, device=hidden.device)
-    grid = (n, triton.cdiv(k, dict(config.blocks)["BLOCK_K"]))
+    grid = (n, triton.cdiv(k, dict(row.blocks)["BLOCK_K"]))
     launch(
         gather_dot_kernel,
         grid,
-        config,
+        row,
         out,
         hidden,
         hidden.stride(0),
@@ -119,13 +136,13 @@ def gather_dhidden(grad: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) 
     require_dtype("gather_dhidden", grad=grad)
     n, k = ids.shape
     d = weight.shape[1]
-    config = pick("gather_dhidden_kernel", d)
+    row = pick(DHIDDEN_TABLE, d)
     out = torch.empty((n, d), dtype=weight.dtype, device=weight.device)
-    grid = (n, triton.cdiv(d, dict(config.blocks)["BLOCK_D"]))
+    grid = (n, triton.cdiv(d, dict(row.blocks)["BLOCK_D"]))
     launch(
         gather_dhidden_kernel,
         grid,
-        config,
+        row,
         out,
         grad.contiguous(),
         weight,
@@ -145,13 +162,13 @@ def gather_dweight_(
     require_dtype("gather_dweight_", HALVES, d_weight=d_weight, hidden=hidden)
     require_dtype("gather_dweight_", grad=grad)
     d = hidden.shape[1]
-    config = pick("gather_dweight_kernel", d)
+    row = pick(DWEIGHT_TABLE, d)
     places = sorted_ids.numel()
-    grid = (places, triton.cdiv(d, dict(config.blocks)["BLOCK_D"]))
+    grid = (places, triton.cdiv(d, dict(row.blocks)["BLOCK_D"]))
     launch(
         gather_dweight_kernel,
         grid,
-        config,
+        row,
         d_weight,
         d_weight.stride(0),
         grad.contiguous(),
@@ -165,3 +182,30 @@ def gather_dweight_(
         places,
         ADD=add,
     )
+
+
+def dot_cases() -> Iterator[Case]:
+    for dtype in HALVES:
+        for d in sizes(DOT_TABLE, D):
+            yield Case(f"{dtype} D={d}", gather_dot, (meta(R, d, dtype=dtype), meta(V, d, dtype=dtype), ids(R, J)))
+
+
+def dhidden_cases() -> Iterator[Case]:
+    for dtype in HALVES:
+        for d in sizes(DHIDDEN_TABLE, D):
+            yield Case(f"{dtype} D={d}", gather_dhidden, (meta(R, J), meta(V, d, dtype=dtype), ids(R, J)))
+
+
+def dweight_cases() -> Iterator[Case]:
+    places = (meta(R * J, dtype=torch.int64), ids(R * J))
+    for dtype in HALVES:
+        for out in {torch.float32, dtype}:
+            for d in sizes(DWEIGHT_TABLE, D):
+                args = (meta(V, d, dtype=out), meta(R, J), meta(R, d, dtype=dtype), *places)
+                for add in (False, True):
+                    yield Case(f"{dtype} → {out} D={d} add={add}", gather_dweight_, (*args, add))
+
+
+add_kernel(gather_dot_kernel, gather_dot, DOT_TABLE, dot_cases, max_registers=80, wide=(WIDE_LOAD,))
+add_kernel(gather_dhidden_kernel, gather_dhidden, DHIDDEN_TABLE, dhidden_cases, max_registers=72)
+add_kernel(gather_dweight_kernel, gather_dweight_, DWEIGHT_TABLE, dweight_cases, max_registers=96)

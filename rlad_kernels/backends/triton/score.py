@@ -1,110 +1,118 @@
 """score_partials: the product with the LM head and its softmax statistics in one kernel; no logits in memory."""
 
+from collections.abc import Iterator, Mapping
+from math import inf
+from types import MappingProxyType
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import architecture, launch, multiprocessors, require_dtype
-from ._math import bounded, dot, tempered
-from .configs import pick
+from ._kernel import HALVES, Case, D, J, R, V, add_kernel, flag_sets, ids, meta, tempering
+from ._launch import architecture, config, launch, multiprocessors, pick, require_dtype
+from ._math import Tempering, bounded, dot, tempered
 
-HALVES = (torch.float32, torch.bfloat16, torch.float16)
+# By 10 × compute capability for the 16-bit types, 0 for float32, whose products run on no tensor core. One program an SM. Hopper's
+# and Blackwell's tiles need the fewest bytes of L2 a product; in 4 stretches the epilogue of 128 accumulators a thread stays under
+# 255 registers with every flag, in 2 it spills, and so it does with BLOCK_J ≥ 4. float32: at BLOCK_V = 64 ptxas stops at 128
+# registers and spills the rest. Ampere: 3 × 32 KiB of its 163 KiB in flight. Unmeasured: see FUSED_SCORING.
+TABLE = (
+    config(0, 8, 2, BLOCK_N=128, BLOCK_V=128, BLOCK_D=16, TMA=0, PARTS=4, BLOCK_J=2, GROUP=16),
+    config(89, 8, 4, BLOCK_N=128, BLOCK_V=128, BLOCK_D=64, TMA=0, PARTS=2, BLOCK_J=4, GROUP=16),
+    config(inf, 8, 4, BLOCK_N=128, BLOCK_V=256, BLOCK_D=64, TMA=1, PARTS=4, BLOCK_J=2, GROUP=16),
+)
+
+# (10 × compute capability, bytes per element) → rows from which linear_logp takes score_kernel instead of cuBLAS's product
+# and fold_kernel. An entry needs a measurement on that chip. None has been taken, so no call takes the kernel by itself;
+# `settings.fused_scoring = True` does, for benches and tests.
+FUSED_SCORING: Mapping[tuple[int, int], int] = MappingProxyType({})
+
 NO_COLUMN = tl.constexpr(2**31 - 1)
 
 
+class Slots(NamedTuple):
+    """The slots of a block of rows, and where their logits go."""
+
+    ids: tl.tensor
+    logits: tl.tensor
+    J: tl.tensor
+    m_r: tl.tensor  # which rows there are
+
+
+class Sums(NamedTuple):
+    """Running values of each row: max z, Σ e^{z−m}, Σ e^{z−m}(z−m), Σ e^{2(z−m)}, Σ z, the column of the maximum."""
+
+    m: tl.tensor
+    rest: tl.tensor
+    restz: tl.tensor
+    restsq: tl.tensor
+    sumz: tl.tensor
+    first: tl.tensor
+
+
 @triton.jit
-def _next_column(p_slots, m_r, J, b_last, end, BLOCK_J: tl.constexpr):
+def _load_slots(slots, o_j):
+    return tl.load(slots.ids[:, None] + o_j[None, :], mask=slots.m_r[:, None] & (o_j < slots.J)[None, :], other=-1)
+
+
+@triton.jit
+def _next_column(slots, b_last, end, BLOCK_J: tl.constexpr):
     """The smallest slot of each row in (b_last, end), or NO_COLUMN: in this order duplicates need no care."""
     b_next = tl.full(b_last.shape, NO_COLUMN, tl.int32)
-    for j0 in range(0, J, BLOCK_J):
-        o_j = j0 + tl.arange(0, BLOCK_J)
-        b_slot = tl.load(p_slots[:, None] + o_j[None, :], mask=m_r[:, None] & (o_j < J)[None, :], other=-1)
+    for j0 in range(0, slots.J, BLOCK_J):
+        b_slot = _load_slots(slots, j0 + tl.arange(0, BLOCK_J))
         inside = (b_slot > b_last[:, None]) & (b_slot < end)
         b_next = tl.minimum(b_next, tl.min(tl.where(inside, b_slot, NO_COLUMN), 1))
     return b_next
 
 
 @triton.jit
-def _store_slots(p_out, p_slots, m_r, J, b_col, b_value, BLOCK_J: tl.constexpr):
+def _store_slots(slots, b_col, b_value, BLOCK_J: tl.constexpr):
     """Write each row's value to those of its slots that name the column b_col."""
-    for j0 in range(0, J, BLOCK_J):
+    for j0 in range(0, slots.J, BLOCK_J):
         o_j = j0 + tl.arange(0, BLOCK_J)
-        b_slot = tl.load(p_slots[:, None] + o_j[None, :], mask=m_r[:, None] & (o_j < J)[None, :], other=-1)
+        b_slot = _load_slots(slots, o_j)
         b_out = tl.broadcast_to(b_value[:, None], b_slot.shape)
-        tl.store(p_out[:, None] + o_j[None, :], b_out, mask=b_slot == b_col[:, None])
+        tl.store(slots.logits[:, None] + o_j[None, :], b_out, mask=b_slot == b_col[:, None])
 
 
 @triton.jit
-def _absorb(
-    b_x,
-    b_m,
-    b_rest,
-    b_restz,
-    b_restsq,
-    b_sumz,
-    b_first,
-    o_r,
-    c0,
-    i_b,
-    bias,
-    b_it,
-    logit_scale,
-    softcap,
-    slots,
-    J,
-    slot_logits,
-    column_max,
-    N,
-    V,
-    SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    EXTRAS: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-):
-    """Add a stretch of columns, as it leaves the accumulator, to the rows' statistics; write its slot logits and column maxima."""
+def _absorb(b_x, s, c0, V, bias, t, slots, ENTROPY: tl.constexpr, EXTRAS: tl.constexpr, BLOCK_J: tl.constexpr):
+    """Add a stretch of columns, as it leaves the accumulator, to the rows' sums; write its slot logits."""
     o_c = c0 + tl.arange(0, b_x.shape[1])
-    m_r, m_c = o_r < N, o_c < V
+    m_c = o_c < V
     if bias is not None:
         b_x += tl.load(bias + o_c, mask=m_c, other=0.0)[None, :]
-    b_z = tempered(b_x, logit_scale, softcap, b_it[:, None], SOFTCAP)[0]
+    b_z = tempered(b_x, t)[0]
+    b_sumz, b_first, b_restz, b_restsq = s.sumz, s.first, s.restz, s.restsq
     if EXTRAS:
         b_sumz += tl.sum(tl.where(m_c[None, :], b_z, 0.0), 1)
     b_z = tl.where(m_c[None, :], b_z, -float("inf"))
-    if column_max is not None:
-        b_top = tl.max(tl.where(m_r[:, None], b_z, -float("inf")), 0)
-        tl.store(column_max + i_b.to(tl.int64) * V + o_c, b_top, mask=m_c)
 
-    p_slots = slots + o_r.to(tl.int64) * J
-    p_out = slot_logits + o_r.to(tl.int64) * J
     end = tl.minimum(c0 + b_x.shape[1], V)
-    b_col = _next_column(p_slots, m_r, J, tl.full(o_r.shape, c0 - 1, tl.int32), end, BLOCK_J)
+    b_col = _next_column(slots, tl.full(s.m.shape, c0 - 1, tl.int32), end, BLOCK_J)
     while tl.min(b_col, 0) < NO_COLUMN:
         hit = o_c[None, :] == b_col[:, None]
-        _store_slots(p_out, p_slots, m_r, J, b_col, tl.sum(tl.where(hit, b_z, 0.0), 1), BLOCK_J)
+        _store_slots(slots, b_col, tl.sum(tl.where(hit, b_z, 0.0), 1), BLOCK_J)
         b_z = tl.where(hit, -float("inf"), b_z)
-        b_col = _next_column(p_slots, m_r, J, b_col, end, BLOCK_J)
+        b_col = _next_column(slots, b_col, end, BLOCK_J)
 
-    b_new = tl.maximum(b_m, tl.max(b_z, 1))
+    b_m = tl.maximum(s.m, tl.max(b_z, 1))
     if EXTRAS:
-        b_here = tl.min(tl.where(b_z == b_new[:, None], o_c[None, :], NO_COLUMN), 1)
-        b_first = tl.where(b_new > b_m, b_here, b_first)
-    b_ref = tl.where(b_new == -float("inf"), 0.0, b_new)
-    b_gap_old = bounded(b_m - b_ref)
+        b_here = tl.min(tl.where(b_z == b_m[:, None], o_c[None, :], NO_COLUMN), 1)
+        b_first = tl.where(b_m > s.m, b_here, b_first)
+    b_ref = tl.where(b_m == -float("inf"), 0.0, b_m)
+    b_gap_old = bounded(s.m - b_ref)
     b_old = tl.exp(b_gap_old)
     b_gap = bounded(b_z - b_ref[:, None])
     b_e = tl.exp(b_gap)
     if ENTROPY:
-        b_restz = b_old * (b_restz + b_gap_old * b_rest) + tl.sum(b_e * b_gap, 1)
+        b_restz = b_old * (b_restz + b_gap_old * s.rest) + tl.sum(b_e * b_gap, 1)
     if EXTRAS:
         b_restsq = b_restsq * b_old * b_old + tl.sum(b_e * b_e, 1)
-    return b_new, b_rest * b_old + tl.sum(b_e, 1), b_restz, b_restsq, b_sumz, b_first
-
-
-@triton.jit
-def _rows(base, stride, o_r, end, BLOCK_D: tl.constexpr):
-    """Pointers to the first columns of some rows; past the end the first row is read, since a mask a row narrows the loads."""
-    return base + tl.where(o_r < end, o_r, 0).to(tl.int64)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
+    return Sums(b_m, s.rest * b_old + tl.sum(b_e, 1), b_restz, b_restsq, b_sumz, b_first)
 
 
 @triton.jit
@@ -142,13 +150,11 @@ def score_kernel(
     slot_logits,
     stats,
     stride_s,
-    column_max,
     N,
     V,
     D,
     tiles_n,
     tiles_v,
-    SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     EXTRAS: tl.constexpr,
     TMA: tl.constexpr,
@@ -186,49 +192,24 @@ def score_kernel(
                 b_x = dot(b_h, tl.load(p_w + d0, mask=m_d, other=0.0).T, b_x)
 
         b_it = tl.load(inv_temp + o_r, mask=m_r, other=1.0)
-        b_m = tl.full([BLOCK_N], -float("inf"), tl.float32)
-        b_rest = tl.zeros([BLOCK_N], tl.float32)
-        b_restz = tl.zeros([BLOCK_N], tl.float32)
-        b_restsq = tl.zeros([BLOCK_N], tl.float32)
-        b_sumz = tl.zeros([BLOCK_N], tl.float32)
-        b_first = tl.zeros([BLOCK_N], tl.int32)
+        t = Tempering(logit_scale, softcap, b_it[:, None])
+        o_s = o_r.to(tl.int64) * J
+        own = Slots(slots + o_s, slot_logits + o_s, J, m_r)
+        b_zero = tl.zeros([BLOCK_N], tl.float32)
+        b_none = tl.full([BLOCK_N], -float("inf"), tl.float32)
+        s = Sums(b_none, b_zero, b_zero, b_zero, b_zero, tl.zeros([BLOCK_N], tl.int32))
         stretches = _stretches(b_x, PARTS)
         for i in tl.static_range(PARTS):
-            b_m, b_rest, b_restz, b_restsq, b_sumz, b_first = _absorb(
-                stretches[i],
-                b_m,
-                b_rest,
-                b_restz,
-                b_restsq,
-                b_sumz,
-                b_first,
-                o_r,
-                v0 + i * (BLOCK_V // PARTS),
-                i_b,
-                bias,
-                b_it,
-                logit_scale,
-                softcap,
-                slots,
-                J,
-                slot_logits,
-                column_max,
-                N,
-                V,
-                SOFTCAP,
-                ENTROPY,
-                EXTRAS,
-                BLOCK_J,
-            )
+            s = _absorb(stretches[i], s, v0 + i * (BLOCK_V // PARTS), V, bias, t, own, ENTROPY, EXTRAS, BLOCK_J)
         p_s = stats + i_v.to(tl.int64) * N + o_r
-        tl.store(p_s, b_m, mask=m_r)
-        tl.store(p_s + stride_s, b_rest, mask=m_r)
+        tl.store(p_s, s.m, mask=m_r)
+        tl.store(p_s + stride_s, s.rest, mask=m_r)
         if ENTROPY:
-            tl.store(p_s + 2 * stride_s, b_restz, mask=m_r)
+            tl.store(p_s + 2 * stride_s, s.restz, mask=m_r)
         if EXTRAS:
-            tl.store(p_s + 3 * stride_s, b_restsq, mask=m_r)
-            tl.store(p_s + 4 * stride_s, b_sumz, mask=m_r)
-            tl.store(p_s + 5 * stride_s, b_first.to(tl.float32), mask=m_r)
+            tl.store(p_s + 3 * stride_s, s.restsq, mask=m_r)
+            tl.store(p_s + 4 * stride_s, s.sumz, mask=m_r)
+            tl.store(p_s + 5 * stride_s, s.first.to(tl.float32), mask=m_r)
 
 
 def score_partials(
@@ -241,8 +222,7 @@ def score_partials(
     slots: torch.Tensor,
     entropy: bool,
     extras: bool,
-    column_max: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Statistics of each row over each tile of the vocabulary, without logits in memory.
 
     Args:
@@ -250,24 +230,21 @@ def score_partials(
         slots: `(N, J)` int32 columns, negative or ≥ V for none; they are left out of the sums, duplicates allowed.
 
     Returns:
-        `(6, T, N)`: the rows of `moments.Stats` over each of T tiles (those not asked for are 0), for `moments.merge_tiles`.
+        `(6, T, N)`: the rows of `engine.statistics.Stats` over each of T tiles (those not asked for are 0), for `merge_tiles`.
         `(N, J)`: tempered logits of the slots, −inf at those that name no column.
-        `(⌈N/128⌉, V)` if `column_max`, else empty: z's maximum over each block of 128 rows. A probability there is at most
-        exp(column_max − the smallest lse of the block).
     """
     require_dtype("score_partials", HALVES, hidden=hidden, weight=weight)
     require_dtype("score_partials", bias=bias, inv_temp=inv_temp)
     if not (aligned(hidden) and aligned(weight)):
         raise ValueError("score_partials: the rows of hidden and weight must be contiguous and start at multiples of 16 bytes")
     (n, d), v, j = hidden.shape, weight.shape[0], slots.shape[1]
-    config = pick("score_kernel", 0 if hidden.dtype == torch.float32 else architecture(hidden.device))
-    blocks = dict(config.blocks)
+    row = pick(TABLE, 0 if hidden.dtype == torch.float32 else architecture(hidden.device))
+    blocks = dict(row.blocks)
     tiles_n, tiles_v = triton.cdiv(n, blocks["BLOCK_N"]), triton.cdiv(v, blocks["BLOCK_V"])
     stats = inv_temp.new_zeros(6, tiles_v, n)
     slot_logits = inv_temp.new_full((n, j), -torch.inf)
-    tops = inv_temp.new_empty((tiles_n, v) if column_max else 0)
     if n == 0:
-        return stats, slot_logits, tops
+        return stats, slot_logits
     h, w = hidden, weight
     if blocks["TMA"]:
         h, w = (
@@ -277,7 +254,7 @@ def score_partials(
     launch(
         score_kernel,
         (min(tiles_n * tiles_v, multiprocessors(hidden.device)),),
-        config,
+        row,
         h,
         hidden.stride(0),
         w,
@@ -285,26 +262,34 @@ def score_partials(
         bias,
         inv_temp.contiguous(),
         logit_scale,
-        softcap,
+        softcap or None,
         slots.contiguous(),
         j,
         slot_logits,
         stats,
         stats.stride(0),
-        tops if column_max else None,
         n,
         v,
         d,
         tiles_n,
         tiles_v,
-        SOFTCAP=softcap > 0,
         ENTROPY=entropy,
         EXTRAS=extras,
     )
-    return stats, slot_logits, tops
+    return stats, slot_logits
 
 
 def aligned(x: torch.Tensor) -> bool:
     """Whether TMA, and 16-byte loads, can read the rows of the matrix."""
     rows = x.stride(0) * x.element_size() % 16 == 0
     return x.stride(1) == 1 and rows and x.data_ptr() % 16 == 0
+
+
+def cases() -> Iterator[Case]:
+    for dtype in HALVES:
+        for f in flag_sets("bias", "softcap", "entropy", "extras", single=dtype == torch.bfloat16):
+            args = (meta(R, D, dtype=dtype), meta(V, D, dtype=dtype), *tempering(f, V), ids(R, J), "entropy" in f, "extras" in f)
+            yield Case(f"{dtype} {'+'.join(sorted(f))}", score_partials, args)
+
+
+add_kernel(score_kernel, score_partials, TABLE, cases, max_registers=255, dots=True, tempers=True)

@@ -1,13 +1,23 @@
 """fold_topk_: one tile folded into a running top-K of each row, and the softmax sums of everything outside it."""
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 
-from ._columns import load_raw, slot_columns
-from ._launch import launch, require_dtype
-from ._math import NO_KEY, bounded, ordered, tempered
-from .configs import pick
+from ._columns import Row, Slots, load_z, slot_columns
+from ._kernel import WIDE_LOAD, C, Case, J, R, add_kernel, flag_sets, ids, meta, sizes, tempering
+from ._launch import config, launch, pick, require_dtype
+from ._math import NO_KEY, Tempering, bounded, ordered
+
+# By K. A block is BLOCK_K lanes of state and BLOCK − BLOCK_K columns, 8 lanes a thread: they stay in registers during the
+# search for the threshold. Each step of the search is a barrier, cheap among 4 warps; four programs an SM overlap theirs.
+TABLE = (
+    config(32, 4, BLOCK=1024, BLOCK_K=32),  # answers of servers: K ≤ 20
+    config(128, 4, BLOCK=1024, BLOCK_K=128),  # distillation supports
+    config(1024, 16, BLOCK=4096, BLOCK_K=1024),
+)
 
 TOP_KEY = tl.constexpr(2**31 - 1)
 
@@ -43,20 +53,19 @@ def fold_topk_kernel(
     top_logits,
     top_ids,
     K,
-    SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """top ← the K largest of top ∪ z, ties to the lower id; m, rest ← e^{m₀−m}·rest + Σ e^{z−m} over what is now outside."""
     i_r = tl.program_id(0).to(tl.int64)
-    p_x = logits + i_r * stride_x
-    it = tl.load(inv_temp + i_r)
+    row = Row(logits + i_r * stride_x, bias, C, Tempering(logit_scale, softcap, tl.load(inv_temp + i_r)))
+    own = Slots(slots + i_r * J, J, col0)
 
     o_j = tl.arange(0, BLOCK_K)
     for j0 in range(0, J, BLOCK_K):
-        b_c, m_c = slot_columns(slots + i_r * J, j0 + o_j, J, col0, C)
-        b_z = tempered(load_raw(p_x, bias, b_c, m_c, True), logit_scale, softcap, it, SOFTCAP)[0]
+        b_c, m_c = slot_columns(own, j0 + o_j, C)
+        b_z = load_z(row, b_c, m_c, True)[0]
         tl.store(slot_logits + i_r * J + j0 + o_j, b_z, mask=m_c)
 
     m = tl.load(stats + i_r)
@@ -78,8 +87,7 @@ def fold_topk_kernel(
     for c0 in range(0, C, BLOCK - BLOCK_K):
         o_c = c0 + o_b - BLOCK_K
         m_c = (o_b >= BLOCK_K) & (o_c < C)
-        b_x = load_raw(p_x, bias, o_c, m_c, True)
-        b_z = tl.where(m_c, tempered(b_x, logit_scale, softcap, it, SOFTCAP)[0], -float("inf"))
+        b_z = tl.where(m_c, load_z(row, o_c, m_c, True)[0], -float("inf"))
         b_key = tl.where(m_c, ordered(b_z), NO_KEY)
         m_in = o_b < 0  # none
         if (held < K) | (tl.max(b_key, 0) > least):
@@ -141,7 +149,7 @@ def fold_topk_(
     launch(
         fold_topk_kernel,
         (rows,),
-        pick("fold_topk_kernel", k),
+        pick(TABLE, k),
         logits,
         logits.stride(0),
         cols,
@@ -149,7 +157,7 @@ def fold_topk_(
         bias,
         inv_temp.contiguous(),
         logit_scale,
-        softcap,
+        softcap or None,
         slots.contiguous(),
         slots.shape[1],
         slot_logits,
@@ -158,6 +166,15 @@ def fold_topk_(
         top_logits,
         top_ids,
         k,
-        SOFTCAP=softcap > 0,
         ENTROPY=entropy,
     )
+
+
+def cases() -> Iterator[Case]:
+    for k in sizes(TABLE, 1024):
+        for f in flag_sets("bias", "softcap", "entropy", single=k == 128):
+            state = (ids(R, J), meta(6, R), meta(R, J), meta(R, k), ids(R, k))
+            yield Case(f"K={k} {'+'.join(sorted(f))}", fold_topk_, (meta(R, C), 0, *tempering(f, C), *state, "entropy" in f))
+
+
+add_kernel(fold_topk_kernel, fold_topk_, TABLE, cases, max_registers=128, wide=(WIDE_LOAD,), tempers=True)

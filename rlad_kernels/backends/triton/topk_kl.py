@@ -1,12 +1,22 @@
 """topk_kl: KL between student and teacher over the teacher's support, with its gradient and metrics."""
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import launch, require_dtype
+from ._kernel import Case, R, add_kernel, ids, meta, sizes
+from ._launch import config, launch, pick, require_dtype
 from ._math import excess, exp, expm1, log1p
-from .configs import pick
+
+# By K. One row of slots per program; a warp handles the usual supports alone, without barriers. BLOCK_E earlier ids are
+# compared at a time: BLOCK_K × BLOCK_E comparisons must fit in registers.
+TABLE = (
+    config(32, 1, BLOCK_K=32, BLOCK_E=16),
+    config(128, 1, BLOCK_K=128, BLOCK_E=8),
+    config(1024, 8, BLOCK_K=1024, BLOCK_E=8),
+)
 
 DIRECTIONS = ("reverse", "forward")
 NORMALIZATIONS = ("both", "teacher", "none", "tail")
@@ -173,7 +183,7 @@ def topk_kl(
     launch(
         topk_kl_kernel,
         (n,),
-        pick("topk_kl_kernel", k),
+        pick(TABLE, k),
         topk_logp.contiguous(),
         ids.contiguous(),
         teacher_logp.contiguous(),
@@ -189,3 +199,14 @@ def topk_kl(
         NORMALIZE=normalize,
     )
     return loss, d_topk, d_tail, metrics
+
+
+def cases() -> Iterator[Case]:
+    modes = [(d, n, False) for d in DIRECTIONS for n in NORMALIZATIONS] + [(d, "tail", True) for d in DIRECTIONS]
+    for i, k in enumerate(sizes(TABLE, 1024)):
+        for direction, normalize, given in modes if i == 0 else modes[::3]:
+            args = (meta(R, k), ids(R, k), meta(R, k), meta(R) if given else None, meta(R), direction, normalize)
+            yield Case(f"K={k} {direction} {normalize} tail_logp={given}", topk_kl, args)
+
+
+add_kernel(topk_kl_kernel, topk_kl, TABLE, cases, max_registers=128)

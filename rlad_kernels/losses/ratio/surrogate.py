@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from rlad_kernels.backends.contract import on_cpu
 from rlad_kernels.core.check import is_number, is_pair
@@ -78,13 +77,12 @@ def clipped_ratio_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implements ``rlad::clipped_ratio`` on CPU: the per-token loss, its derivative (0 in inference mode) and the metrics."""
     options: tuple[Any, ...] = (*numbers.tolist(), kl_estimator)
-    tensors = (logp, old_logp, teacher_logp, advantages, ref_logp)
+    rest = (ordinary(old_logp), ordinary(teacher_logp), ordinary(advantages), ordinary(ref_logp))
     if torch.is_inference_mode_enabled():
-        loss, metrics = ratio_tokens(*tensors, *options)
+        loss, metrics = ratio_tokens(logp, *rest, *options)
         return loss, torch.zeros_like(logp), metrics
-    logp, *rest = tree_map_only(Tensor, ordinary, tensors)
     with autograd_inside():
-        s = logp.detach().requires_grad_()
+        s = ordinary(logp).detach().requires_grad_()
         loss, metrics = ratio_tokens(s, *rest, *options)
         (d_logp,) = torch.autograd.grad(loss.sum(), s)
     return loss.detach(), d_logp, metrics

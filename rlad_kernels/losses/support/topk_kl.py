@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from rlad_kernels.backends.contract import on_cpu
 from rlad_kernels.core.check import check_choice, check_numbers, is_number
@@ -169,12 +168,11 @@ def topk_kl_cpu(
     if torch.is_inference_mode_enabled():
         loss, metrics = topk_kl_tokens(topk_logp, ids, teacher_logp, tail_logp, teacher_tail, None, options)
         return loss, torch.zeros_like(topk_logp), torch.zeros_like(loss), metrics
-    given = tree_map_only(Tensor, ordinary, (topk_logp, ids, teacher_logp, tail_logp, teacher_tail))
-    topk_logp, ids, teacher_logp, tail_logp, teacher_tail = given
+    rest = (ordinary(teacher_tail), None, options)
     with autograd_inside():
-        lq = topk_logp.detach().requires_grad_()
-        tail = None if tail_logp is None else tail_logp.detach().requires_grad_()
-        loss, metrics = topk_kl_tokens(lq, ids, teacher_logp, tail, teacher_tail, None, options)
+        lq = ordinary(topk_logp).detach().requires_grad_()
+        tail = None if tail_logp is None else ordinary(tail_logp).detach().requires_grad_()
+        loss, metrics = topk_kl_tokens(lq, ordinary(ids), ordinary(teacher_logp), tail, *rest)
         inputs = [lq] if tail is None else [lq, tail]
         grads = torch.autograd.grad(loss.sum(), inputs, allow_unused=True, materialize_grads=True)
     return loss.detach(), grads[0], grads[1] if tail is not None else torch.zeros_like(loss.detach()), metrics

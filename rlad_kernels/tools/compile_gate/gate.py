@@ -18,9 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rlad_kernels.backends.triton import KERNELS
+from rlad_kernels.backends.triton._kernel import Case, Kernel
 from rlad_kernels.backends.triton._launch import Launch
-from rlad_kernels.backends.triton.registry import REGISTRY, Kernel
-from rlad_kernels.tools.compile_gate.cases import CASES, Case
 
 ARCHS = (80, 90, 100)
 # bytes a block may have (CUDA programming guide, "maximum amount of shared memory per thread block")
@@ -35,6 +35,9 @@ TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*u1",
 }  # fmt: skip
+
+
+CASES = {name: tuple(kernel.cases()) for name, kernel in KERNELS.items()}
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def inspect(launch: Launch, arch: int, max_registers: int, wide: tuple[str, ...]
 
 def check(kernel: str, index: int, arch: int) -> Report:
     """Compile one case of a kernel for one architecture."""
-    spec, case = REGISTRY[kernel], CASES[kernel][index]
+    spec, case = KERNELS[kernel], CASES[kernel][index]
     launch = case.launch(arch)
     return Report(kernel, case.label, arch, *inspect(launch, arch, spec.max_registers, required(spec, case, launch, arch)))
 
@@ -133,7 +136,7 @@ def run(archs: tuple[int, ...] = ARCHS, kernels: list[str] | None = None, jobs: 
     """Every case of every kernel for every architecture."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("compile_gate: TRITON_INTERPRET=1 replaces the compiler; unset it")
-    work = [(k, i, arch) for k in kernels or REGISTRY for i in range(len(CASES[k])) for arch in archs]
+    work = [(k, i, arch) for k in kernels or KERNELS for i in range(len(CASES[k])) for arch in archs]
     with ProcessPoolExecutor(jobs) as pool:
         return list(pool.map(check, *zip(*work, strict=True), chunksize=4))
 
@@ -154,7 +157,7 @@ def table(reports: list[Report]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS), choices=ARCHS)
-    parser.add_argument("--kernel", nargs="+", default=None, choices=sorted(REGISTRY))
+    parser.add_argument("--kernel", nargs="+", default=None, choices=sorted(KERNELS))
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     reports = run(tuple(args.arch), args.kernel, args.jobs)
