@@ -58,7 +58,7 @@ def test_readme_example_runs_and_its_loss_moves_the_student() -> None:
 @pytest.fixture
 def new_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Method]:
     """CONTRIBUTING's example, as one more file of ``losses``."""
-    (code,) = blocks(ROOT / "CONTRIBUTING.md")
+    code, *_ = blocks(ROOT / "CONTRIBUTING.md")
     (tmp_path / "entropy_bonus.py").write_text(code)
     monkeypatch.setattr(losses, "__path__", [*losses.__path__, str(tmp_path)])
     before, names = dict(METHODS), [*losses.__all__]

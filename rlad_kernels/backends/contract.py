@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlad_kernels.core.dtypes import acc_dtype
 from rlad_kernels.core.modes import without_autocast
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -89,6 +90,8 @@ def _register() -> None:
     for name, schema in {**ROW_OPS, **LOSS_OPS}.items():
         torch.library.define(f"rlad::{name}", schema)
         torch.library.impl(f"rlad::{name}", ("cuda", "cpu") if INTERPRET else ("cuda",), _late(name))
+        if schema.endswith("-> ()"):
+            torch.library.register_fake(f"rlad::{name}", lambda *args: None)
     if not (INTERPRET or has_cpp()):
         for name in (*ROW_OPS, "huge_pages_"):
             torch.library.impl(f"rlad::{name}", "cpu", _missing(name))
@@ -101,6 +104,16 @@ def on_cpu(name: str, function: Callable[..., Any]) -> None:
 
 
 _register()
+
+
+@torch.library.register_fake("rlad::gather_dot")
+def _(hidden, weight, ids):
+    return hidden.new_empty(ids.shape, dtype=acc_dtype(hidden.dtype))
+
+
+@torch.library.register_fake("rlad::gather_dhidden")
+def _(grad, weight, ids):
+    return weight.new_empty(ids.shape[0], weight.shape[1])
 
 
 @torch.library.register_fake("rlad::clipped_ratio")

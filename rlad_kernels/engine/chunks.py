@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlad_kernels.engine.outputs import Outputs, outputs
 from rlad_kernels.engine.statistics import Stats
-from rlad_kernels.engine.tiles import Tiles, empty
+from rlad_kernels.engine.tiles import Tiles, empty, scratch, scratch_size
 
 
 class Chunks:
@@ -29,12 +29,11 @@ class Chunks:
 
     def space(self) -> Tensor:
         """Memory for the logits of one more chunk."""
-        return empty(self.tiles.inv_temp, self.tiles.rows * self.tiles.vocab)
+        return empty(self.tiles.inv_temp, scratch_size(self.tiles.rows, self.tiles.vocab))
 
     def view(self, space: Tensor, at: slice) -> Tensor:
         """``space`` as ``(R, V)`` for the rows ``at``."""
-        rows = at.stop - at.start
-        return space[: rows * self.tiles.vocab].view(rows, self.tiles.vocab)
+        return scratch(space, at.stop - at.start, self.tiles.vocab)
 
     def logits(self, at: slice, *, entropy: bool = False, extras: bool = False) -> Tensor:
         """All logits of the rows ``at``, folded into their statistics; those of the chunk before are overwritten."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlad_kernels.engine.gradients import Cotangents, Gradients
-from rlad_kernels.engine.tiles import Tiles
+from rlad_kernels.engine.tiles import Tiles, scratch, scratch_size
 
 BLOCK = 128  # tokens that share their columns: more would widen the union, fewer make the products small
 
@@ -51,7 +51,8 @@ class Means:
         if self._pending:
             share, factor = (torch.cat(x) for x in zip(*self._pending, strict=True))
             here = slice(self._done, self._done + len(share))
-            share = torch.nn.functional.pad(share, (0, 0, 0, -len(share) % 8))  # on CPU, four rows take longer than eight
+            # on CPU, four rows take longer than eight; cuBLAS wants rows that start aligned
+            share = torch.nn.functional.pad(share, (0, scratch_size(1, share.shape[1]) - share.shape[1], 0, -len(share) % 8))
             mean = self.rows.new_zeros(len(share), self.rows.shape[1])
             for c0, c1, w in self.tiles.columns():
                 self.tiles.add_product(mean, share[:, c0:c1], w)
@@ -105,7 +106,7 @@ def backward(
         g = _dlogits(part, z, place)
         rest = (part.total - g.sum(1)) * inv_temp * tiles.logit_scale
         exact = g * slope
-        g = exact.to(tiles.grad_dtype)
+        g = scratch(exact.new_empty(scratch_size(*exact.shape), dtype=tiles.grad_dtype), *exact.shape).copy_(exact)
         if part.lost is not None:
             at = index[part.target.clamp_max(tiles.vocab - 1)]
             part.lost += exact.gather(1, at) - g.gather(1, at)
