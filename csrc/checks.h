@@ -8,7 +8,7 @@
 #include <string>
 #include <type_traits>
 
-#include "row_args.h"
+#include "matrix.h"
 
 namespace rlad {
 

@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <stdexcept>
+#include <string>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -9,10 +10,7 @@
 
 namespace rlad {
 
-namespace generic { extern const Variant variant; }
 #if defined(__x86_64__)
-namespace avx2 { extern const Variant variant; }
-namespace avx512 { extern const Variant variant; }
 namespace bf16 { void pack(const Bf16Operand&, bool is_b, int64_t v0, int64_t v1, int64_t k0, int64_t steps, uint16_t* to); }
 namespace avx512_bf16 { void multiply(const Bf16Panel&); }
 #if defined(__linux__)
@@ -54,17 +52,17 @@ bool has_amx_bf16() { return false; }
 // Best last. The last two share the avx512 row passes, which hold float32 only.
 const Candidate* candidates(int& count) {
   static const Candidate list[] = {
-      {{"generic", &generic::variant, nullptr}, true},
+      {{"generic", Level::generic, nullptr}, true},
 #if defined(__x86_64__)
-      {{"avx2", &avx2::variant, nullptr}, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
-      {{"avx512", &avx512::variant, nullptr}, has_avx512()},
-      {{"avx512_bf16", &avx512::variant, &kAvx512Bf16}, has_avx512() && __builtin_cpu_supports("avx512bf16")},
-      {{"amx_bf16", &avx512::variant, &kAmxBf16}, has_amx_bf16()},
+      {{"avx2", Level::avx2, nullptr}, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {{"avx512", Level::avx512, nullptr}, has_avx512()},
+      {{"avx512_bf16", Level::avx512, &kAvx512Bf16}, has_avx512() && __builtin_cpu_supports("avx512bf16")},
+      {{"amx_bf16", Level::avx512, &kAmxBf16}, has_amx_bf16()},
 #else
-      {{"avx2", nullptr, nullptr}, false},
-      {{"avx512", nullptr, nullptr}, false},
-      {{"avx512_bf16", nullptr, nullptr}, false},
-      {{"amx_bf16", nullptr, nullptr}, false},
+      {{"avx2", Level::generic, nullptr}, false},
+      {{"avx512", Level::generic, nullptr}, false},
+      {{"avx512_bf16", Level::generic, nullptr}, false},
+      {{"amx_bf16", Level::generic, nullptr}, false},
 #endif
   };
   count = sizeof(list) / sizeof(*list);

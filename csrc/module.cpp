@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 #include "isa.h"
 
 namespace {

@@ -26,6 +26,17 @@ Tile<T> whole_rows(const Checker& check, const char* name, const Tensor& logits,
           0};
 }
 
+template <class T>
+Tile<T> tile_of(const Checker& check, const Tensor& logits, int64_t col0, const std::optional<Tensor>& bias,
+                const Tensor& inv_temp, double logit_scale, double softcap, const Tensor& slots) {
+  check.shape("logits", logits, {kAny, kAny});
+  auto tile = whole_rows<T>(check, "logits", logits, logits.size(0), logits.size(1), bias, inv_temp, logit_scale, softcap);
+  tile.col0 = col0;
+  tile.slots = check.mat<const int32_t>("slots", slots, ScalarType::Int, logits.size(0), kAny);
+  tile.num_slots = slots.size(1);
+  return tile;
+}
+
 // f(float{}) or f(double{}), by the logits' dtype.
 template <class F>
 void by_dtype(const Checker& check, const Tensor& logits, F f) {

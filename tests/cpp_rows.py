@@ -97,11 +97,11 @@ class Head:
         stats[0] = -INF
         return stats
 
-    def fold(self, slots, *, exclude=True, entropy=True, extras=True):
+    def fold(self, slots, *, entropy=True, extras=True):
         stats, out = self.new_stats(), torch.full(slots.shape, UNTOUCHED, dtype=self.dtype)
         for tile in self.tiles():
             before = tile[0].clone()
-            rlad.fold_(*tile, slots, exclude, stats, out, entropy, extras)
+            rlad.fold_(*tile, slots, stats, out, entropy, extras)
             torch.testing.assert_close(tile[0], before, rtol=0, atol=0, equal_nan=True)
         return stats, out
 

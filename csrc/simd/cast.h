@@ -1,5 +1,4 @@
 // bfloat16 and float16 in and out: widened exactly, rounded to nearest even.
-#pragma once
 
 namespace rlad::RLAD_ISA {
 

@@ -2,7 +2,6 @@
 //
 // With w = log p − log q every term is q·φ(w), φ ≥ 0, φ(0) = φ'(0) = 0, and u = ∂L/∂log q = q·g(w), g(0) = 0, up to a multiple
 // of q, which dL/dz = u − q·Σu does not see. Near w = 0 both come from series, so small divergences keep their relative accuracy.
-#pragma once
 
 namespace rlad::RLAD_ISA {
 
@@ -57,7 +56,8 @@ struct Sym {
 template <class T>
 struct Mix {
   T a, b, lambda, rest;
-  Mix(const DivergenceArgs<T>& g, int64_t) : a(T(g.numbers[0])), b(T(g.numbers[1])), lambda(T(g.numbers[2])), rest(T(1 - g.numbers[2])) {}
+  Mix(const DivergenceArgs<T>& g, int64_t)
+      : a(T(g.numbers[0])), b(T(g.numbers[1])), lambda(T(g.numbers[2])), rest(T(1 - g.numbers[2])) {}
 
   RLAD_INLINE Part<T> operator()(const Point<T>& x) const {
     Part<T> out{};

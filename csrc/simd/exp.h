@@ -1,5 +1,4 @@
 // exp, tanh and tempering of raw logits, lane by lane.
-#pragma once
 
 namespace rlad::RLAD_ISA {
 

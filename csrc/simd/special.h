@@ -1,5 +1,4 @@
 // e^x − 1, e^x − 1 − x, log x, |x|, lane by lane, to a few ulps of their own size also near 0.
-#pragma once
 
 namespace rlad::RLAD_ISA {
 

@@ -1,5 +1,4 @@
 // One stretch of a row: tempering into scratch, and the sums over it. What both folds share.
-#pragma once
 
 namespace rlad::RLAD_ISA {
 

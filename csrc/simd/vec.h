@@ -1,6 +1,5 @@
 // Fixed-width vectors through the compilers' vector extension. Every header of this folder puts its code in namespace
-// RLAD_ISA, which each instruction-set file names for itself: no two variants share a symbol.
-#pragma once
+// RLAD_ISA: no two instruction sets share a symbol.
 
 #define RLAD_INLINE inline __attribute__((always_inline))
 

@@ -1,7 +1,60 @@
 // dlogits_: the gradient with respect to raw logits, written over a tile in one pass.
-#pragma once
+#ifndef RLAD_ISA
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "tiles.h"
+
+namespace rlad {
+
+template <class T>
+struct DlogitsArgs {
+  Tile<T> tile;
+  AnyMat out;  // (R, C), may be the logits
+  Mat<const T> slot_dz;  // (R, J): the whole dL/dz of each slot
+  Mat<const T> rows;     // (6, R): lse, w, b, H, t, tail_lse
+  bool entropy, tail;
+};
+
+}  // namespace rlad
+
+#define RLAD_FILE "dlogits.cpp"
+#include "each_isa.h"
+
+namespace rlad {
+
+namespace {
+
+void dlogits_(const Tensor& out, const Tensor& logits, int64_t col0, const std::optional<Tensor>& bias, const Tensor& inv_temp,
+              double logit_scale, double softcap, const Tensor& slots, const Tensor& slot_dz, const Tensor& rows, bool entropy,
+              bool tail) {
+  const Checker check("dlogits_");
+  by_dtype(check, logits, [&](auto acc) {
+    using T = decltype(acc);
+    const auto tile = tile_of<T>(check, logits, col0, bias, inv_temp, logit_scale, softcap, slots);
+    const int64_t n = logits.size(0);
+    const DlogitsArgs<T> args{tile,
+                              check.any_mat("out", out, n, tile.cols, true),
+                              check.mat<const T>("slot_dz", slot_dz, kAcc<T>, n, tile.num_slots),
+                              check.mat<const T>("rows", rows, kAcc<T>, 6, n),
+                              entropy,
+                              tail};
+    const auto pass = RLAD_PASS(dlogits<T>);
+    torch::stable::parallel_for(0, n, rows_per_thread(tile.cols), [&](int64_t begin, int64_t end) { pass(args, begin, end); });
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rlad, CPU, m) { m.impl("dlogits_", TORCH_BOX(&dlogits_)); }
+
+}  // namespace rlad
+
+#else  // once per instruction set
 
 namespace rlad::RLAD_ISA {
+
+namespace {
 
 template <class T>
 struct RowGrad {
@@ -105,4 +158,7 @@ void dlogits(const DlogitsArgs<T>& a, int64_t begin, int64_t end) {
   });
 }
 
+}  // namespace
+
 }  // namespace rlad::RLAD_ISA
+#endif

@@ -1,7 +1,66 @@
 // fold_topk_: a running top-K besides the statistics, which cover the columns outside it.
-#pragma once
+#ifndef RLAD_ISA
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "tiles.h"
+
+namespace rlad {
+
+template <class T>
+struct TopkArgs {
+  Tile<T> tile;
+  Mat<T> stats;
+  Mat<T> slot_logits;
+  Mat<T> top_logits;      // (R, K), each row a heap between calls
+  Mat<int32_t> top_ids;
+  int64_t k;
+  bool entropy;
+};
+
+}  // namespace rlad
+
+#define RLAD_FILE "topk.cpp"
+#include "each_isa.h"
+
+namespace rlad {
+
+namespace {
+
+void fold_topk_(const Tensor& logits, int64_t col0, const std::optional<Tensor>& bias, const Tensor& inv_temp,
+                double logit_scale, double softcap, const Tensor& slots, const Tensor& stats, const Tensor& slot_logits,
+                const Tensor& top_logits, const Tensor& top_ids, bool entropy) {
+  const Checker check("fold_topk_");
+  by_dtype(check, logits, [&](auto acc) {
+    using T = decltype(acc);
+    const auto tile = tile_of<T>(check, logits, col0, bias, inv_temp, logit_scale, softcap, slots);
+    const int64_t rows = logits.size(0);
+    const auto top = check.mat<T>("top_logits", top_logits, kAcc<T>, rows, kAny);
+    const int64_t k = top_logits.size(1);
+    if (k < 1 || k > kMaxTopK) check.fail("top_logits", "(R, K) with K in [1, " + std::to_string(kMaxTopK) + "]", top_logits);
+    const TopkArgs<T> args{tile,
+                           check.mat<T>("stats", stats, kAcc<T>, 6, rows),
+                           check.mat<T>("slot_logits", slot_logits, kAcc<T>, rows, tile.num_slots),
+                           top,
+                           check.mat<int32_t>("top_ids", top_ids, ScalarType::Int, rows, k),
+                           k,
+                           entropy};
+    const auto pass = RLAD_PASS(fold_topk<T>);
+    torch::stable::parallel_for(0, rows, rows_per_thread(tile.cols), [&](int64_t begin, int64_t end) { pass(args, begin, end); });
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rlad, CPU, m) { m.impl("fold_topk_", TORCH_BOX(&fold_topk_)); }
+
+}  // namespace rlad
+
+#else  // once per instruction set
 
 namespace rlad::RLAD_ISA {
+
+namespace {
 
 // A row's top-K as a binary heap, worst entry first. Equal z: the higher id is worse; an empty place, id −1, is the highest.
 template <class T>
@@ -94,4 +153,7 @@ void fold_topk(const TopkArgs<T>& a, int64_t begin, int64_t end) {
   });
 }
 
+}  // namespace
+
 }  // namespace rlad::RLAD_ISA
+#endif

@@ -1,7 +1,95 @@
 // divergence_: a divergence between two rows of logits, and its gradient with respect to the first's raw logits.
-#pragma once
+#ifndef RLAD_ISA
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "tiles.h"
+
+namespace rlad {
+
+enum class Family { sym, mix, todi, alpha_beta, taid, log_square, total_variation };
+
+template <class T>
+struct DivergenceArgs {
+  Tile<T> student, teacher;           // whole rows, without slots
+  Mat<const T> norm, teacher_norm;    // (2, R): max z, lse − max
+  Mat<const T> rows;                  // (4, R): weight of the value, of the gradient; of forward and reverse KL for Family::sym
+  T* value;                           // (R,)
+  Mat<T> out;                         // (R, C), may be the student's logits; data null without a gradient
+  Family family;
+  double numbers[3];  // what the family wants
+  bool accumulate;    // add to value and out
+};
+
+}  // namespace rlad
+
+#define RLAD_FILE "divergence.cpp"
+#include "each_isa.h"
+
+namespace rlad {
+
+namespace {
+
+Family family_of(const Checker& check, const std::string& name) {
+  if (name == "sym") return Family::sym;
+  if (name == "mix") return Family::mix;
+  if (name == "todi") return Family::todi;
+  if (name == "alpha_beta") return Family::alpha_beta;
+  if (name == "taid") return Family::taid;
+  if (name == "log_square") return Family::log_square;
+  if (name == "total_variation") return Family::total_variation;
+  check.fail("family", "sym, mix, todi, alpha_beta, taid, log_square or total_variation", name);
+}
+
+template <class T>
+void run(const Checker& check, const Tensor& value, const std::optional<Tensor>& out, const Tensor& logits,
+         const std::optional<Tensor>& bias, const Tensor& inv_temp, double logit_scale, double softcap, const Tensor& norm,
+         const Tensor& teacher, const std::optional<Tensor>& teacher_bias, const Tensor& teacher_inv_temp, double teacher_scale,
+         double teacher_softcap, const Tensor& teacher_norm, const Tensor& rows, const std::string& family, double a, double b,
+         double c, bool accumulate) {
+  const int64_t n = logits.size(0), cols = logits.size(1);
+  check.tensor("value", value, kAcc<T>, {n});
+  DivergenceArgs<T> args{whole_rows<T>(check, "logits", logits, n, cols, bias, inv_temp, logit_scale, softcap),
+                         whole_rows<T>(check, "teacher", teacher, n, cols, teacher_bias, teacher_inv_temp, teacher_scale,
+                                       teacher_softcap),
+                         check.mat<const T>("norm", norm, kAcc<T>, 2, n),
+                         check.mat<const T>("teacher_norm", teacher_norm, kAcc<T>, 2, n),
+                         check.mat<const T>("rows", rows, kAcc<T>, 4, n),
+                         static_cast<T*>(value.mutable_data_ptr()),
+                         {nullptr, 0},
+                         family_of(check, family),
+                         {a, b, c},
+                         accumulate};
+  if (out) args.out = check.mat<T>("out", *out, kAcc<T>, n, cols);
+  const auto pass = RLAD_PASS(divergence<T>);
+  torch::stable::parallel_for(0, n, rows_per_thread(cols), [&](int64_t begin, int64_t end) { pass(args, begin, end); });
+}
+
+void divergence_(const Tensor& value, const std::optional<Tensor>& out, const Tensor& logits, const std::optional<Tensor>& bias,
+                 const Tensor& inv_temp, double logit_scale, double softcap, const Tensor& norm, const Tensor& teacher,
+                 const std::optional<Tensor>& teacher_bias, const Tensor& teacher_inv_temp, double teacher_scale,
+                 double teacher_softcap, const Tensor& teacher_norm, const Tensor& rows, const std::string& family, double a,
+                 double b, double c, bool accumulate) {
+  const Checker check("divergence_");
+  check.shape("logits", logits, {kAny, kAny});
+  by_dtype(check, logits, [&](auto acc) {
+    run<decltype(acc)>(check, value, out, logits, bias, inv_temp, logit_scale, softcap, norm, teacher, teacher_bias,
+                       teacher_inv_temp, teacher_scale, teacher_softcap, teacher_norm, rows, family, a, b, c, accumulate);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rlad, CPU, m) { m.impl("divergence_", TORCH_BOX(&divergence_)); }
+
+}  // namespace rlad
+
+#else  // once per instruction set
+#include "simd/divergence_terms.h"
 
 namespace rlad::RLAD_ISA {
+
+namespace {
 
 // The tempered logits of one stretch, which end in −inf up to a whole block.
 template <class T>
@@ -52,7 +140,8 @@ RLAD_INLINE void chain(const DivergenceArgs<T>& a, int64_t i, int64_t j0, int64_
   }
 }
 
-// The two log-probs of one row, a stretch of columns at a time: f(first column, columns, at), at(k) being the points from the k-th on.
+// The two log-probs of one row, a stretch of columns at a time: f(first column, columns, at), at(k) being the points from the
+// k-th on.
 template <class T, class F>
 RLAD_INLINE void for_stretches(const DivergenceArgs<T>& a, int64_t i, T* zq, T* zp, F f) {
   const T top_q = a.norm.row(0)[i], log_q = a.norm.row(1)[i], top_p = a.teacher_norm.row(0)[i], log_p = a.teacher_norm.row(1)[i];
@@ -187,4 +276,7 @@ void divergence(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
   }
 }
 
+}  // namespace
+
 }  // namespace rlad::RLAD_ISA
+#endif

@@ -1,0 +1,77 @@
+// Compiles a row pass once per instruction set: its file, RLAD_FILE, is included again with RLAD_ISA as the namespace to fill.
+// Inside, the pass is in a nameless one, so that helpers of two files may have one name.
+#pragma once
+
+// Before any target is raised: code of these headers must run on every CPU, whichever file the linker takes it from.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "isa.h"
+#include "matrix.h"
+
+#define RLAD_ISA generic
+#define RLAD_VECTOR_BYTES 16  // which every 64-bit architecture has
+#include "simd/all.h"
+#include RLAD_FILE
+#undef RLAD_ISA
+#undef RLAD_VECTOR_BYTES
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define RLAD_ISA avx2
+#define RLAD_VECTOR_BYTES 32
+#include "simd/all.h"
+#include RLAD_FILE
+#undef RLAD_ISA
+#undef RLAD_VECTOR_BYTES
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+#define RLAD_ISA avx512
+#define RLAD_VECTOR_BYTES 64
+#include "simd/all.h"
+#include RLAD_FILE
+#undef RLAD_ISA
+#undef RLAD_VECTOR_BYTES
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif
+
+namespace rlad {
+
+template <class F, class... Same>
+F of_current_isa(F generic, Same... higher) {
+  const F by_level[] = {generic, higher...};
+  return by_level[int(current_isa().level)];
+}
+
+}  // namespace rlad
+
+// RLAD_PASS(fold<T>): the pass of the current instruction set. It does the rows, or whatever its op shares out, of [begin, end).
+#if defined(__x86_64__)
+#define RLAD_PASS(...) of_current_isa(&generic::__VA_ARGS__, &avx2::__VA_ARGS__, &avx512::__VA_ARGS__)
+#else
+#define RLAD_PASS(...) of_current_isa(&generic::__VA_ARGS__)
+#endif
