@@ -13,6 +13,8 @@ struct DlogitsArgs {
   AnyMat out;  // (R, C), may be the logits
   Mat<const T> slot_dz;  // (R, J): the whole dL/dz of each slot
   Mat<const T> rows;     // (6, R): lse, w, b, H, t, tail_lse
+  Mat<const int32_t> target;  // (R, 1)
+  Mat<T> lost;                // (R, 1): what rounding takes from the target's slot is added to it; data may be null
   bool entropy, tail;
 };
 
@@ -26,8 +28,8 @@ namespace rlad {
 namespace {
 
 void dlogits_(const Tensor& out, const Tensor& logits, int64_t col0, const std::optional<Tensor>& bias, const Tensor& inv_temp,
-              double logit_scale, double softcap, const Tensor& slots, const Tensor& slot_dz, const Tensor& rows, bool entropy,
-              bool tail) {
+              double logit_scale, double softcap, const Tensor& slots, const Tensor& slot_dz, const Tensor& rows, const Tensor& target,
+              const std::optional<Tensor>& lost, bool entropy, bool tail) {
   const Checker check("dlogits_");
   by_dtype(check, logits, [&](auto acc) {
     using T = decltype(acc);
@@ -37,6 +39,8 @@ void dlogits_(const Tensor& out, const Tensor& logits, int64_t col0, const std::
                               check.any_mat("out", out, n, tile.cols, true),
                               check.mat<const T>("slot_dz", slot_dz, kAcc<T>, n, tile.num_slots),
                               check.mat<const T>("rows", rows, kAcc<T>, 6, n),
+                              check.mat<const int32_t>("target", target, ScalarType::Int, n, 1),
+                              lost ? check.mat<T>("lost", *lost, kAcc<T>, n, 1) : Mat<T>{nullptr, 0},
                               entropy,
                               tail};
     const auto pass = RLAD_PASS(dlogits<T>);
@@ -142,7 +146,12 @@ void dlogits_rows(const DlogitsArgs<T>& a, int64_t begin, int64_t end) {
         store_first<T>(g + j, gz * slope, n - j);
       }
       for (int64_t k = 0; k < count; ++k) g[hits.place[k] - j0] = hits.value[k];
-      if (!direct) narrow(a.out.elem, a.out.at(i, j0), scratch, n);
+      if (direct) continue;
+      narrow(a.out.elem, a.out.at(i, j0), scratch, n);
+      for (int64_t k = 0; a.lost.data && k < count; ++k) {
+        if (a.tile.col0 + hits.place[k] != a.target.row(i)[0]) continue;
+        a.lost.row(i)[0] += hits.value[k] - widen_one<T>(a.out.elem, a.out.at(i, hits.place[k]));
+      }
     }
   }
 }

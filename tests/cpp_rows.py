@@ -112,13 +112,13 @@ class Head:
             rlad.fold_topk_(*tile, slots, stats, out, top, ids, True)
         return stats, out, top, ids
 
-    def dlogits(self, slots, slot_dz, rows, *, entropy, tail, out_dtype=None):
+    def dlogits(self, slots, slot_dz, rows, *, entropy, tail, out_dtype=None, target=None, lost=None):
         """The gradient of all tiles: in place, or into ``out_dtype``."""
-        parts = []
+        parts, target = [], torch.zeros(self.rows, 1, dtype=I32) if target is None else target
         for tile in self.tiles():
             x = tile[0]
             out = x if out_dtype is None else torch.full((self.rows, x.shape[1] + 3), torch.nan, dtype=out_dtype)[:, 1:-2]
-            rlad.dlogits_(out, *tile, slots, slot_dz, rows, entropy, tail)
+            rlad.dlogits_(out, *tile, slots, slot_dz, rows, target, lost, entropy, tail)
             parts.append(out)
         return torch.cat(parts, 1)
 

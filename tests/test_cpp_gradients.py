@@ -37,7 +37,10 @@ def test_dlogits_match_float64(isa, kind, dtype, entropy, tail):
     within(got, *dlogits_oracle(head, *case, **terms))
     for out_dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         rounded = got.to(torch.float32).to(out_dtype) if out_dtype.itemsize == 2 else got.to(out_dtype)
-        assert torch.equal(head.dlogits(*case, **terms, out_dtype=out_dtype), rounded)
+        lost = torch.zeros(4, 2, dtype=dtype)[:, :1]
+        assert torch.equal(head.dlogits(*case, **terms, out_dtype=out_dtype, target=slots[:, 4:5], lost=lost), rounded)
+        at, live = slots[:, 4:5].clamp(min=0).long(), slots[:, 4:5] >= 0
+        assert torch.equal(lost, torch.where(live, (got - rounded.to(dtype)).gather(1, at), 0))
 
 
 @any_dtype

@@ -164,7 +164,7 @@ def test_bad_arguments_name_the_op_and_the_argument(isa):
     with pytest.raises(RuntimeError, match=r"fold_topk_: top_logits must be \(R, K\) with K in \[1, 1024\]"):
         rlad.fold_topk_(x, 0, None, t, 1.0, 0.0, none, stats, z, top, top.to(I32), False)
     with pytest.raises(RuntimeError, match=r"dlogits_: bias must be float32 \(8\).*got float32 \(9\)"):
-        rlad.dlogits_(x, x, 0, torch.zeros(9), t, 1.0, 0.0, none, z, rows, False, False)
+        rlad.dlogits_(x, x, 0, torch.zeros(9), t, 1.0, 0.0, none, z, rows, top[:, :1].to(I32), None, False, False)
     with pytest.raises(RuntimeError, match=r"gather_dweight_: order must be a permutation of \[0, 2\), got 2"):
         rlad.gather_dweight_(torch.zeros(4, 3), torch.zeros(2, 1), torch.zeros(2, 3), order, order.to(I32), False)
 

@@ -217,7 +217,8 @@ def test_make_targets_and_files_named_in_the_docs_exist(page: Path) -> None:
     text = page.read_text()
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`make ([\w-]+)`", text)) <= targets
-    for link in re.findall(r"\]\(([^):,]+)\)", text):
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^):,]+)\)", prose):
         path, _, anchor = link.partition("#")
         linked = page.parent / path if path else page
         assert linked.exists(), link

@@ -235,25 +235,32 @@ def test_dlogits(tile, flags, where, head):
     rows[[1, 2, 4], 3] = 0  # a row without cotangents
     slot_dz[3] = 0
     want, size = exact_dlogits(p, slots, slot_dz, rows, entropy, tail)
-    rest = (slots, slot_dz, rows, entropy, tail)
+    target, lost, taken = slots[:, :1] if j else torch.zeros(p.rows, 1, dtype=I32), torch.zeros(p.rows, 1), torch.zeros(p.rows, 1)
     for x, args in p.tiles(width):
         out = x if where == "in place" else torch.empty(p.rows, x.shape[1] + 5, dtype=where)[:, : x.shape[1]]
-        dlogits_(out, x, *args, *rest)
+        dlogits_(out, x, *args, slots, slot_dz, rows, target, lost, entropy, tail)
         part = slice(args[0], args[0] + width)
         budget = size[:, part] * (4 * p.slack + 4 * ULP * rows[0].abs()[:, None] + 32 * ULP)
         near(out, want[:, part], budget + rounding(want[:, part], out.dtype))
         assert (out[3] == 0).all()
         if where == torch.bfloat16:  # rounded to nearest even, as torch does
             wide = torch.empty(x.shape)
-            dlogits_(wide, x, *args, *rest)
+            dlogits_(wide, x, *args, slots, slot_dz, rows, target, None, entropy, tail)
             assert torch.equal(out, wide.bfloat16())
+            place = (target - args[0]).long()
+            here = (slots[:, :1] == target) & (place >= 0) & (place < width) if j else torch.zeros(p.rows, 1, dtype=torch.bool)
+            gap = (wide - wide.bfloat16()).gather(1, place.clamp(0, x.shape[1] - 1))
+            taken += torch.where(here, gap, 0)
+    if where == torch.bfloat16:
+        assert torch.equal(lost, taken)
+        assert not j or lost.any()
 
 
 def test_dlogits_with_an_empty_tail():
     x = torch.tensor([[1.0, -INF, 2.0, 0.5]])
     slots = torch.tensor([[2, 0, 3, -1]], dtype=I32)
     rows, out = torch.tensor([[x.logsumexp(1).item()], [0.3], [0.2], [1.0], [0.5], [-INF]]), torch.empty(1, 4)
-    dlogits_(out, *plain(x), slots, torch.ones(1, 4), rows, True, True)
+    dlogits_(out, *plain(x), slots, torch.ones(1, 4), rows, slots[:, :1], None, True, True)
     assert out.isfinite().all()
     assert out[0, 1] == 0
 
@@ -294,7 +301,7 @@ def test_every_kernel_runs_is_counted_and_refuses_float64():
     one, four, ids, none = torch.ones(1, 1), torch.ones(1, 4), torch.zeros(1, 1, dtype=I32), torch.zeros(1, 0)
     fold_(*plain(one), ids, fresh_stats(1), one.clone(), True, True)
     fold_topk_(*plain(one), ids, fresh_stats(1), one.clone(), -INF * one, ids - 1, True)
-    dlogits_(one.clone(), *plain(one), none.to(I32), none, torch.ones(6, 1), True, True)
+    dlogits_(one.clone(), *plain(one), none.to(I32), none, torch.ones(6, 1), ids, None, True, True)
     gather_dweight_(one.clone(), gather_dot(one, one, ids), gather_dhidden(one, one, ids), ids[0].long(), ids[0], False)
     clipped_ratio(one[0], one[0], None, one[0], None, numbers(1.0, 0.2, 0.2, INF, 0.0, 0.0), "k3")
     topk_kl(one, ids, one, None, None, "reverse", "both")

@@ -28,6 +28,17 @@ RLAD_INLINE Vec<float> widen(const f16* p, int64_t count) {
   return (Vec<float>)(((h & 0x8000u) << 16) | (magnitude >= 0x0f800000u ? inf_or_nan : finite));
 }
 
+template <class T>
+T widen_one(Elem elem, const void* p) {
+  switch (elem) {
+    case Elem::f32: return T(*static_cast<const float*>(p));
+    case Elem::f64: return T(*static_cast<const double*>(p));
+    case Elem::bf16: return T(widen(static_cast<const bf16*>(p), 1)[0]);
+    case Elem::f16: return T(widen(static_cast<const f16*>(p), 1)[0]);
+  }
+  return T(0);
+}
+
 // The scalar forms below are branch-free on purpose: the loops of narrow() vectorise.
 RLAD_INLINE uint16_t round_bf16(float x) {
   uint32_t u;

@@ -28,7 +28,8 @@ ROW_OPS = {
     "fold_": f"({_TILE}, Tensor(a!) stats, Tensor(b!) slot_logits, bool entropy, bool extras) -> ()",
     "fold_topk_": f"({_TILE}, Tensor(a!) stats, Tensor(b!) slot_logits, Tensor(c!) top_logits, Tensor(d!) top_ids, "
     "bool entropy) -> ()",
-    "dlogits_": f"(Tensor(a!) out, {_TILE}, Tensor slot_dz, Tensor rows, bool entropy, bool tail) -> ()",
+    "dlogits_": f"(Tensor(a!) out, {_TILE}, Tensor slot_dz, Tensor rows, Tensor target, Tensor(b!)? lost, bool entropy, bool tail) "
+    "-> ()",
     "column_stats_": "(Tensor(a!) out, Tensor logits, Tensor? bias, Tensor inv_temp, float logit_scale, float softcap, Tensor lse, "
     "int block) -> ()",
     "divergence_": "(Tensor(a!) value, Tensor(b!)? out, Tensor logits, Tensor? bias, Tensor inv_temp, float logit_scale, "

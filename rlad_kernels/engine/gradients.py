@@ -265,22 +265,6 @@ class Gradients:
 def backward_tile(tiles: Tiles, cot: Cotangents, x: Tensor, c0: int, inv_temp: Tensor) -> Tensor:
     """dlogits of one tile of raw logits ``x``, in place where the dtype allows; ``cot`` and ``inv_temp`` are its rows'."""
     g = x if tiles.grad_dtype == x.dtype else tiles.buffer(x.shape[0], x.shape[1], tiles.grad_dtype)
-    _dlogits(tiles, cot, g, x, c0, tiles.bias_tile(c0, c0 + x.shape[1]), inv_temp, cot.slots)
-    if cot.lost is not None:
-        inside = (cot.target >= c0) & (cot.target < c0 + x.shape[1])
-        place = torch.where(inside, cot.target - c0, 0).long()
-        raw = x.gather(1, place)
-        raw = raw if tiles.bias is None else raw + tiles.bias[place + c0]
-        own = torch.where(inside & (cot.slots == cot.target), 0, -1).to(torch.int32)
-        exact = torch.empty_like(raw)
-        _dlogits(tiles, cot, exact, raw, 0, None, inv_temp, own)
-        cot.lost += torch.where(inside, exact - g.gather(1, place), 0)
+    head = (tiles.bias_tile(c0, c0 + x.shape[1]), inv_temp, tiles.logit_scale, tiles.softcap)
+    torch.ops.rlad.dlogits_(g, x, c0, *head, cot.slots, cot.slot_dz, cot.rows, cot.target, cot.lost, cot.entropy, cot.tail)
     return g
-
-
-def _dlogits(
-    tiles: Tiles, cot: Cotangents, out: Tensor, x: Tensor, c0: int, bias: Tensor | None, inv_temp: Tensor, slots: Tensor
-) -> None:
-    torch.ops.rlad.dlogits_(
-        out, x, c0, bias, inv_temp, tiles.logit_scale, tiles.softcap, slots, cot.slot_dz, cot.rows, cot.entropy, cot.tail
-    )

@@ -122,7 +122,8 @@ def add_means(grads: Gradients, means: Tensor) -> None:
 
 def _dlogits(cot: Cotangents, z: Tensor, place: Tensor) -> Tensor:
     """dL/dz of the kept columns, from their tempered logits and over them; ``place`` is where each slot's column is."""
-    torch.ops.rlad.dlogits_(z, z, 0, None, z.new_ones(len(z)), 1.0, 0.0, place, cot.slot_dz, cot.rows, cot.entropy, cot.tail)
+    plain = (0, None, z.new_ones(len(z)), 1.0, 0.0)
+    torch.ops.rlad.dlogits_(z, z, *plain, place, cot.slot_dz, cot.rows, cot.target, None, cot.entropy, cot.tail)
     return z
 
 

@@ -65,13 +65,15 @@ def dlogits_kernel(
     slot_out,
     rows,
     stride_r,
+    target,
+    lost,
     SLOTS: tl.constexpr,
     ENTROPY: tl.constexpr,
     TAIL: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """out = dz/draw · (p·w − p·b·(lp + H) + t·e^{z − tail_lse}), at the slots dz/draw · slot_dz."""
+    """out = dz/draw · (p·w − p·b·(lp + H) + t·e^{z − tail_lse}), at the slots dz/draw · slot_dz; lost += rounding at the target."""
     i_r = tl.program_id(0).to(tl.int64)
     p_o = out + i_r * stride_o
     row = Row(logits + i_r * stride_x, bias, C, Tempering(logit_scale, softcap, tl.load(inv_temp + i_r)))
@@ -116,7 +118,13 @@ def dlogits_kernel(
             o_s = i_r * J + j0 + o_j
             b_c, m_c = slot_columns(own, j0 + o_j, C)
             b_g = tl.load(slot_out + o_s, mask=m_c, other=0.0)
-            tl.store(p_o + b_c, cast(b_g, out.dtype.element_ty), mask=m_c)
+            b_out = cast(b_g, out.dtype.element_ty)
+            tl.store(p_o + b_c, b_out, mask=m_c)
+            if lost is not None:
+                m_y = m_c & (b_c + col0 == tl.load(target + i_r))
+                here = tl.max(m_y.to(tl.int32), 0) > 0
+                taken = tl.sum(tl.where(m_y, b_g - b_out.to(tl.float32), 0.0), 0)
+                tl.store(lost + i_r, tl.load(lost + i_r) + taken, mask=here)
 
 
 def dlogits_(
@@ -130,12 +138,17 @@ def dlogits_(
     slots: torch.Tensor,
     slot_dz: torch.Tensor,
     rows: torch.Tensor,
+    target: torch.Tensor,
+    lost: torch.Tensor | None,
     entropy: bool,
     tail: bool,
 ) -> None:
-    """Write the gradient with respect to the raw tile `logits (R, C)` into `out (R, C)`, which may be `logits` itself."""
+    """Write the gradient with respect to the raw tile `logits (R, C)` into `out (R, C)`, which may be `logits` itself.
+
+    What rounding to `out`'s dtype takes from the slot that is the row's `target (R, 1)` is added to `lost (R, 1)`.
+    """
     require_dtype("dlogits_", HALVES, out=out)
-    require_dtype("dlogits_", logits=logits, bias=bias, inv_temp=inv_temp, slot_dz=slot_dz, rows=rows)
+    require_dtype("dlogits_", logits=logits, bias=bias, inv_temp=inv_temp, slot_dz=slot_dz, rows=rows, lost=lost)
     n_rows, cols = logits.shape
     j = slots.shape[1]
     slot_out = slot_dz.new_empty((n_rows, j)) if j else None
@@ -159,6 +172,8 @@ def dlogits_(
         slot_out,
         rows,
         rows.stride(0),
+        target.contiguous(),
+        lost,
         SLOTS=j > 0,
         ENTROPY=entropy,
         TAIL=tail,
@@ -171,9 +186,10 @@ def cases() -> Iterator[Case]:
         for tile in several:
             cols, single = tile.shape[1], tile is several[1] and dtype == torch.bfloat16
             out = meta(R, tile.stride(0), dtype=dtype)[:, :cols]
-            for f in flag_sets("bias", "softcap", "slots", "entropy", "tail", single=single):
-                j = J if "slots" in f else 0
-                rest = (ids(R, j), meta(R, j), meta(6, R), "entropy" in f, "tail" in f)
+            for f in flag_sets("bias", "softcap", "slots", "lost", "entropy", "tail", single=single):
+                j = J if f & {"slots", "lost"} else 0
+                last = (ids(R, 1), meta(R, 1) if "lost" in f else None, "entropy" in f, "tail" in f)
+                rest = (ids(R, j), meta(R, j), meta(6, R), *last)
                 args = (out, tile, 0, *tempering(f, cols), *rest)
                 yield Case(f"{dtype} C={cols} {'+'.join(sorted(f))}", dlogits_, args, cols > 1)
 
