@@ -116,3 +116,13 @@ def test_a_divergence(shape: tuple[int, int], products: Products) -> None:
     n, v = shape
     divergence.run("test", call(n, v), [call(n, v)], row(1, n), rk.losses.JSD(), None, row(n), (True, True, True))
     check(products)
+
+
+def test_kept_columns() -> None:
+    n, v = 300, 1001
+    c = Call(torch.randn(n, 64), torch.randn(v, 64), None, torch.ones(1), 1.0, 0.0, v)
+    given = {"advantages": torch.randn(n), "old_logp": torch.zeros(n)}
+    keep, weight = torch.ones(n, dtype=torch.bool), torch.ones(n)
+    with Products() as found:
+        loss.run("test", c, torch.arange(n), keep, weight, rk.losses.GRPO(), given, 1e-3, (True, True, True))
+    check(found)

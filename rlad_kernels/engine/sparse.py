@@ -105,8 +105,8 @@ def backward(
         place = torch.where(part.slots < 0, -1, index[part.slots.clamp(0, tiles.vocab - 1)]).to(torch.int32)
         g = _dlogits(part, z, place)
         rest = (part.total - g.sum(1)) * inv_temp * tiles.logit_scale
-        exact = g * slope
-        g = scratch(exact.new_empty(scratch_size(*exact.shape), dtype=tiles.grad_dtype), *exact.shape).copy_(exact)
+        exact = torch.mul(g, slope, out=_scratch(g))
+        g = exact if exact.dtype == tiles.grad_dtype else _scratch(g, tiles.grad_dtype).copy_(exact)
         if part.lost is not None:
             at = index[part.target.clamp_max(tiles.vocab - 1)]
             part.lost += exact.gather(1, at) - g.gather(1, at)
@@ -118,6 +118,10 @@ def add_means(grads: Gradients, means: Tensor) -> None:
     if grads.hidden is not None:
         for part, rest, mean in zip(grads.hidden.split(BLOCK), grads.rest.split(BLOCK), means, strict=False):
             part.addr_(rest, mean)
+
+
+def _scratch(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return scratch(like.new_empty(scratch_size(*like.shape), dtype=dtype), *like.shape)
 
 
 def _dlogits(cot: Cotangents, z: Tensor, place: Tensor) -> Tensor:
