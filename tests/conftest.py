@@ -13,6 +13,8 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = os.environ.get("RLAD_TEST_DEVICE", "cpu")
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)  # before the tests' modules are imported: tables of cases hold tensors
 DONE = os.environ.get("RLAD_TEST_DONE")  # a file of finished tests: a run that was cut off goes on where it stopped
 
 # inductor's cache does not tell capabilities apart: it would serve one the code of another, which does not compile there
@@ -45,13 +47,12 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.fixture(autouse=True)
 def _world() -> Iterator[None]:
-    """Every test: the device under test, a fixed seed, and settings as they were."""
+    """Every test: a fixed seed, and settings as they were."""
     from rlad_kernels.core.config import settings
 
     before = dict(vars(settings))
     torch.manual_seed(0)
-    with torch.device(DEVICE):
-        yield
+    yield
     vars(settings).update(before)
 
 

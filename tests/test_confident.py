@@ -46,9 +46,7 @@ def confident(dtype: torch.dtype = torch.float32, target: bool = True, held: boo
     bias = leaf((torch.randint(-2, 3, (V,)) / 4 * (torch.arange(V) >= N)).to(dtype)) if with_bias else None
     ids = torch.stack([OWN if held else OTHER + N, OTHER + 2 * N, OTHER + 3 * N, torch.full((N,), -1)], 1)
     where = OWN if target else OTHER
-    return Problem(
-        leaf(hidden.to(dtype)), leaf(weight.to(dtype)), bias, where.to(hidden.device), ids.to(hidden.device), None, options
-    )  # fmt: skip
+    return Problem(leaf(hidden.to(dtype)), leaf(weight.to(dtype)), bias, where, ids, None, options)
 
 
 def gradients(

@@ -43,7 +43,7 @@ def assert_equal(mine: list[Tensor], theirs: list[Tensor]) -> None:
         assert (a - b).norm() <= 1e-5 * b.norm() + 1e-7
 
 
-RATIO = torch.rand(B, T, generator=torch.Generator().manual_seed(3)) + 0.5
+RATIO = torch.rand(B, T, generator=torch.Generator("cpu").manual_seed(3), device="cpu") + 0.5
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     *[({"loss_type": x, "max_completion_length": 9}, {}) for x in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo")],
     ({"loss_type": "dapo", "beta": 0.0, "use_ref_model": False, "temperature": 0.7, "delta": 1.5}, {"num_items_in_batch": 31}),
