@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import rlad_kernels as rk
 from rlad_kernels.backends.contract import INTERPRET
 from rlad_kernels.integrations.liger import LigerFusedLinearGRPOLoss
 from rlad_kernels.integrations.liger.grpo import LOSSES, grpo
@@ -109,7 +110,6 @@ def test_the_references_hidden_states_have_the_policys_shape() -> None:
         LigerFusedLinearGRPOLoss()(**given)
 
 
-@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("argument", "bad", "message"),
     [
@@ -123,7 +123,7 @@ def test_a_value_without_a_meaning_is_refused(argument: str, bad: float, message
     given = {**inputs(), "vllm_is_ratio": torch.ones(B, T)}
     given[argument] = given[argument].clone()
     given[argument][0, 1] = bad
-    with pytest.raises(ValueError, match=f"^{NAME}: {message}"):
+    with pytest.raises(ValueError, match=f"^{NAME}: {message}"), rk.set_checks(given[argument].is_cuda):  # there only on request
         LigerFusedLinearGRPOLoss()(**given)
 
 
