@@ -103,4 +103,4 @@ def first_occurrence(ids: Tensor) -> Tensor:
     ordered, order = ids.sort(dim=1, stable=True)
     first = torch.ones_like(ids, dtype=torch.bool)
     first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    return torch.zeros_like(first).scatter_(1, order, first) & (ids >= 0)
+    return first.scatter(1, order, first) & (ids >= 0)  # every slot is written; scatter_ would be slow under vmap, with a warning
