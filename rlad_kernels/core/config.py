@@ -77,7 +77,8 @@ def set_checks(enabled: bool) -> _Restore:
 def set_compaction(enabled: bool) -> _Restore:
     """Choose whether masked and zero-gradient rows are dropped (default) or computed and zeroed.
 
-    Dropping rows costs one host synchronisation a call on CUDA; without it a call can be captured in a CUDA graph.
+    Dropping rows costs one host synchronisation a call on CUDA; without it a call can be captured in a CUDA graph, unless it has
+    ``filter_eps``, whose choice of columns the host reads.
     Under capture nothing is dropped whatever is set here. Works as a statement or as a context manager.
 
     Example:
