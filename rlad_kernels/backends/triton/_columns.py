@@ -1,4 +1,4 @@
-"""Reading the columns of a row: a block of neighbours, or the columns of its slots."""
+"""The columns of a row: reading a block of neighbours, or those of its slots; and what is summed over them."""
 
 from typing import NamedTuple
 
@@ -23,6 +23,17 @@ class Slots(NamedTuple):
     ids: tl.tensor
     J: tl.tensor
     col0: tl.tensor  # the tile's first column
+
+
+class Sums(NamedTuple):
+    """Running values of each lane, or row: max z, Σ e^{z−m}, Σ e^{z−m}(z−m), Σ e^{2(z−m)}, Σ z, the column of the maximum."""
+
+    m: tl.tensor
+    rest: tl.tensor
+    restz: tl.tensor
+    restsq: tl.tensor
+    sumz: tl.tensor
+    first: tl.tensor
 
 
 @triton.jit

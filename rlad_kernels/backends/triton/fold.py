@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 from math import inf
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ._columns import Row, Slots, load_columns, load_z, slot_columns
+from ._columns import Row, Slots, Sums, load_columns, load_z, slot_columns
 from ._kernel import WIDE_LOAD, Case, J, R, add_kernel, flag_sets, ids, meta, tempering, tiles
 from ._launch import config, launch, pick, require_dtype
 from ._math import LOWEST, Tempering, bounded, tempered
@@ -24,17 +23,6 @@ TABLE = (
     config(512, 4, BLOCK=512, BLOCK_J=128),  # small vocabularies: half the threads idle in a wider block
     config(inf, 8, BLOCK=1024, BLOCK_J=256),
 )
-
-
-class Lanes(NamedTuple):
-    """Running values of each lane: max z, Σ e^{z−m}, Σ e^{z−m}(z−m), Σ e^{2(z−m)}, Σ z, the column of the maximum."""
-
-    m: tl.tensor
-    rest: tl.tensor
-    restz: tl.tensor
-    restsq: tl.tensor
-    sumz: tl.tensor
-    first: tl.tensor
 
 
 @triton.jit
@@ -62,7 +50,7 @@ def _step(row, o_c, s, MASKED: tl.constexpr, MARKED: tl.constexpr, ENTROPY: tl.c
     if EXTRAS:
         b_restsq = tl.where(m_up, b_restsq * b_e * b_e + 1.0, b_restsq + b_e * b_e)
     b_rest = tl.where(m_up, s.rest * b_e + 1.0, s.rest + b_e)
-    return Lanes(tl.where(m_up, b_z, s.m), b_rest, b_restz, b_restsq, b_sumz, b_first)
+    return Sums(tl.where(m_up, b_z, s.m), b_rest, b_restz, b_restsq, b_sumz, b_first)
 
 
 @triton.jit(do_not_specialize=["col0", "J"])
@@ -119,7 +107,7 @@ def fold_kernel(
     m_old = tl.load(p_s)
     rest_old = tl.load(p_s + stride_s)
     b_zero = tl.zeros([BLOCK], tl.float32)
-    s = Lanes(tl.full([BLOCK], LOWEST, tl.float32), b_zero, b_zero, b_zero, b_zero, o_b)
+    s = Sums(tl.full([BLOCK], LOWEST, tl.float32), b_zero, b_zero, b_zero, b_zero, o_b)
     # full blocks without a mask: an odd C would otherwise cost every load its width
     full = C // BLOCK * BLOCK
     for c0 in range(0, full, BLOCK):

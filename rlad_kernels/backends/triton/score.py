@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ._columns import Sums
 from ._kernel import HALVES, Case, D, J, R, V, add_kernel, flag_sets, ids, meta, tempering
 from ._launch import architecture, config, launch, multiprocessors, pick, require_dtype
 from ._math import Tempering, bounded, dot, tempered
@@ -39,17 +40,6 @@ class Slots(NamedTuple):
     logits: tl.tensor
     J: tl.tensor
     m_r: tl.tensor  # which rows there are
-
-
-class Sums(NamedTuple):
-    """Running values of each row: max z, Σ e^{z−m}, Σ e^{z−m}(z−m), Σ e^{2(z−m)}, Σ z, the column of the maximum."""
-
-    m: tl.tensor
-    rest: tl.tensor
-    restz: tl.tensor
-    restsq: tl.tensor
-    sumz: tl.tensor
-    first: tl.tensor
 
 
 @triton.jit
