@@ -139,7 +139,7 @@ def token_rows(name: str, argument: str, x: Any, like: Tensor, *, spread: bool =
 
 
 def flat_tokens(x: Tensor, dims: int) -> Tensor:
-    """``x`` with its first ``dims`` dimensions flat_tokens to one: a single token's has none, and gets it."""
+    """``x`` with its first ``dims`` dimensions flattened to one: a single token's has none, and gets it."""
     return x.flatten(0, dims - 1) if dims else x.unsqueeze(0)
 
 

@@ -14,7 +14,7 @@ from rlad_kernels.core.modes import ordinary, transformed
 
 
 class Call(NamedTuple):
-    """The flat_tokens arguments that every sweep op takes."""
+    """The flat arguments that every sweep op takes."""
 
     hidden: Tensor  # (N, D)
     weight: Tensor
@@ -78,7 +78,7 @@ def _inv_temp(hidden: Tensor, head: LMHead) -> Tensor:
 def flat_rows(
     name: str, argument: str, x: Tensor, shape: torch.Size, device: torch.device, *, ids: bool = False, extra: int = 0
 ) -> Tensor:
-    """``x`` with the leading ``shape`` flat_tokens; ``extra`` trailing dimensions are kept; ``ids`` are int32 or int64.
+    """``x`` with the leading ``shape`` flattened; ``extra`` trailing dimensions are kept; ``ids`` are int32 or int64.
 
     Raises:
         ValueError: for another shape or device, or with ``ids`` for a dtype that is not an integer.

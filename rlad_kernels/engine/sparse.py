@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlad_kernels.engine.gradients import Cotangents, Gradients
-from rlad_kernels.engine.tiles import Tiles, scratch, scratch_size
+from rlad_kernels.engine.tiles import Tiles, new_scratch, scratch_size
 
 BLOCK = 128  # tokens that share their columns: more would widen the union, fewer make the products small
 
@@ -105,8 +105,8 @@ def backward(
         place = torch.where(part.slots < 0, -1, index[part.slots.clamp(0, tiles.vocab - 1)]).to(torch.int32)
         g = _dlogits(part, z, place)
         rest = (part.total - g.sum(1)) * inv_temp * tiles.logit_scale
-        exact = torch.mul(g, slope, out=_scratch(g))
-        g = exact if exact.dtype == tiles.grad_dtype else _scratch(g, tiles.grad_dtype).copy_(exact)
+        exact = torch.mul(g, slope, out=new_scratch(g, g.shape))
+        g = exact if exact.dtype == tiles.grad_dtype else new_scratch(g, g.shape, tiles.grad_dtype).copy_(exact)
         if part.lost is not None:
             at = index[part.target.clamp_max(tiles.vocab - 1)]
             part.lost += exact.gather(1, at) - g.gather(1, at)
@@ -118,10 +118,6 @@ def add_means(grads: Gradients, means: Tensor) -> None:
     if grads.hidden is not None:
         for part, rest, mean in zip(grads.hidden.split(BLOCK), grads.rest.split(BLOCK), means, strict=False):
             part.addr_(rest, mean)
-
-
-def _scratch(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return scratch(like.new_empty(scratch_size(*like.shape), dtype=dtype), *like.shape)
 
 
 def _dlogits(cot: Cotangents, z: Tensor, place: Tensor) -> Tensor:

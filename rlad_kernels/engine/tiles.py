@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -55,6 +55,12 @@ def scratch(memory: Tensor, rows: int, cols: int) -> Tensor:
 def scratch_size(rows: int, cols: int) -> int:
     """Elements of memory for :func:`scratch`."""
     return rows * round_up(cols, _ALIGNED)
+
+
+def new_scratch(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """:func:`scratch` in memory of its own."""
+    rows, cols = shape
+    return scratch(like.new_empty(scratch_size(rows, cols), dtype=dtype), rows, cols)
 
 
 class Tiles:
@@ -119,8 +125,7 @@ class Tiles:
 
     def gathered(self, rows: Tensor, w: Tensor) -> Tensor:
         """Raw logits of scattered rows."""
-        out = scratch(self.inv_temp.new_empty(scratch_size(len(rows), len(w))), len(rows), len(w))
-        return self._product(self.hidden.index_select(0, rows), w.t(), out)
+        return self._product(self.hidden.index_select(0, rows), w.t(), new_scratch(self.inv_temp, (len(rows), len(w))))
 
     def add_product(self, into: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None, *, first: bool = False) -> None:
         """into ← (0 if first else into) + factor·a @ b, accumulated in the accumulation dtype."""
