@@ -33,7 +33,7 @@ ROW_OPS = {
     "column_stats_": "(Tensor(a!) out, Tensor logits, Tensor? bias, Tensor inv_temp, float logit_scale, float softcap, Tensor lse, "
     "int block) -> ()",
     "divergence_": "(Tensor(a!) value, Tensor(b!)? out, Tensor logits, Tensor? bias, Tensor inv_temp, float logit_scale, "
-    "float softcap, Tensor norm, Tensor teacher, Tensor? teacher_bias, Tensor teacher_inv_temp, float teacher_scale, "
+    "float softcap, Tensor norm, Tensor(c!) teacher, Tensor? teacher_bias, Tensor teacher_inv_temp, float teacher_scale, "
     "float teacher_softcap, Tensor teacher_norm, Tensor rows, str family, float a, float b, float c, bool accumulate) -> ()",
     "gather_dot": "(Tensor hidden, Tensor weight, Tensor ids) -> Tensor",
     "gather_dhidden": "(Tensor grad, Tensor weight, Tensor ids) -> Tensor",
