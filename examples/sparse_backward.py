@@ -28,7 +28,7 @@ from smollm2_loss import TOPICS
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels.engine.sparse import BLOCK
+from rlad_kernels.engine import sparse
 
 POWERS = (12, 14, 16)
 NEW_TOKENS = 64
@@ -64,7 +64,7 @@ def definitions(p: Tensor, g: Tensor, weight: Tensor, target: Tensor, eps: float
     """Kept columns, dropped mass and d_hidden's errors of the three corrections, in float64."""
     d_hidden = {name: torch.zeros_like(truth) for name in ("none", "mean", "weighted")}
     kept, dropped = 0, []
-    for rows in torch.arange(len(p)).split(BLOCK):
+    for rows in torch.arange(len(p)).split(sparse.BLOCK["cpu"]):
         keep = (p[rows] > eps).any(0)
         keep[target[rows]] = True
         columns, out = keep.nonzero().squeeze(1), ~keep
@@ -77,7 +77,7 @@ def definitions(p: Tensor, g: Tensor, weight: Tensor, target: Tensor, eps: float
         dropped.append(p[rows][:, out].sum(1))
     mass = torch.cat(dropped)
     errors = {f"d_hidden_{name}": relative(x, truth) for name, x in d_hidden.items()}
-    blocks = -(-len(p) // BLOCK) * p.shape[1]
+    blocks = -(-len(p) // sparse.BLOCK["cpu"]) * p.shape[1]
     found = {"kept": kept / blocks, "dropped_mean": mass.mean().item(), "dropped_max": mass.max().item()}
     return found | errors
 

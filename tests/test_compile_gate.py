@@ -16,7 +16,7 @@ if DEVICE != "cpu":
     pytest.skip("compiles on the CPU, for minutes: `make gate` is that run", allow_module_level=True)
 
 from rlad_kernels.backends import triton as kernels  # noqa: E402
-from rlad_kernels.backends.contract import LOSS_OPS, ROW_OPS  # noqa: E402
+from rlad_kernels.backends.contract import ROW_OPS, TOKEN_OPS  # noqa: E402
 from rlad_kernels.backends.triton._kernel import KERNELS, WIDE_LOAD  # noqa: E402
 from rlad_kernels.backends.triton._launch import Config, Launch  # noqa: E402
 from rlad_kernels.backends.triton._math import product  # noqa: E402
@@ -27,7 +27,7 @@ from rlad_kernels.tools.compile_gate import gate as compile_gate  # noqa: E402
 from rlad_kernels.tools.compile_gate.gate import CASES  # noqa: E402
 
 HALVES = {torch.float32, torch.bfloat16, torch.float16}
-FLOAT32_OUT = {"gather_dot_kernel", "column_stats_kernel", "divergence_kernel"}
+FLOAT32_OUT = {"gather_dot_kernel", "column_stats_kernel", "divergence_kernel", "dropped_mass_kernel"}
 # the constants that are not booleans
 CHOICES = {"ESTIMATOR": {"none", *ESTIMATORS}, "NORMALIZE": set(NORMALIZATIONS), "FAMILY": set(FAMILIES)}
 
@@ -44,7 +44,7 @@ def jitted_kernels() -> set[str]:
 
 def test_every_kernel_is_known_and_compiled():
     assert jitted_kernels() == set(KERNELS) == {name for name, cases in CASES.items() if cases}
-    assert set(kernels.LAUNCHERS) == {*ROW_OPS, *LOSS_OPS}
+    assert set(kernels.LAUNCHERS) == {*ROW_OPS, *TOKEN_OPS}
 
 
 @pytest.mark.parametrize("name", KERNELS)

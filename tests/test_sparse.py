@@ -27,7 +27,8 @@ LOGP = Own(lambda s: s.logp)
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse, "BLOCK", 16)  # three blocks of a few tokens, so that the interpreter can follow
+    monkeypatch.setitem(sparse.BLOCK, DEVICE, 16)  # three blocks of a few tokens, so that the interpreter can follow
+    monkeypatch.setitem(sparse.EXACT_ABOVE, DEVICE, 1.0)
 
 
 def peaked(n: int = N, v: int = 229, **options: Any) -> Problem:
@@ -52,7 +53,7 @@ def dense_sparse(p: Problem, dlogits: Tensor, prob: Tensor, slope: Tensor, slots
         torch.zeros_like(p.weight, dtype=torch.float64),
         hidden.new_zeros(len(hidden)),
     )
-    for rows in kept.split(sparse.BLOCK):
+    for rows in kept.split(sparse.BLOCK[DEVICE]):
         keep = (prob[rows] > eps).any(0)
         keep[slots[rows].flatten()] = True
         g, out = dlogits[rows], ~keep
@@ -176,6 +177,47 @@ def test_a_tiny_eps_is_the_exact_backward(path: str) -> None:
         grads.append((hidden.grad, weight.grad))
     for exact, filtered in zip(*grads, strict=True):
         assert relative(filtered, exact) < 1e-6
+
+
+@pytest.mark.parametrize("rows", ("all rows", "rows without gradient"))
+@pytest.mark.parametrize("blocks", ("all", "one"))
+@pytest.mark.parametrize("path", ["linear_logp", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_that_would_keep_most_columns_are_exact(
+    path: str, blocks: str, rows: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the blocks are flat: they keep every column, drop nothing, and their gradient is the exact one."""
+    monkeypatch.setitem(sparse.EXACT_ABOVE, DEVICE, 0.5)
+    p = problem(n=N, v=229, d=24, sigma=12.0, dtype=dtype)
+    a, size = torch.randn(N), sparse.BLOCK[DEVICE]
+    if rows == "rows without gradient":
+        a[::3] = 0
+    flat = torch.ones(N, dtype=torch.bool) if blocks == "all" else (torch.arange(N) // size) == 1
+    p.hidden = leaf(torch.where(flat[:, None], p.hidden.detach() / 120, p.hidden.detach()))
+    found = []
+    for eps in (0.0, EPS / 4):
+        hidden, weight, bias = leaf(p.hidden), leaf(p.weight), leaf(p.bias)
+        head = rk.LMHead(weight, bias)
+        if path == "linear_logp":
+            scores = rk.linear_logp(hidden, head, p.target, filter_eps=eps)
+            dropped = scores.extras.get("dropped_mass")
+            (scores.logp * a).sum().backward()
+        else:
+            out = rk.linear_loss(
+                hidden, head, p.target, LOGP, w=a, filter_eps=eps, reduction=rk.Reduction("token-mean", denominator=1.0)
+            )
+            dropped = out.metrics.get("dropped_mass_max")
+            out.loss.backward()
+        found.append([x.grad.double() for x in (hidden, weight, bias)])
+    rounding = 1e-6 if dtype == torch.float32 else 4e-3
+    assert relative(found[1][0][flat], found[0][0][flat]) < rounding
+    if blocks == "all":
+        assert dropped.max() == 0
+        assert all(relative(mine, exact) < rounding for mine, exact in zip(found[1], found[0], strict=True))
+    else:
+        assert dropped.max() > 0
+        assert 1e-6 < relative(found[1][0][~flat], found[0][0][~flat]) < 0.1
+        assert relative(found[1][1], found[0][1]) < 0.1
 
 
 @pytest.mark.cpu

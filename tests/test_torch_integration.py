@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import rlad_kernels as rk
-from rlad_kernels.backends.contract import LOSS_OPS
+from rlad_kernels.backends.contract import TOKEN_OPS
 from rlad_kernels.core.modes import numbers
 from rlad_kernels.engine.op import SWEEP_OPS
 from tests.sweeps import problem
@@ -34,6 +34,7 @@ def cases() -> dict[str, tuple[object, ...]]:
     frozen = (p.hidden, *plain[1:])
     ones, zero = torch.ones(6), torch.zeros(6)
     saved = (*R.linear_logp(*plain, p.target, p.ids, mask, *call, True, True, False, 0.0, False, "linear_logp"),)
+    slots = torch.arange(18, dtype=torch.int32).view(6, 3)
     given = numbers(0.5, 0.2, 0.2, 1.0, 3.0, 0.1)
     ratio = (zero.clone().requires_grad_(), ones * 0.1, ones * 0.2, torch.randn(6), ones * 0.1, given, "k3")
     topk = torch.randn(6, 5).requires_grad_(), p.ids.int(), -torch.rand(6, 5), (-ones).requires_grad_(), -ones, "reverse", "tail"
@@ -58,6 +59,14 @@ def cases() -> dict[str, tuple[object, ...]]:
         "linear_divergence frozen": (*frozen, mask, *call, *teachers[:3], reverse.key, numbers(), True, "linear_divergence"),
         "linear_divergence_bwd": (*plain, mask, *call, *teachers, torch.empty(0), ones, True, True, True),
         "linear_divergence_loss": (*tensors, mask, *call, *teachers, ones / 6, True, True, True, "linear_divergence_loss"),
+        "row_slots": (p.target, torch.ones(6, 2, dtype=torch.int64), 17),
+        "row_outputs": (torch.rand(6, 6), torch.randn(6, 3), slots, 18, True, True, True, True),
+        "row_cotangents": (
+            slots, -ones, -torch.rand(6, 2), ones, 0 * ones, ones, None, None,
+            torch.randn(6, 2), ones, None, -ones,
+        ),
+        "dropped_mass": (torch.rand(2, 9) > 0.5, torch.randn(6, 9), torch.randn(9), ones, 1.0, 4.0, ones, 4),
+        "scale_": (torch.randn(2, 3), torch.tensor(0.5)),
         "clipped_ratio": ratio,
         "topk_kl": topk,
         "linear_loss": (
@@ -75,7 +84,7 @@ def cases() -> dict[str, tuple[object, ...]]:
 
 VARIANTS = ("linear_logp sparse", "linear_logp frozen", "linear_divergence frozen")
 HALVES = ("linear_loss float16", "linear_divergence_loss float16")
-ALL = (*SWEEP_OPS, *LOSS_OPS, "checked", *VARIANTS, *HALVES)
+ALL = (*SWEEP_OPS, *TOKEN_OPS, "checked", *VARIANTS, *HALVES)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -96,7 +105,7 @@ def test_fake_cuda_tensors_give_shapes_and_dtypes_without_a_gpu(name: str) -> No
             return torch.empty(x.shape, dtype=x.dtype, device="cuda") if isinstance(x, torch.Tensor) else x
 
         out = op(*[fake(x) for x in args])
-    for a, b in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (out, real)), strict=True):
+    for a, b in zip(*((x,) if isinstance(x, torch.Tensor) else x or () for x in (out, real)), strict=True):
         assert (a.shape, a.dtype, a.device.type) == (b.shape, b.dtype, "cuda")
 
 

@@ -41,7 +41,15 @@ ROW_OPS = {
     "score_partials": f"({HEAD}, Tensor inv_temp, float logit_scale, float softcap, Tensor slots, bool entropy, bool extras) "
     "-> (Tensor, Tensor)",
 }
-LOSS_OPS = {
+TOKEN_OPS = {  # on a few values a token: plain PyTorch on CPU, which on CUDA would be a launch a line
+    "row_slots": "(Tensor? target, Tensor? ids, int vocab_size) -> Tensor",
+    "row_outputs": "(Tensor stats, Tensor slot_logits, Tensor slots, int vocab_size, bool target, bool entropy, bool tail, "
+    f"bool extras) -> ({', '.join(['Tensor'] * 9)})",  # engine.outputs.Outputs
+    "row_cotangents": "(Tensor slots, Tensor logp, Tensor? topk_logp, Tensor lse, Tensor lse_error, Tensor? g_logp, Tensor? g_lse, "
+    "Tensor? g_entropy, Tensor? g_topk, Tensor? g_tail, Tensor? entropy, Tensor? tail_logp) -> (Tensor, Tensor, Tensor)",
+    "dropped_mass": "(Tensor keep, Tensor logits, Tensor? bias, Tensor inv_temp, float logit_scale, float softcap, Tensor lse, "
+    "int block) -> Tensor",
+    "scale_": "(Tensor(a!) x, Tensor factor) -> ()",
     "clipped_ratio": "(Tensor logp, Tensor old_logp, Tensor? teacher_logp, Tensor advantages, Tensor? ref_logp, "
     "Tensor numbers, str kl_estimator) -> (Tensor, Tensor, Tensor)",  # numbers: those of losses.ratio.ratio_tokens
     "topk_kl": "(Tensor topk_logp, Tensor ids, Tensor teacher_logp, Tensor? tail_logp, Tensor? teacher_tail, str direction, "
@@ -88,7 +96,7 @@ def _register() -> None:
     torch.library.define("rlad::has_bf16_mm", "() -> bool")
     torch.library.define("rlad::huge_pages_", "(Tensor(a!) x) -> ()")
     torch.library.define("rlad::bf16_mm_", "(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()")  # C++ only
-    for name, schema in {**ROW_OPS, **LOSS_OPS}.items():
+    for name, schema in {**ROW_OPS, **TOKEN_OPS}.items():
         torch.library.define(f"rlad::{name}", schema)
         torch.library.impl(f"rlad::{name}", ("cuda", "cpu") if INTERPRET else ("cuda",), _late(name))
         if schema.endswith("-> ()"):
@@ -99,12 +107,36 @@ def _register() -> None:
 
 
 def on_cpu(name: str, function: Callable[..., Any]) -> None:
-    """Give a loss op its CPU implementation, plain PyTorch; under ``TRITON_INTERPRET=1`` the kernel serves the CPU."""
+    """Give a token op its CPU implementation, plain PyTorch; under ``TRITON_INTERPRET=1`` the kernel serves the CPU."""
     if not INTERPRET:
         torch.library.impl(f"rlad::{name}", "cpu", without_autocast(function))
 
 
 _register()
+
+
+@torch.library.register_fake("rlad::row_slots")
+def _(target, ids, vocab_size):
+    given = [x for x in (target, ids) if x is not None]
+    return given[0].new_empty((len(given[0]), sum(x.shape[1] if x.dim() > 1 else 1 for x in given)), dtype=torch.int32)
+
+
+@torch.library.register_fake("rlad::row_outputs")
+def _(stats, slot_logits, slots, vocab_size, target, entropy, tail, extras):
+    (n, j), new = slots.shape, stats.new_empty
+    k, some = j - target, n * extras
+    rows = (new(n * target), new(n), new(n * entropy), new((n, k) if k else 0), new(n * tail), new(some))
+    return *rows, new(some, dtype=torch.bool), new(some), new(n)
+
+
+@torch.library.register_fake("rlad::row_cotangents")
+def _(slots, logp, topk_logp, lse, *args):
+    return torch.empty_like(slots), lse.new_empty(slots.shape), lse.new_empty(6, len(lse))
+
+
+@torch.library.register_fake("rlad::dropped_mass")
+def _(keep, logits, bias, inv_temp, logit_scale, softcap, lse, block):
+    return torch.empty_like(lse)
 
 
 @torch.library.register_fake("rlad::gather_dot")

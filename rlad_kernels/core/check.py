@@ -157,6 +157,7 @@ RULES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "binary": (lambda x: x[(x != 0) & (x != 1)], "must hold bools, or numbers equal to 0 or 1, got {}"),
     "ordered": (lambda x: (step := x.diff())[step < 0], "must be non-decreasing, got a step of {}"),
     "positive": (lambda x: x[~(x > 0)], "must be positive, got {}"),
+    "temperature": (lambda x: x[~((x > 0) & (x < inf))], "must be positive and finite, got {}"),
     "weight": (lambda x: x[x < 0], "must be at least 0, got {:g}"),
 }
 

@@ -64,14 +64,17 @@ def flat_call(name: str, hidden: Tensor, head: LMHead) -> Call:
         raise ValueError(f"{name}: temperature has shape {tuple(t.shape)}, wanted the target's shape {tuple(shape)}")
     hidden = flat_tokens(hidden, len(shape))
     hidden = hidden if hidden.stride(-1) == 1 or hidden.shape[-1] == 1 else hidden.contiguous()
-    return Call(hidden, weight, bias, _inv_temp(hidden, head), head.logit_scale, head.softcap or 0.0, head.vocab_size or 0)
+    return Call(hidden, weight, bias, _inv_temp(name, hidden, head), head.logit_scale, head.softcap or 0.0, head.vocab_size or 0)
 
 
-def _inv_temp(hidden: Tensor, head: LMHead) -> Tensor:
+def _inv_temp(name: str, hidden: Tensor, head: LMHead) -> Tensor:
+    """1/temperature, one for all rows or one a row; a row's own is checked where it is known which rows count."""
     dtype = acc_dtype(hidden.dtype)
     if not isinstance(head.temperature, Tensor):
         return torch.ones(1, dtype=dtype, device=hidden.device) * (1.0 / head.temperature)
     temperature = head.temperature.detach().to(hidden.device, dtype).reshape(-1)
+    if len(temperature) == 1 and len(hidden) > 1:
+        temperature = torch.ops.rlad.checked(temperature, "temperature", f"{name}: temperature")
     return 1 / temperature
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from rlad_kernels.engine.outputs import Outputs, outputs
-from rlad_kernels.engine.statistics import Stats
 from rlad_kernels.engine.tiles import Tiles, empty, scratch, scratch_size
 
 
@@ -45,5 +44,4 @@ class Chunks:
 
     def outputs(self, at: slice, *, entropy: bool = False, tail: bool = False) -> Outputs:
         """The outputs of rows whose logits were folded."""
-        stats = Stats(*self.stats[:, at])
-        return outputs(stats, self.slot_logits[at], self.slots[at], self.tiles.vocab, entropy, tail, False)
+        return outputs(self.stats[:, at], self.slot_logits[at], self.slots[at], self.tiles.vocab, entropy=entropy, tail=tail)

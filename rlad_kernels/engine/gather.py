@@ -10,13 +10,14 @@ from torch import Tensor
 from rlad_kernels.backends.contract import HEAD
 from rlad_kernels.core.dtypes import acc_dtype
 from rlad_kernels.engine.op import NEED, define, given, gradients, no_double_backward, result, wanted
-from rlad_kernels.engine.rows import checked_ids, checked_inv_temp, row_mask
+from rlad_kernels.engine.rows import check_ids, checked_inv_temp, row_mask
 
 
 def _gather_ids(caller: str, ids: Tensor, mask: Tensor | None, vocab_size: int) -> Tensor:
     keep = row_mask(caller, None, mask)
     ids = ids if keep is None else torch.where(keep.unsqueeze(1), ids, -1)
-    return checked_ids(caller, "ids", ids, -1, vocab_size)
+    check_ids(caller, "ids", ids, -1, vocab_size)
+    return torch.ops.rlad.row_slots(None, ids, vocab_size)
 
 
 def linear_gather(

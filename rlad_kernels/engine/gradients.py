@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rlad_kernels.backends.contract import on_cpu
 from rlad_kernels.core.dtypes import held_dtype
 from rlad_kernels.engine.statistics import merge_slots
 from rlad_kernels.engine.tiles import Tiles, empty
@@ -29,11 +30,12 @@ class Cotangents:
     slots: Tensor  # (n, J) int32, unique, −1 empty: the target among them
     slot_dz: Tensor  # (n, J) dL/dz there
     rows: Tensor  # (6, n): lse, w, b, H, t, tail_lse, of which dL/dz of the other columns is made
-    total: Tensor  # (n,) Σ_v dL/dz_v: everything cancels but the gradient of lse
+    total: Tensor | None  # (n,) Σ_v dL/dz_v: everything cancels but the gradient of lse; None is 0
     entropy: bool
     tail: bool
     unscale: Tensor | None = None
     lost: Tensor | None = None  # (n, 1) what rounding dlogits to bfloat16 took from the target's entry
+    _sorted: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(
@@ -43,44 +45,26 @@ class Cotangents:
         topk_logp: Tensor | None,
         lse: Tensor,
         lse_error: Tensor,
-        a: Tensor,
-        l: Tensor,
-        b: Tensor | None,
-        c: Tensor | None,
-        t: Tensor | None,
-        entropy: Tensor | None,
-        tail_logp: Tensor | None,
+        a: Tensor | None,
+        l: Tensor | None,
+        b: Tensor | None = None,
+        c: Tensor | None = None,
+        t: Tensor | None = None,
+        entropy: Tensor | None = None,
+        tail_logp: Tensor | None = None,
     ) -> Cotangents:
         """From a row's outputs and their cotangents a (logp), l (lse), b (entropy), c (topk_logp), t (tail_logp).
 
         ``lse_error`` = float32 lse − lse: the kernels' p = e^{z−lse} is off by that factor in the whole row (1e-5 at logits of
         150), so it goes into the coefficients.
         """
-        zero, target = torch.zeros_like(lse), slots[:, :1]
-        with_entropy, with_tail = b is not None, t is not None
-        b, entropy = (zero, zero) if b is None or entropy is None else (b, entropy)
-        grad, logp, inside = a.unsqueeze(1), logp.unsqueeze(1), None
+        entropy, tail_logp = None if b is None else entropy, None if t is None else tail_logp
         if c is None and t is None:
-            slots = target
-        else:
-            assert topk_logp is not None
-            c = torch.zeros_like(topk_logp) if c is None else torch.where(slots[:, 1:] >= 0, c, 0)
-            slots, grad, logp, inside = merge_slots(slots, torch.cat([grad, c], 1), torch.cat([logp, topk_logp], 1))
-        if t is None or tail_logp is None:
-            empty, t, tail_logp = zero.bool(), zero, zero
-        else:
-            empty = tail_logp == -torch.inf  # no mass outside the support: no gradient, and e^{z−∞} keeps it finite
-            t, tail_logp = torch.where(empty, 0, t), torch.where(empty, 0, tail_logp)
-        w = l - grad.sum(1)
-        slot_dz = _slot_dz(grad, logp, inside, l, w - t, b, entropy, t, tail_logp)
-        # what is left lies outside the support: p·(w − t + t/τ), from one exponential where 1/τ − 1 would be a small difference
-        whole = tail_logp > NEAR
-        w = w + t * torch.where(whole, torch.expm1(-tail_logp), -1)
-        tail_lse = lse + tail_logp
-        t = torch.where(whole, 0, t * (1 + (tail_lse - lse) - tail_logp + lse_error))
-        tail_lse = torch.where(empty, torch.inf, tail_lse)
-        rows = torch.stack([lse, w * (1 + lse_error), b * (1 + lse_error), entropy + lse_error, t, tail_lse])
-        return cls(target, slots, slot_dz, rows, l, with_entropy, with_tail)
+            slots, topk_logp = slots[:, :1], None
+        own, slot_dz, rows = torch.ops.rlad.row_cotangents(
+            slots, logp, topk_logp, lse, lse_error, a, l, b, c, t, entropy, tail_logp
+        )
+        return cls(slots[:, :1], own, slot_dz, rows, l, b is not None, t is not None)
 
     def take(self, rows: Tensor | slice) -> Cotangents:
         """The cotangents of some rows."""
@@ -91,9 +75,17 @@ class Cotangents:
             slots=self.slots[rows],
             slot_dz=self.slot_dz[rows],
             rows=self.rows[:, rows],
-            total=self.total[rows],
+            total=None if self.total is None else self.total[rows],
             lost=lost,
+            _sorted=None,
         )
+
+    def sorted(self) -> tuple[Tensor, Tensor]:
+        """The targets in ascending order, and the rows that they are of."""
+        if self._sorted is None:
+            ids, rows = self.target.flatten().sort(stable=True)
+            self._sorted = ids, rows
+        return self._sorted
 
     def fit(self, tiles: Tiles, rows: slice | Tensor) -> None:
         """Prepare for dlogits in a 16-bit dtype; ``rows`` of ``tiles`` are these.
@@ -113,8 +105,46 @@ class Cotangents:
         scale = half_scale(largest)
         self.slot_dz *= scale
         self.rows[[1, 2, 4]] *= scale
-        self.total = self.total * scale
+        self.total = None if self.total is None else self.total * scale
         self.unscale = 1 / scale
+
+
+def row_cotangents_cpu(
+    slots: Tensor,
+    logp: Tensor,
+    topk_logp: Tensor | None,
+    lse: Tensor,
+    lse_error: Tensor,
+    g_logp: Tensor | None,
+    g_lse: Tensor | None,
+    g_entropy: Tensor | None,
+    g_topk: Tensor | None,
+    g_tail: Tensor | None,
+    entropy: Tensor | None,
+    tail_logp: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Implements ``rlad::row_cotangents`` on CPU: ``slots``, ``slot_dz`` and ``rows`` of :class:`Cotangents`."""
+    zero = torch.zeros_like(lse)
+    a, l, b, t, h, tau = (zero if x is None else x for x in (g_logp, g_lse, g_entropy, g_tail, entropy, tail_logp))
+    grad, logp, inside = a.unsqueeze(1), logp.unsqueeze(1), None
+    if topk_logp is not None:
+        c = torch.zeros_like(topk_logp) if g_topk is None else torch.where(slots[:, 1:] >= 0, g_topk, 0)
+        slots, grad, logp, inside = merge_slots(slots, torch.cat([grad, c], 1), torch.cat([logp, topk_logp], 1))
+    empty = tau == -torch.inf  # no mass outside the support: no gradient, and e^{z−∞} keeps it finite
+    t, tau = torch.where(empty, 0, t), torch.where(empty, 0, tau)
+    w = l - grad.sum(1)
+    slot_dz = _slot_dz(grad, logp, inside, l, w - t, b, h, t, tau)
+    # what is left lies outside the support: p·(w − t + t/τ), from one exponential where 1/τ − 1 would be a small difference
+    whole = tau > NEAR
+    w = w + t * torch.where(whole, torch.expm1(-tau), -1)
+    tail_lse = lse + tau
+    t = torch.where(whole, 0, t * (1 + (tail_lse - lse) - tau + lse_error))
+    tail_lse = torch.where(empty, torch.inf, tail_lse)
+    rows = torch.stack([lse, w * (1 + lse_error), b * (1 + lse_error), h + lse_error, t, tail_lse])
+    return slots.clone() if topk_logp is None else slots, slot_dz, rows
+
+
+on_cpu("row_cotangents", row_cotangents_cpu)
 
 
 def half_scale(largest: Tensor) -> Tensor:
@@ -168,22 +198,25 @@ class Gradients:
         new = tiles.inv_temp.new_empty
         self.tiles, self._scattered = tiles, scattered
         self.dtype = held_dtype(weight.dtype) if whole else weight.dtype
-        self.hidden = new(tiles.n, weight.shape[1]).zero_() if need_hidden else None
-        self.bias = new(weight.shape[0]).zero_() if need_bias else None
-        self.rest = new(tiles.n if scattered else 0).zero_()
+        zeros = tiles.inv_temp.new_zeros
+        some_rows = whole or scattered  # not all of them may send any gradient
+        self.hidden = (zeros if some_rows else new)(tiles.n, weight.shape[1]) if need_hidden else None
+        self.bias = zeros(weight.shape[0]) if need_bias else None
+        self.rest = zeros(tiles.n) if scattered else new(0)
         self.weight, self._whole, self._slab = None, None, None
         if need_weight:
             exact = self.dtype == tiles.acc
             self._whole = empty(tiles.inv_temp, *weight.shape) if whole or scattered or exact else None
             self.weight = self._whole if exact else empty(weight, *weight.shape)
+            empty_rows = 0 if scattered or tiles.n == 0 else tiles.vocab  # from here on nothing else writes
             for x in (self.weight, self._whole):
-                if x is not None:
-                    (x if scattered or tiles.n == 0 else x[tiles.vocab :]).zero_()
+                if x is not None and empty_rows < len(x):
+                    x[empty_rows:].zero_()
 
     def add(self, g: Tensor, w: Tensor, c0: int, rows: slice | Tensor, *, first: bool, unscale: Tensor | None) -> None:
         """Add dlogits ``g`` of ``rows`` and the columns from c0, with weight rows ``w``; ``first`` overwrites d_weight there."""
         c1 = c0 + g.shape[1]
-        self._add_hidden(g, w, rows, unscale)
+        self._add_hidden(g, w, rows, unscale, first=c0 == 0)
         if self.weight is not None:
             if self._whole is not None:
                 slab = self._whole[c0:c1]
@@ -215,8 +248,8 @@ class Gradients:
         slab = self._slab if self._whole is None else self._whole[c0:c1]
         assert slab is not None
         if cot is not None and cot.lost is not None:
-            sorted_ids, order = (cot.target - c0).flatten().sort(stable=True)
-            torch.ops.rlad.gather_dweight_(slab, cot.lost, self.tiles.hidden[rows], order, sorted_ids, True)
+            sorted_ids, order = cot.sorted()
+            torch.ops.rlad.gather_dweight_(slab, cot.lost, self.tiles.hidden[rows], order, sorted_ids - c0, True)
         if last and self._whole is not self.weight:
             self.weight[c0:c1] = slab
 
@@ -227,7 +260,7 @@ class Gradients:
         if self.hidden is not None:
             self.hidden[rows] += torch.ops.rlad.gather_dhidden(cot.lost, self.tiles.weight, cot.target)
         if self.bias is not None:
-            sorted_ids, order = cot.target.flatten().sort(stable=True)
+            sorted_ids, order = cot.sorted()
             ones = self.tiles.hidden.new_ones(len(cot.target), 1)
             into = self.bias[: self.tiles.vocab].unsqueeze(1)
             torch.ops.rlad.gather_dweight_(into, cot.lost, ones, order, sorted_ids, True)
@@ -242,11 +275,11 @@ class Gradients:
         if cot is not None:
             self.close_rows(cot, rows)
 
-    def _add_hidden(self, g: Tensor, w: Tensor, rows: slice | Tensor, unscale: Tensor | None) -> None:
+    def _add_hidden(self, g: Tensor, w: Tensor, rows: slice | Tensor, unscale: Tensor | None, *, first: bool = False) -> None:
         if self.hidden is None:
             return
         if isinstance(rows, slice):
-            self.tiles.add_product(self.hidden[rows], g, w, unscale)
+            self.tiles.add_product(self.hidden[rows], g, w, unscale, first=first)
         else:
             part = self.hidden.index_select(0, rows)
             self.tiles.add_product(part, g, w, unscale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,6 @@ from rlad_kernels.engine.op import CALL, NEED, define, given, gradients, no_doub
 from rlad_kernels.engine.outputs import outputs, row_slots
 from rlad_kernels.engine.rows import Kept, checked_finite, kept_inv_temp, row_mask
 from rlad_kernels.engine.scoring import fused, statistics
-from rlad_kernels.engine.statistics import Stats
 from rlad_kernels.engine.tiles import Tiles
 
 
@@ -98,7 +98,7 @@ def linear_logp(
         for c0, _, w in tiles.columns():
             for r0, r1 in tiles.row_ranges():
                 tiles.fold(tiles.logits(r0, r1, w), c0, r0, r1, slots, stats, z, entropy=entropy, extras=extras)
-    found = outputs(Stats(*stats), z, slots, vocab_size, entropy, tail, extras)
+    found = outputs(stats, z, slots, vocab_size, entropy=entropy, tail=tail, extras=extras)
     checked_finite(caller, found.lse)
     asked = (True, True, entropy, topk_ids is not None, tail, extras, extras, extras, True, ahead, filter_eps > 0)
     rows = (kept.put(x) if a else x.new_empty(0) for x, a in zip((*found, made.slope, made.dropped), asked, strict=True))
@@ -122,11 +122,11 @@ def _whole_rows(
     ``rows`` counts masked ones too: the number of blocks must not depend on the mask's values.
     """
     filtered = filter_eps > 0
-    tiles = Tiles(hidden, *head, keep_logits=1, multiple=sparse.BLOCK if filtered else 1)
+    tiles = Tiles(hidden, *head, keep_logits=1, multiple=sparse.block_of(hidden) if filtered else 1)
     chunks = Chunks(tiles, slots)
-    blocks, new = sparse.blocks_of(rows), chunks.stats.new_zeros
+    blocks, new = sparse.blocks_of(hidden, rows), chunks.stats.new_zeros
     if filtered:
-        keep = torch.zeros(blocks, tiles.vocab, dtype=torch.bool, device=hidden.device)
+        keep = torch.ones(blocks, tiles.vocab, dtype=torch.bool, device=hidden.device)  # masked rows leave some blocks empty
         means = sparse.Means(tiles, blocks)
         made = _Made(new(0), new(tiles.n), keep, means.rows)
     else:
@@ -136,11 +136,11 @@ def _whole_rows(
         x = chunks.logits(at, entropy=entropy, extras=extras)
         done = chunks.outputs(at)
         if means is not None:
-            b = slice(at.start // sparse.BLOCK, sparse.blocks_of(at.stop))
-            made.keep[b], made.dropped[at], _ = sparse.choose(tiles, means, x, at.start, done.lse, slots[at], filter_eps)
+            b = slice(at.start // sparse.block_of(x), sparse.blocks_of(x, at.stop))
+            made.keep[b], made.dropped[at] = sparse.choose(tiles, means, x, at.start, done.lse, slots[at], filter_eps)
             continue
         one = torch.ones_like(done.lse)
-        cot = Cotangents.of(slots[at], done.logp, None, done.lse, done.lse_error, one, 0 * one, None, None, None, None, None)
+        cot = Cotangents.of(slots[at], done.logp, None, done.lse, done.lse_error, one, None)
         cot.fit(tiles, at)
         for c0, c1, w in tiles.columns():
             tiles.add_product(made.slope[at], backward_tile(tiles, cot, x[:, c0:c1], c0, tiles.inv_temp[at]), w, cot.unscale)
@@ -171,8 +171,8 @@ def linear_logp_bwd(
     slope: Tensor,
     keep_columns: Tensor,
     mean: Tensor,
-    g_logp: Tensor,
-    g_lse: Tensor,
+    g_logp: Tensor | None,
+    g_lse: Tensor | None,
     g_entropy: Tensor | None,
     g_topk: Tensor | None,
     g_tail: Tensor | None,
@@ -187,33 +187,35 @@ def linear_logp_bwd(
     if slope.numel():
         head = (weight, bias, inv_temp, logit_scale, softcap, vocab_size)
         return _from_slope(hidden, *head, target, mask, lse, slope, g_logp, g_lse), weight.new_empty(0), weight.new_empty(0)
-    live = (g_logp != 0) | (g_lse != 0)
-    for g in (g_entropy, g_tail):
-        live = live if g is None else live | (g != 0)
+    sent = [g != 0 for g in (g_logp, g_lse, g_entropy, g_tail) if g is not None]
     if g_topk is not None and topk_ids is not None:
-        live |= ((g_topk != 0) & (topk_ids >= 0)).any(1)
+        sent.append(((g_topk != 0) & (topk_ids >= 0)).any(1))
+    live = reduce(torch.logical_or, sent) if sent else torch.zeros_like(lse, dtype=torch.bool)
     keep = row_mask("linear_logp", target, mask)
-    filtered = keep_columns.numel() > 0
+    counts = keep_columns.sum(1).tolist() if keep_columns.numel() else []
+    filtered = any(c < vocab_size for c in counts)  # where each block keeps all columns this is the exact backward
     kept = Kept(keep if filtered else live if keep is None else live & keep)  # the choice of columns counts the forward's rows
 
-    slots = row_slots("linear_logp", kept, target, topk_ids, vocab_size)
+    def take(x: Tensor | None) -> Tensor | None:
+        return None if x is None else kept.take(x)
+
+    slots = torch.ops.rlad.row_slots(kept.take(target), take(topk_ids), vocab_size)
     inv_temp = kept.take(inv_temp.expand(target.shape[0]), 1)
-    tiles = Tiles(kept.take(hidden), weight, bias, inv_temp, logit_scale, softcap, vocab_size)
-    b, c, t = (None if g is None else kept.take(g) for g in (g_entropy, g_topk, g_tail))
-    made = (topk_ids, topk_logp), (g_entropy, entropy), (g_tail, tail_logp)
-    support, h, tau = (None if given is None else kept.take(x) for given, x in made)
-    cot = Cotangents.of(
-        slots, kept.take(logp), support, kept.take(lse), kept.take(lse_error), kept.take(g_logp), kept.take(g_lse), b, c, t, h, tau
-    )
+    tiles = Tiles(kept.take(hidden), weight, bias, inv_temp, logit_scale, softcap, vocab_size, slab=need_weight)
+    support = None if topk_ids is None else kept.take(topk_logp)
+    found = (kept.take(logp), support, kept.take(lse), kept.take(lse_error))
+    asked = (take(g_logp), take(g_lse), take(g_entropy), take(g_topk), take(g_tail))
+    made = ((g_entropy, entropy), (g_tail, tail_logp))
+    cot = Cotangents.of(slots, *found, *asked, *(None if g is None else kept.take(x) for g, x in made))
     cot.fit(tiles, slice(None))
     out = Gradients(tiles, weight, need_hidden, need_weight, need_bias, scattered=filtered)
     if filtered:
-        alive = kept.take(live).nonzero().squeeze(1)
-        cot = cot.take(alive)
-        sparse.backward(tiles, out, cot, alive, keep_columns)
+        alive = None if hidden.is_cuda else kept.take(live).nonzero().squeeze(1)  # how many, the host would have to ask
+        cot, rows = (cot, slice(None)) if alive is None else (cot.take(alive), alive)
+        sparse.backward(tiles, out, cot, alive, keep_columns, counts)
         sparse.add_means(out, mean)
-        out.close(cot, alive, 0, tiles.vocab, last=False)
-        out.close_rows(cot, alive)
+        out.close(cot, rows, 0, tiles.vocab, last=False)
+        out.close_rows(cot, rows)
     for c0, c1, w in () if filtered else tiles.columns():
         for r0, r1 in tiles.row_ranges():
             g = backward_tile(tiles, cot.take(slice(r0, r1)), tiles.logits(r0, r1, w), c0, tiles.inv_temp[r0:r1])
@@ -237,10 +239,11 @@ def _from_slope(
     mask: Tensor | None,
     lse: Tensor,
     slope: Tensor,
-    g_logp: Tensor,
-    g_lse: Tensor,
+    g_logp: Tensor | None,
+    g_lse: Tensor | None,
 ) -> Tensor:
     """d_hidden = a·∂logp/∂h + l·∂lse/∂h, where ∂lse/∂h = ∂z_y/∂h − ∂logp/∂h."""
+    g_logp, g_lse = (torch.zeros_like(lse) if g is None else g for g in (g_logp, g_lse))
     keep = row_mask("linear_logp", target, mask)
     ids = target if keep is None else torch.where(keep, target, -1)
     ids = torch.where((ids < 0) | (ids >= vocab_size), -1, ids).to(torch.int32).unsqueeze(1)
@@ -273,7 +276,7 @@ def _fake(
     caller: str,
 ) -> Logp:
     rows, filtered = target.shape, filter_eps > 0
-    blocks = sparse.blocks_of(rows[0])
+    blocks = sparse.blocks_of(hidden, rows[0])
     return Logp(
         logp=result(hidden, rows),
         lse=result(hidden, rows),
@@ -293,6 +296,7 @@ def _fake(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, scale, softcap, vocab_size, ctx.entropy, ctx.tail, _, _, _, _ = inputs
+    ctx.set_materialize_grads(False)
     ctx.head, o = (scale, softcap, vocab_size), Logp(*output)
     made = (o.logp, o.topk_logp, o.lse, o.lse_error, o.entropy, o.tail_logp, o.slope, o.keep_columns, o.mean)
     ctx.save_for_backward(*Saved._make([*tensors, *made]))
@@ -315,7 +319,7 @@ logp_op = define(
 logp_bwd_op = define(
     "linear_logp_bwd",
     f"{_ARGS}Tensor logp, Tensor topk_logp, Tensor lse, Tensor lse_error, Tensor entropy, Tensor tail_logp, Tensor slope, "
-    "Tensor keep_columns, Tensor mean, Tensor g_logp, Tensor g_lse, Tensor? g_entropy, Tensor? g_topk, Tensor? g_tail, "
+    "Tensor keep_columns, Tensor mean, Tensor? g_logp, Tensor? g_lse, Tensor? g_entropy, Tensor? g_topk, Tensor? g_tail, "
     f"{NEED}) -> (Tensor, Tensor, Tensor)",
     linear_logp_bwd,
 )

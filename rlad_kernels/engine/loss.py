@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from rlad_kernels.backends.contract import HEAD
+from rlad_kernels.backends.contract import HEAD, on_cpu
 from rlad_kernels.core.dtypes import held_dtype
 from rlad_kernels.core.metrics import MetricSums
 from rlad_kernels.core.modes import autograd_inside, ordinary, without_autocast
@@ -84,7 +84,7 @@ def run(
     support = support_of(loss, tensors)
     slots = row_slots(name, kept, target, support, call.vocab_size, "teacher.ids")
     inv_temp = kept_inv_temp(name, kept, call.inv_temp, target.shape[0])
-    multiple = sparse.BLOCK if filter_eps else 1
+    multiple = sparse.block_of(row_weight) if filter_eps else 1
     tiles = Tiles(kept.take(call.hidden), *call[1:3], inv_temp, *call[4:], keep_logits=1, multiple=multiple)
     weight = kept.take(row_weight)
     names = _known_metrics(loss, weight, tensors)
@@ -92,7 +92,7 @@ def run(
     grads = Gradients(tiles, call.weight, *need, whole=True, scattered=filter_eps > 0) if any(need) else None
     losses, sums = weight.new_zeros(tiles.n), MetricSums((*names, *made_metrics(grads is not None, filter_eps)), weight)
     chunks = Chunks(tiles, slots)
-    means = sparse.Means(tiles, sparse.blocks_of(tiles.n)) if filter_eps else None
+    means = sparse.Means(tiles, sparse.blocks_of(weight, tiles.n)) if filter_eps else None
     for at in chunks:
         x = chunks.logits(at, entropy=True)
         out = chunks.outputs(at, entropy=True, tail=support is not None)
@@ -140,7 +140,6 @@ def _backward(
         logp, lse, entropy, topk_logp, tail_logp = (v.detach() for v in leaves)
         sends = (weight != 0).unsqueeze(1)  # a masked row that is computed sends nothing, whatever the loss made of it
         a, l, b, c, t = (None if g is None else torch.where(sends, g.view(len(x), -1), 0).view_as(g) for g in found)
-        a, l = (torch.zeros_like(lse) if g is None else g for g in (a, l))
         cot = Cotangents.of(slots, logp, topk_logp, lse, lse_error, a, l, b, c, t, entropy, tail_logp)
         dead = (cot.rows[[1, 2, 4]] == 0).all(0) & (cot.slot_dz == 0).all(1)
         rows: slice | Tensor = at
@@ -152,8 +151,7 @@ def _backward(
         skipped = torch.zeros_like(lse) if live is None else dead.to(lse.dtype)
         if means is not None:
             columns = sparse.choose(tiles, means, x, at.start, lse, slots, filter_eps)
-            alive = torch.arange(len(x), device=x.device) if live is None else live
-            sparse.backward(tiles, grads, cot, alive, columns.keep, at.start, columns.raw)
+            sparse.backward(tiles, grads, cot, live, columns.keep, columns.keep.sum(1).tolist(), at.start, x)
             grads.close(cot, rows, 0, tiles.vocab, last=False)
             grads.close_rows(cot, rows)
             return {"rows_skipped": skipped, "dropped_mass_mean": columns.dropped, "dropped_mass_max": columns.dropped}
@@ -196,9 +194,19 @@ class FusedLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(f"{ctx.name}: backward has run already; its gradients were given away, call the loss again")
-        if g_loss.is_cuda or g_loss != 1:  # the usual 1 saves a pass over d_weight; reading it on CUDA would synchronise
-            gradients = [None if g is None else g.mul_(g_loss) for g in gradients]
+        for g in gradients:
+            if g is not None:
+                torch.ops.rlad.scale_(g, g_loss)
         return *(None if g is None else g.to(ctx.dtype) for g in gradients), None, None
+
+
+def scale_cpu(x: Tensor, factor: Tensor) -> None:
+    """Implements ``rlad::scale_`` on CPU: the usual 1 saves a pass over d_weight."""
+    if factor != 1:
+        x.mul_(factor)
+
+
+on_cpu("scale_", scale_cpu)
 
 
 def linear_loss(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -59,32 +61,35 @@ class Kept:
         return self.dense.view(-1, *[1] * (x.dim() - 1))
 
 
-def checked_ids(name: str, argument: str, ids: Tensor, low: int, vocab_size: int) -> Tensor:
-    """``ids`` as int32 in ``[low, vocab_size)``; others raise on CPU, and become ``vocab_size`` (a NaN row) on CUDA.
+def check_ids(name: str, argument: str, ids: Tensor, low: int, vocab_size: int) -> None:
+    """Raise a ValueError that names the first id outside ``[low, vocab_size)`` (on CUDA with ``set_checks(True)``)."""
+    if within(ids, lambda least, most: least >= low and most < vocab_size):
+        return
+    empty = ", or -1 for an empty slot" if low == -1 else ""
+    first = ids[(ids < low) | (ids >= vocab_size)][0].item()
+    raise ValueError(f"{name}: {argument} must be in [0, vocab_size={vocab_size}){empty}, got {first}")
 
-    Raises:
-        ValueError: naming the argument and the first bad id (on CUDA with ``set_checks(True)``).
-    """
-    bad = (ids < low) | (ids >= vocab_size)
-    if may_read(ids) and bool(bad.any()):
-        empty = ", or -1 for an empty slot" if low == -1 else ""
-        raise ValueError(f"{name}: {argument} must be in [0, vocab_size={vocab_size}){empty}, got {ids[bad][0].item()}")
-    return torch.where(bad, vocab_size, ids).to(torch.int32)
+
+def within(x: Tensor, holds: Callable[[float, float], bool]) -> bool:
+    """Whether it holds for the least and the largest value of ``x``, NaN where there is one; True where they may not be read."""
+    return not may_read(x) or not x.numel() or holds(*(end.item() for end in torch.aminmax(x)))
 
 
 def kept_inv_temp(name: str, kept: Kept, inv_temp: Tensor, rows: int) -> Tensor:
     """1/temperature of the kept rows, checked; 1 in rows that are computed only to be zeroed: 0 times a bias of −∞ would be NaN."""
+    given = inv_temp.numel()
     inv_temp = kept.take(inv_temp.expand(rows), 1)
-    checked_inv_temp(name, inv_temp, None)
+    if given == rows:  # one for all was checked on its way here
+        checked_inv_temp(name, inv_temp, None)
     return inv_temp
 
 
 def checked_inv_temp(name: str, inv_temp: Tensor, keep: Tensor | None) -> None:
     """Raise a ValueError for a kept temperature that is not positive and finite (on CUDA with ``set_checks(True)``)."""
-    wrong = ~((inv_temp > 0) & (inv_temp < torch.inf))
     if keep is not None:
-        wrong &= keep
-    if may_read(inv_temp) and bool(wrong.any()):
+        inv_temp = torch.where(keep, inv_temp, 1)
+    if not within(inv_temp, lambda least, most: least > 0 and most < torch.inf):
+        wrong = ~((inv_temp > 0) & (inv_temp < torch.inf))
         raise ValueError(f"{name}: temperature must be positive and finite, got {(1 / inv_temp[wrong][0]).item()}")
 
 

@@ -2,20 +2,28 @@
 
 Kept are the columns to which some token of the block gives p > eps, and the block's targets and supports. The rest of each
 row's gradient, Σ_dropped dL/dz_v, is known without them, since a row's total is; it goes through the mean of the dropped
-rows of W, weighted by the block's own probabilities. Their d_weight is zero.
+rows of W, weighted by the block's own probabilities. Their d_weight is zero. A block that would keep most columns keeps all:
+whole tiles then cost less than gathered ones, and nothing is dropped.
+
+The choice is made on the device. The host reads how many columns each block keeps, and which: twice for all blocks at hand.
 """
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlad_kernels.engine.gradients import Cotangents, Gradients
+from rlad_kernels.backends.contract import on_cpu
+from rlad_kernels.engine.gradients import Cotangents, Gradients, backward_tile
 from rlad_kernels.engine.tiles import Tiles, new_scratch, scratch_size
 
-BLOCK = 128  # tokens that share their columns: more would widen the union, fewer make the products small
+# Tokens that share their columns: more would widen the union, fewer make the products small.
+BLOCK = {"cpu": 128, "cuda": 512}
+# The part of the vocabulary from which a block's columns are no longer gathered.
+EXACT_ABOVE = {"cpu": 0.3, "cuda": 0.5}
 
 
 class Columns(NamedTuple):
@@ -23,11 +31,16 @@ class Columns(NamedTuple):
 
     keep: Tensor  # (B, V) bool
     dropped: Tensor  # (R,) dropped probability of each token
-    raw: list[Tensor]  # a block's raw logits of its kept columns
 
 
-def blocks_of(rows: int) -> int:
-    return -(-rows // BLOCK)
+def block_of(x: Tensor) -> int:
+    """Tokens in a block, on the device of ``x``."""
+    return BLOCK[x.device.type]
+
+
+def blocks_of(x: Tensor, rows: int) -> int:
+    """Blocks of so many tokens, on the device of ``x``."""
+    return -(-rows // block_of(x))
 
 
 class Means:
@@ -51,88 +64,173 @@ class Means:
         if self._pending:
             share, factor = (torch.cat(x) for x in zip(*self._pending, strict=True))
             here = slice(self._done, self._done + len(share))
-            # on CPU, four rows take longer than eight; cuBLAS wants rows that start aligned
-            share = torch.nn.functional.pad(share, (0, scratch_size(1, share.shape[1]) - share.shape[1], 0, -len(share) % 8))
-            mean = self.rows.new_zeros(len(share), self.rows.shape[1])
-            for c0, c1, w in self.tiles.columns():
-                self.tiles.add_product(mean, share[:, c0:c1], w)
-            self.rows[here] = mean[: len(factor)] * factor
+            if share.is_cuda or bool(share.any()):  # blocks that keep all need no mean; on CUDA to look would cost more
+                # on CPU, four rows take longer than eight; cuBLAS wants rows that start aligned
+                share = torch.nn.functional.pad(share, (0, scratch_size(1, share.shape[1]) - share.shape[1], 0, -len(share) % 8))
+                mean = self.rows.new_zeros(len(share), self.rows.shape[1])
+                for c0, c1, w in self.tiles.columns():
+                    self.tiles.add_product(mean, share[:, c0:c1], w)
+                self.rows[here] = mean[: len(factor)] * factor
             self._pending, self._done = [], here.stop
         return self.rows
 
 
 def choose(tiles: Tiles, means: Means, x: Tensor, r0: int, lse: Tensor, slots: Tensor, eps: float) -> Columns:
     """The columns of the blocks whose rows start at r0; ``x (R, V)`` are their raw logits, ``lse`` and ``slots`` their rows'."""
-    n = x.shape[0]
-    out = x.new_empty(3 if tiles.softcap > 0 else 2, blocks_of(n), tiles.vocab)
-    inv_temp = tiles.inv_temp[r0 : r0 + n]
-    torch.ops.rlad.column_stats_(out, x, tiles.bias, inv_temp, tiles.logit_scale, tiles.softcap, lse, BLOCK)
+    n, size = x.shape[0], block_of(x)
+    out = x.new_empty(3 if tiles.softcap > 0 else 2, blocks_of(x, n), tiles.vocab)
+    tempering = (tiles.bias, tiles.inv_temp[r0 : r0 + n], tiles.logit_scale, tiles.softcap)
+    torch.ops.rlad.column_stats_(out, x, *tempering, lse, size)
     keep = out[0] > eps
     places = torch.where(slots < 0, slots[:, :1], slots).clamp(0, tiles.vocab - 1).long()
-    block = torch.arange(n, device=x.device) // BLOCK
-    keep[block.unsqueeze(1), places] = True
+    keep[(torch.arange(n, device=x.device) // size).unsqueeze(1), places] = True
+    keep |= keep.sum(1, keepdim=True) > EXACT_ABOVE[x.device.type] * tiles.vocab
     out[1:].masked_fill_(keep, 0)
     means.add(out[1], out[-1])
-    dropped, raw = x.new_empty(n), []
-    for b in range(len(keep)):
-        rows = slice(b * BLOCK, min((b + 1) * BLOCK, n))
-        columns = keep[b].nonzero().squeeze(1)
-        raw.append(x[rows].index_select(1, columns))
-        z, _ = _tempered(tiles, raw[b], columns, inv_temp[rows])
+    return Columns(keep, torch.ops.rlad.dropped_mass(keep, x, *tempering, lse, size))
+
+
+def dropped_mass_cpu(
+    keep: Tensor, logits: Tensor, bias: Tensor | None, inv_temp: Tensor, logit_scale: float, softcap: float, lse: Tensor, block: int
+) -> Tensor:
+    """Implements ``rlad::dropped_mass`` on CPU: 1 less what is kept, which is little."""
+    dropped = torch.zeros_like(lse)
+    for b, kept in enumerate(keep):
+        if bool(kept.all()):
+            continue
+        rows, columns = slice(b * block, (b + 1) * block), kept.nonzero().squeeze(1)
+        own = None if bias is None else bias.index_select(0, columns)
+        z, _ = _tempered(logits[rows].index_select(1, columns), own, inv_temp[rows], logit_scale, softcap)
         dropped[rows] = (1 - (z - lse[rows].unsqueeze(1)).exp().sum(1)).clamp_min(0)
-    return Columns(keep, dropped, raw)
+    return dropped
+
+
+on_cpu("dropped_mass", dropped_mass_cpu)
 
 
 def backward(
-    tiles: Tiles, grads: Gradients, cot: Cotangents, live: Tensor, keep: Tensor, r0: int = 0, raw: list[Tensor] | None = None
+    tiles: Tiles,
+    grads: Gradients,
+    cot: Cotangents,
+    live: Tensor | None,
+    keep: Tensor,
+    counts: list[int],
+    r0: int = 0,
+    x: Tensor | None = None,
 ) -> None:
-    """Send the gradient of the rows r0 + ``live`` through their kept columns, block by block; ``cot`` are their cotangents.
+    """Send the gradient of rows through the columns that their blocks ``keep (B, V)``, ``counts`` of them; the rows start at r0.
 
-    Where the raw logits of the kept columns are not given, they are computed again.
+    ``cot`` are the cotangents of the rows r0 + ``live``, of all without it. ``x (R, V)`` are the blocks' raw logits; without them
+    the kept columns' are computed again.
     """
-    done = 0
-    for b, count in enumerate((live // BLOCK).bincount(minlength=len(keep)).tolist()):
-        here, part = live[done : done + count], cot.take(slice(done, done + count))
-        done += count
-        if not count:
-            continue
-        rows, columns = here + r0, keep[b].nonzero().squeeze(1)
-        w = tiles.operand(tiles.weight.index_select(0, columns))
-        x = tiles.gathered(rows, w) if raw is None else raw[b].index_select(0, here - b * BLOCK)
-        inv_temp = tiles.inv_temp.index_select(0, rows)
-        z, slope = _tempered(tiles, x, columns, inv_temp)
-        index = keep[b].cumsum(0) - 1
-        place = torch.where(part.slots < 0, -1, index[part.slots.clamp(0, tiles.vocab - 1)]).to(torch.int32)
-        g = _dlogits(part, z, place)
-        rest = (part.total - g.sum(1)) * inv_temp * tiles.logit_scale
-        exact = torch.mul(g, slope, out=new_scratch(g, g.shape))
-        g = exact if exact.dtype == tiles.grad_dtype else new_scratch(g, g.shape, tiles.grad_dtype).copy_(exact)
-        if part.lost is not None:
-            at = index[part.target.clamp_max(tiles.vocab - 1)]
-            part.lost += exact.gather(1, at) - g.gather(1, at)
-        grads.add_columns(g, w, columns, rows, rest, part.unscale)
+    size, rows = block_of(keep), len(cot.slots)
+    if live is None:
+        ends = [min(b * size, rows) for b in range(len(keep) + 1)]
+        live = torch.arange(rows, device=keep.device)
+    else:
+        ends = [0, *accumulate((live // size).bincount(minlength=len(keep)).tolist())]
+    whole = [c == tiles.vocab for c in counts]
+    parts = [(slice(a, b), w) for (a, b), w in zip(pairwise(ends), whole, strict=True)]
+    if any(whole):
+        _through_all(tiles, grads, cot, live, [part for part, w in parts if w], r0, x)
+    if all(whole):
+        return
+    gathered = torch.tensor(whole, device=keep.device).logical_not_()
+    columns = keep[gathered].nonzero()[:, 1].split([c for c, w in zip(counts, whole, strict=True) if not w])
+    index = keep[gathered].cumsum(1, dtype=torch.int32) - 1
+    some = [(b, part) for b, (part, w) in enumerate(parts) if not w]
+    for (b, part), mine, place in zip(some, columns, index, strict=True):
+        if part.stop > part.start:
+            here, start = live[part], b * size
+            held = None if x is None else (x[start : start + size], here - start)
+            _through_some(tiles, grads, cot.take(part), here + r0, mine, place, held)
+
+
+def _through_all(
+    tiles: Tiles, grads: Gradients, cot: Cotangents, live: Tensor, parts: list[slice], r0: int, x: Tensor | None
+) -> None:
+    """The exact backward of some blocks' rows, tile by tile; rows that follow each other are not copied."""
+    runs = [[parts[0].start, parts[0].stop]]
+    for part in parts[1:]:
+        if part.start == runs[-1][1]:
+            runs[-1][1] = part.stop
+        else:
+            runs.append([part.start, part.stop])
+    dense = len(live) == grads.tiles.n if x is None else len(live) == len(x)
+    for c0, c1, w in tiles.columns():
+        for start, stop in runs:
+            for a in range(start, stop, tiles.rows):
+                part = slice(a, min(a + tiles.rows, stop))
+                rows = slice(r0 + part.start, r0 + part.stop) if dense else live[part] + r0
+                if x is None:
+                    raw = tiles.logits(rows.start, rows.stop, w) if isinstance(rows, slice) else tiles.gathered(rows, w)
+                else:
+                    raw = x[part, c0:c1]
+                    if not dense:
+                        raw = tiles.buffer(part.stop - part.start, c1 - c0, x.dtype).copy_(x[:, c0:c1].index_select(0, live[part]))
+                mine = cot.take(part)
+                grads.add(backward_tile(tiles, mine, raw, c0, tiles.inv_temp[rows]), w, c0, rows, first=False, unscale=cot.unscale)
+
+
+def _through_some(
+    tiles: Tiles,
+    grads: Gradients,
+    cot: Cotangents,
+    rows: Tensor,
+    columns: Tensor,
+    place: Tensor,
+    held: tuple[Tensor, Tensor] | None,
+) -> None:
+    """The backward of one block's rows through its ``columns``; ``place (V,)`` says where each is among them.
+
+    ``held`` are the block's raw logits, if there are any, and where in it the rows are.
+    """
+    w = tiles.operand(tiles.weight.index_select(0, columns))
+    inv_temp = tiles.inv_temp.index_select(0, rows)
+    bias = None if tiles.bias is None else tiles.bias.index_select(0, columns)
+    if held is None:
+        raw = tiles.gathered(rows, w)
+    else:
+        x, here = held
+        raw = new_scratch(x, (len(here), len(columns)))
+        raw.copy_(x.index_select(1, columns) if len(here) == len(x) else x.index_select(1, columns).index_select(0, here))
+    own = torch.where(cot.slots < 0, -1, place[cot.slots.clamp(0, tiles.vocab - 1)])
+    target = place[cot.target.clamp_max(tiles.vocab - 1)]
+    dz = (own, cot.slot_dz, cot.rows, target)
+    factor = inv_temp * tiles.logit_scale
+    total = 0 if cot.total is None else cot.total
+    if tiles.softcap:  # the rest is in dL/dz, of which the slope makes dL/draw
+        z, slope = _tempered(raw, bias, inv_temp, tiles.logit_scale, tiles.softcap)
+        torch.ops.rlad.dlogits_(z, z, 0, None, torch.ones_like(inv_temp), 1.0, 0.0, *dz, None, cot.entropy, cot.tail)
+        rest = (total - z.sum(1)) * factor
+        exact = torch.mul(z, slope, out=raw)
+        g = exact if exact.dtype == tiles.grad_dtype else new_scratch(z, z.shape, tiles.grad_dtype).copy_(exact)
+        if cot.lost is not None:
+            cot.lost += exact.gather(1, target.long()) - g.gather(1, target.long())
+    else:
+        g = raw if raw.dtype == tiles.grad_dtype else new_scratch(raw, raw.shape, tiles.grad_dtype)
+        head = (bias, inv_temp, tiles.logit_scale, 0.0)
+        torch.ops.rlad.dlogits_(g, raw, 0, *head, *dz, cot.lost, cot.entropy, cot.tail)
+        sent = g.sum(1, dtype=raw.dtype)
+        rest = total * factor - (sent if cot.lost is None else sent + cot.lost.squeeze(1))
+    grads.add_columns(g, w, columns, rows, rest, cot.unscale)
 
 
 def add_means(grads: Gradients, means: Tensor) -> None:
     """d_hidden_t += (the dropped columns' gradient of t)·(the mean row of t's block)."""
     if grads.hidden is not None:
-        for part, rest, mean in zip(grads.hidden.split(BLOCK), grads.rest.split(BLOCK), means, strict=False):
+        size = block_of(means)
+        for part, rest, mean in zip(grads.hidden.split(size), grads.rest.split(size), means, strict=False):
             part.addr_(rest, mean)
 
 
-def _dlogits(cot: Cotangents, z: Tensor, place: Tensor) -> Tensor:
-    """dL/dz of the kept columns, from their tempered logits and over them; ``place`` is where each slot's column is."""
-    plain = (0, None, z.new_ones(len(z)), 1.0, 0.0)
-    torch.ops.rlad.dlogits_(z, z, *plain, place, cot.slot_dz, cot.rows, cot.target, None, cot.entropy, cot.tail)
-    return z
-
-
-def _tempered(tiles: Tiles, raw: Tensor, columns: Tensor, inv_temp: Tensor) -> tuple[Tensor, Tensor]:
-    """(z, dz/draw) of raw logits at scattered columns."""
-    raw = raw if tiles.bias is None else raw + tiles.bias.index_select(0, columns)
+def _tempered(
+    raw: Tensor, bias: Tensor | None, inv_temp: Tensor, logit_scale: float, softcap: float
+) -> tuple[Tensor, Tensor | float]:
+    """(z, dz/draw) of raw logits."""
     inv_temp = inv_temp.unsqueeze(1)
-    z = raw * tiles.logit_scale
-    if not tiles.softcap:
-        return z * inv_temp, tiles.logit_scale * inv_temp
-    bend = torch.tanh(z / tiles.softcap)
-    return bend * tiles.softcap * inv_temp, (1 - bend * bend) * (tiles.logit_scale * inv_temp)
+    z = (raw if bias is None else raw + bias) * logit_scale
+    if not softcap:
+        return z * inv_temp, logit_scale * inv_temp
+    bend = torch.tanh(z / softcap)
+    return bend * softcap * inv_temp, (1 - bend * bend) * (logit_scale * inv_temp)

@@ -15,6 +15,8 @@ from rlad_kernels.engine.statistics import Stats
 # Rows and columns of one tile of logits. On CPU, products of this size run at full speed and the row pass finds part of the
 # tile in cache; on CUDA, tiles must be large enough for cuBLAS to fill the chip.
 _TILE = {"cpu": (1024, 4096), "cuda": (4096, 16384)}
+# The float32 d_weight, or weight, of a tile's columns, where the weight itself is of a narrower dtype.
+_SLAB_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 # Some paths keep whole rows of logits; each chunk of rows reads and writes all of d_weight, hence the floor.
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2048 << 20}
 _CHUNK_ROWS_MIN = 512
@@ -32,14 +34,22 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     return x
 
 
-def tile_sizes(device: str, n: int, vocab: int, *, itemsize: int = 4, keep_logits: int = 0, multiple: int = 1) -> tuple[int, int]:
-    """Rows and columns of a tile; with ``keep_logits`` a chunk's rows, whose logits are all held, in so many buffers."""
+def tile_sizes(
+    device: str, n: int, vocab: int, *, itemsize: int = 4, keep_logits: int = 0, multiple: int = 1, slab: int = 0
+) -> tuple[int, int]:
+    """Rows and columns of a tile, of about one area: few rows get wide columns, and a small call is one tile.
+
+    With ``keep_logits`` a chunk's rows, whose logits are all held, in so many buffers. ``slab`` is the width of what is held
+    in the accumulation dtype for a tile's columns: their d_weight, or their weight.
+    """
     rows, cols = _TILE[device]
+    area = rows * cols
     if keep_logits:
-        chunk = max(_CHUNK_BYTES[device] // (itemsize * vocab), _CHUNK_ROWS_MIN) // keep_logits
-        rows, cols = chunk, max(cols, rows * cols // chunk)
-    rows = round_up(round_up(settings.tile_rows or rows, multiple), _WHOLE[device])
-    return min(rows, max(n, 1)), min(round_up(settings.tile_cols or cols, _WHOLE[device]), vocab)
+        rows = max(_CHUNK_BYTES[device] // (itemsize * vocab), _CHUNK_ROWS_MIN) // keep_logits
+    rows = min(round_up(round_up(settings.tile_rows or rows, multiple), _WHOLE[device]), max(n, 1))
+    widest = _SLAB_BYTES[device] // (itemsize * slab) if slab else vocab
+    cols = settings.tile_cols or max(cols, min(area // rows, widest))
+    return rows, min(round_up(cols, _WHOLE[device]), vocab)
 
 
 def round_up(n: int, to: int) -> int:
@@ -67,7 +77,7 @@ class Tiles:
     """Hidden rows, head and tile sizes of one call; every product it makes has an accumulation-dtype result.
 
     ``keep_logits`` sizes chunks for callers that hold all logits of their rows, in so many buffers of one budget together, a
-    ``multiple`` of rows at a time.
+    ``multiple`` of rows at a time; ``slab`` bounds a tile's columns for callers that hold their d_weight.
 
     On CUDA low-precision operands go to cuBLAS as they are, with float32 results; on a CPU with bfloat16 instructions,
     bfloat16 ones to ``bf16_mm_``. Otherwise a tile of the weight is widened first: bfloat16 products are exact in float32.
@@ -85,6 +95,7 @@ class Tiles:
         *,
         keep_logits: int = 0,
         multiple: int = 1,
+        slab: bool = False,
     ) -> None:
         self.acc = acc_dtype(hidden.dtype)
         self.bf16_mm = hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu" and has_bf16_mm()
@@ -98,6 +109,7 @@ class Tiles:
         self.grad_dtype = hidden.dtype if self.native or INTERPRET else self.acc
         self.n, self.vocab = hidden.shape[0], vocab_size
         sizes = {"itemsize": self.acc.itemsize, "keep_logits": keep_logits, "multiple": multiple}
+        sizes["slab"] = weight.shape[1] if (slab or not self.native) and weight.dtype != self.acc else 0
         self.rows, self.cols = tile_sizes(hidden.device.type, self.n, vocab_size, **sizes)
         self._buffers: dict[torch.dtype, Tensor] = {}
 

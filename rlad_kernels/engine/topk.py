@@ -9,9 +9,8 @@ from torch import Tensor
 
 from rlad_kernels.backends.contract import HEAD
 from rlad_kernels.engine.op import CALL, define, result
-from rlad_kernels.engine.outputs import row_slots
+from rlad_kernels.engine.outputs import outputs, row_slots
 from rlad_kernels.engine.rows import Kept, checked_finite, kept_inv_temp, row_mask
-from rlad_kernels.engine.statistics import Stats, add_slots
 from rlad_kernels.engine.tiles import Tiles
 
 
@@ -70,15 +69,15 @@ def linear_topk(
     ids, by_id = ids.sort(dim=1)
     top, by_value = top.gather(1, by_id).sort(dim=1, descending=True, stable=True)
     ids = ids.gather(1, by_value)
-    done = add_slots(Stats(*stats), top, ids >= 0)
+    done = outputs(stats, top, ids, vocab_size, target=False, entropy=entropy, tail=True)
     checked_finite("linear_topk", done.lse)
     target_logp = done.lse.new_empty(0)
     if target is not None:
         inside = ids == slots
-        outside = z[:, 0] - done.max - done.log_total
-        target_logp = torch.where(inside.any(1), torch.where(inside, done.logp, 0).sum(1), outside)
+        outside = (z[:, 0] - done.lse) + done.lse_error
+        target_logp = torch.where(inside.any(1), torch.where(inside, done.topk_logp, 0).sum(1), outside)
         target_logp = torch.where(slots[:, 0] >= vocab_size, torch.nan, target_logp)
-    found = Top(ids, done.logp, done.lse, done.log_rest - done.log_total, target_logp, done.entropy)
+    found = Top(ids, done.topk_logp, done.lse, done.tail_logp, target_logp, done.entropy)
     asked = (True, True, True, True, target is not None, entropy)
     return Top(*(kept.put(x) if a else x.new_empty(0) for x, a in zip(found, asked, strict=True)))
 

@@ -107,7 +107,8 @@ def loss_bytes(path: str, n: int, d: int, v: int, *, dtype: torch.dtype, device:
     if path == "topk_kl":
         return gradients + n * k * _SLOT[path]
     native = device == "cuda" or (dtype == torch.bfloat16 and has_bf16_mm())
-    rows, cols = tile_sizes(device, n, v, keep_logits=int(path == "linear_loss"))
+    slab = d if size < 4 and (path == "linear_logp" or not native) else 0
+    rows, cols = tile_sizes(device, n, v, keep_logits=int(path == "linear_loss"), slab=slab)
     widened = 0 if native or size == 4 else 4 * d * (n + cols)
     total = widened + n * _ROW + 4 * rows * (v if path == "linear_loss" else cols)
     if path == "linear_topk":
