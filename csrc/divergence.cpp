@@ -91,81 +91,67 @@ namespace rlad::RLAD_ISA {
 
 namespace {
 
-// The tempered logits of one stretch, which end in −inf up to a whole block.
+// z of one stretch of a row, which ends in −inf up to a whole block: load(z + k)·scale. The raw logits themselves where a factor is
+// all that tempers them.
 template <class T>
-RLAD_INLINE void temper_row(const Tile<T>& tile, int64_t i, int64_t j0, int64_t n, T* z) {
+struct Stretch {
+  const T* z;
+  T scale, top, log_total;
+  RLAD_INLINE Vec<T> log_prob(int64_t k) const { return (rounded<T>(load(z + k) * scale) - top) - log_total; }
+};
+
+template <class T>
+RLAD_INLINE Stretch<T> stretch_of(const Tile<T>& tile, const Mat<const T>& norm, int64_t i, int64_t j0, int64_t n, T* scratch) {
   const Temper<T> c(tile, i);
+  const T* x = tile.logits.row(i) + j0;
+  const T top = norm.row(0)[i], log_total = norm.row(1)[i];
+  if (tile.softcap <= 0 && !tile.bias && n % kBlock<T> == 0) return {x, c.post, top, log_total};
   with_flag(tile.softcap > 0, [&](auto cap) {
     with_flag(tile.bias, [&](auto bias) {
-      temper_stretch<cap.value, bias.value, false>(tile.logits.row(i) + j0, bias.value ? tile.bias + j0 : nullptr, n, c, z);
+      temper_stretch<cap.value, bias.value, false>(x, bias.value ? tile.bias + j0 : nullptr, n, c, scratch);
     });
   });
+  return {scratch, T(1), top, log_total};
 }
 
+// dz/draw of the columns of one stretch.
 template <class T>
-RLAD_INLINE Point<T> point(Vec<T> lq, Vec<T> lp) {
-  return {lq, lp, exp_clamped(clamp_exp<T>(lq)), exp_clamped(clamp_exp<T>(lp)), lp == lq ? Vec<T>{} : lp - lq};
-}
-
-// A column without mass on either side has no part in anything.
-template <class T>
-RLAD_INLINE auto dead(const Point<T>& x) {
-  return (x.lq == -kInf<T>) & (x.lp == -kInf<T>);
-}
-
-template <class T, class F>
-RLAD_INLINE Part<T> part_of(const F& f, const Point<T>& x) {
-  const Part<T> part = f(x);
-  return {dead<T>(x) ? Vec<T>{} : part.value, dead<T>(x) ? Vec<T>{} : part.u};
-}
-
-// g(j) = dL/dz → dL/draw of one stretch, written or added.
-template <bool CAP, bool BIAS, class T>
-RLAD_INLINE void chain(const DivergenceArgs<T>& a, int64_t i, int64_t j0, int64_t n, const T* g) {
-  constexpr int64_t L = kLanes<T>;
-  const Temper<T> c(a.student, i);
-  const T* x = a.student.logits.row(i) + j0;
-  T* out = a.out.row(i) + j0;
-  Vec<T> slope = splat(c.slope);
-  for (int64_t j = 0; j < n; j += L) {
-    const int64_t count = n - j < L ? n - j : L;
-    if constexpr (CAP) {
-      Vec<T> raw = load_first(x + j, count);
-      if constexpr (BIAS) raw += load_first(a.student.bias + j0 + j, count);
-      temper<true, T>(raw, c, slope);
-    }
-    Vec<T> d = load(g + j) * slope;
-    if (a.accumulate) d += load_first(out + j, count);
-    store_first<T>(out + j, d, count);
+RLAD_INLINE void slopes(const Tile<T>& tile, int64_t i, int64_t j0, int64_t n, T* slope) {
+  const Temper<T> c(tile, i);
+  const T* x = tile.logits.row(i) + j0;
+  for (int64_t j = 0; j < n; j += kLanes<T>) {
+    const int64_t count = n - j < kLanes<T> ? n - j : kLanes<T>;
+    Vec<T> raw = load_first(x + j, count), found;
+    if (tile.bias) raw += load_first(tile.bias + j0 + j, count);
+    temper<true, T>(raw, c, found);
+    store<T>(slope + j, found);
   }
 }
 
-// The two log-probs of one row, a stretch of columns at a time: f(first column, columns, at), at(k) being the points from the
-// k-th on.
+// f(first column, columns) for each stretch.
+template <class F>
+RLAD_INLINE void for_stretches(int64_t cols, F f) {
+  for (int64_t j0 = 0; j0 < cols; j0 += kStretch) f(j0, cols - j0 < kStretch ? cols - j0 : kStretch);
+}
+
+// The points of one row, a stretch of columns at a time: f(first column, columns, at), at(k) being the points from the k-th on.
 template <class T, class F>
-RLAD_INLINE void for_stretches(const DivergenceArgs<T>& a, int64_t i, T* zq, T* zp, F f) {
-  const T top_q = a.norm.row(0)[i], log_q = a.norm.row(1)[i], top_p = a.teacher_norm.row(0)[i], log_p = a.teacher_norm.row(1)[i];
-  const auto at = [&](int64_t k) { return point<T>((load(zq + k) - top_q) - log_q, (load(zp + k) - top_p) - log_p); };
-  for (int64_t j0 = 0; j0 < a.student.cols; j0 += kStretch) {
-    const int64_t n = a.student.cols - j0 < kStretch ? a.student.cols - j0 : kStretch;
-    temper_row(a.student, i, j0, n, zq);
-    temper_row(a.teacher, i, j0, n, zp);
-    f(j0, n, at);
-  }
+RLAD_INLINE void for_points(const DivergenceArgs<T>& a, int64_t i, T* zq, T* zp, F f) {
+  for_stretches(a.student.cols, [&](int64_t j0, int64_t n) {
+    const Stretch<T> q = stretch_of(a.student, a.norm, i, j0, n, zq), p = stretch_of(a.teacher, a.teacher_norm, i, j0, n, zp);
+    f(j0, n, [&](int64_t k) { return point<T>(q.log_prob(k), p.log_prob(k)); });
+  });
 }
 
 // Σ term(point) over a row's columns with mass.
 template <class T, class F>
 RLAD_INLINE double row_sum(const DivergenceArgs<T>& a, int64_t i, T* zq, T* zp, F term) {
   double total = 0;
-  for_stretches(a, i, zq, zp, [&](int64_t, int64_t n, auto at) {
+  for_points(a, i, zq, zp, [&](int64_t, int64_t n, auto at) {
     Vec<T> sum[kUnroll<T>];
     for (int u = 0; u < kUnroll<T>; ++u) sum[u] = Vec<T>{};
-    for (int64_t j = 0; j < round_up(n, kBlock<T>); j += kBlock<T>) {
-      for (int u = 0; u < kUnroll<T>; ++u) {
-        const Point<T> x = at(j + u * kLanes<T>);
-        sum[u] += dead<T>(x) ? Vec<T>{} : term(x);
-      }
+    for (int64_t j = 0; j < n; j += kBlock<T>) {
+      for (int u = 0; u < kUnroll<T>; ++u) sum[u] += term(at(j + u * kLanes<T>));
     }
     total += sum_lanes<T>(sum);
   });
@@ -199,8 +185,8 @@ struct RowSums {
 };
 
 template <class T>
-RLAD_INLINE auto dominant(Vec<T> q) {
-  return q > T(0.501);
+RLAD_INLINE auto dominant(Vec<T> lq) {
+  return lq > T(-0.69);
 }
 
 template <class F, class T>
@@ -213,25 +199,27 @@ void divergence_rows(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
     const T value_weight = a.rows.row(0)[i], grad_weight = a.rows.row(1)[i];
     F f(a, i);
     bool pull = grad && grad_weight != 0;
+    const bool peaked = a.norm.row(1)[i] < T(0.7);  // whether a column may be dominant
     RowSums sums;
     bool exists = true;
     if constexpr (std::is_same_v<F, Taid<T>>) exists = normalise(f, a, i, zq, zp);
     if (!exists) {
       sums.value = sums.u = kInf<double>;
     } else if (value_weight != 0 || pull) {
-      for_stretches(a, i, zq, zp, [&](int64_t j0, int64_t n, auto at) {
+      for_points(a, i, zq, zp, [&](int64_t j0, int64_t n, auto at) {
         Vec<T> values[kUnroll<T>], us[kUnroll<T>], other_us[kUnroll<T>], other_qs[kUnroll<T>];
         for (int u = 0; u < kUnroll<T>; ++u) values[u] = us[u] = other_us[u] = other_qs[u] = Vec<T>{};
-        for (int64_t j = 0; j < round_up(n, kBlock<T>); j += kBlock<T>) {
+        for (int64_t j = 0; j < n; j += kBlock<T>) {
           for (int u = 0; u < kUnroll<T>; ++u) {
             const Point<T> x = at(j + u * L);
-            const Part<T> part = part_of<T>(f, x);
+            const Part<T> part = f(x);
             values[u] += part.value;
             us[u] += part.u;
             if (!pull) continue;
-            other_us[u] += dominant<T>(x.q) ? Vec<T>{} : part.u;
-            other_qs[u] += dominant<T>(x.q) ? Vec<T>{} : x.q;
             store<T>(&found[j0 + j + u * L], part.u);
+            if (!peaked) continue;
+            other_us[u] += dominant<T>(x.lq) ? Vec<T>{} : part.u;
+            other_qs[u] += dominant<T>(x.lq) ? Vec<T>{} : exp_clamped(clamp_low<T>(x.lq));
           }
         }
         sums.value += sum_lanes<T>(values);
@@ -247,19 +235,20 @@ void divergence_rows(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
     if (!std::isfinite(total) && !std::isnan(sums.value)) pull = false;
     if (grad && !pull && !a.accumulate) std::memset(a.out.row(i), 0, a.student.cols * sizeof(T));
     if (!pull) continue;
-    const T top = a.norm.row(0)[i], log_total = a.norm.row(1)[i];
-    for (int64_t j0 = 0; j0 < a.student.cols; j0 += kStretch) {
-      const int64_t n = a.student.cols - j0 < kStretch ? a.student.cols - j0 : kStretch;
-      temper_row(a.student, i, j0, n, zq);
-      for (int64_t k = 0; k < round_up(n, L); k += L) {
-        const Vec<T> q = exp_clamped(clamp_exp<T>((load(zq + k) - top) - log_total));
-        const Vec<T> dz = dominant<T>(q) ? splat(most) : load(&found[j0 + k]) - q * total;
-        store<T>(zp + k, dz * grad_weight);
-      }
-      with_flag(a.student.softcap > 0, [&](auto cap) {
-        with_flag(a.student.bias, [&](auto bias) { chain<cap.value, bias.value>(a, i, j0, n, zp); });
-      });
-    }
+    const bool capped = a.student.softcap > 0;
+    const T slope = Temper<T>(a.student, i).slope;
+    for_stretches(a.student.cols, [&](int64_t j0, int64_t n) {
+      const Stretch<T> q = stretch_of(a.student, a.norm, i, j0, n, zq);
+      if (capped) slopes(a.student, i, j0, n, zp);
+      T* out = a.out.row(i) + j0;
+      const auto d = [&](int64_t k) {
+        const Vec<T> lq = q.log_prob(k), dz = load(&found[j0 + k]) - exp_clamped(clamp_low<T>(lq)) * total;
+        return (dominant<T>(lq) ? splat(most) : dz) * grad_weight * (capped ? load(zp + k) : splat(slope));
+      };
+      int64_t k = 0;
+      for (; k + L <= n; k += L) store<T>(out + k, a.accumulate ? d(k) + load(out + k) : d(k));
+      if (k < n) store_first<T>(out + k, a.accumulate ? d(k) + load_first(out + k, n - k) : d(k), n - k);
+    });
   }
 }
 

@@ -7,7 +7,7 @@ namespace rlad::RLAD_ISA {
 
 template <class T>
 struct Point {
-  Vec<T> lq, lp, q, p, w;
+  Vec<T> lq, lp, w;
 };
 
 template <class T>
@@ -16,14 +16,40 @@ struct Part {
 };
 
 template <class T>
+RLAD_INLINE Point<T> point(Vec<T> lq, Vec<T> lp) {
+  return {lq, lp, lp == lq ? Vec<T>{} : lp - lq};  // 0 also for a column without mass on either side
+}
+
+// Both masses from one of them and e^−|w|, so that their difference is as accurate as w.
+template <class T>
+struct Masses {
+  decltype(Vec<T>{} > Vec<T>{}) up;  // where p > q
+  Vec<T> high, low;                  // the larger and the smaller of p and q
+  Vec<T> d, e, lost;                 // |w|, no more than matters; e^−d; 1 − e^−d
+
+  RLAD_INLINE explicit Masses(const Point<T>& x) : up(x.w > T(0)) {
+    const Vec<T> log_high = up ? x.lp : x.lq, log_low = up ? x.lq : x.lp;
+    const Vec<T> down = clamp_low<T>(-magnitude<T>(x.w));
+    expm1_nonpositive(down, lost, e);
+    high = exp_clamped(clamp_low<T>(log_high));
+    low = log_low < kExpLow<T> ? Vec<T>{} : high * e;
+    d = -down, lost = -lost;
+  }
+
+  RLAD_INLINE Vec<T> q() const { return up ? low : high; }
+  RLAD_INLINE Vec<T> p() const { return up ? high : low; }
+  RLAD_INLINE Vec<T> gap() const { return high * (up ? lost : -lost); }  // p − q
+};
+
+template <class T>
 RLAD_INLINE auto near_zero(Vec<T> w) {
   return magnitude<T>(w) < T(1);
 }
 
-// a·b, 0 where either is 0 though the other may be infinite.
+// a·b, 0 where a is 0 though b may be infinite.
 template <class T>
 RLAD_INLINE Vec<T> times(Vec<T> a, Vec<T> b) {
-  return (a == T(0)) | (b == T(0)) ? Vec<T>{} : a * b;
+  return a == T(0) ? Vec<T>{} : a * b;
 }
 
 // forward·KL(p‖q) + reverse·KL(q‖p)
@@ -35,50 +61,49 @@ struct Sym {
 
   RLAD_INLINE Part<T> operator()(const Point<T>& x) const {
     Part<T> out{};
+    const Masses<T> m(x);
     const auto near = near_zero<T>(x.w);
-    const Vec<T> square = x.w * x.w;
-    const Vec<T> reverse_excess = square * excess_ratio<T>(x.w);
+    const Vec<T> p = m.p(), q = m.q(), gap = m.gap();
     if (forward != 0) {
-      const Vec<T> pw = times<T>(x.p, x.w);
-      out.value += (near ? x.p * square * excess_ratio<T>(-x.w) : x.q - x.p + pw) * forward;
-      out.u += (near ? -x.q * (x.w + reverse_excess) : x.q - x.p) * forward;
+      out.value += (near ? p * x.w * x.w * excess_ratio(-x.w) : times<T>(p, x.w) - gap) * forward;
+      out.u -= gap * forward;
     }
     if (reverse != 0) {
-      const Vec<T> qw = times<T>(x.q, x.w);
-      out.value += (near ? x.q * reverse_excess : x.p - x.q - qw) * reverse;
+      const Vec<T> qw = times<T>(q, x.w);
+      out.value += (near ? qw * x.w * excess_ratio(x.w) : gap - qw) * reverse;
       out.u -= qw * reverse;
     }
     return out;
   }
 };
 
-// a·KL(p‖m) + b·KL(q‖m), m = λp + (1 − λ)q, 0 < λ < 1
+// a·KL(p‖m) + b·KL(q‖m), m = λp + (1 − λ)q, 0 < λ < 1. m is `high`·(1 + t) and `low`·e^mu.
 template <class T>
 struct Mix {
-  T a, b, lambda, rest;
+  T a, b, lambda, rest, bend;
   Mix(const DivergenceArgs<T>& g, int64_t)
-      : a(T(g.numbers[0])), b(T(g.numbers[1])), lambda(T(g.numbers[2])), rest(T(1 - g.numbers[2])) {}
+      : a(T(g.numbers[0])), b(T(g.numbers[1])), lambda(T(g.numbers[2])), rest(T(1 - g.numbers[2])) {
+    const double c = g.numbers[2];
+    bend = T((1 - c) * (g.numbers[0] * (1 - c) - g.numbers[1] * c));  // 0 for the Jensen–Shannon divergence
+  }
 
   RLAD_INLINE Part<T> operator()(const Point<T>& x) const {
-    Part<T> out{};
-    const auto up = x.w > T(0);
-    const Vec<T> share = up ? splat(rest) : splat(lambda), other = up ? splat(lambda) : splat(rest), down = -magnitude<T>(x.w);
-    // log(other + share·e^down) = log(1 + share·(e^down − 1)): the second way near 1, the first where it would cancel
-    const Vec<T> near_one = share * expm1(down), sum = other + share * exp_clamped(clamp_exp<T>(down));
-    const auto close = near_one > T(-0.5);
-    const Vec<T> l = log(close ? near_one + T(1) : sum, close ? near_one : sum - T(1));
-    const Vec<T> mu = up ? x.w + l : l, nu = up ? l : l - x.w;  // log(m/q), log(m/p)
-    if (a != 0) {
-      const Vec<T> far = (x.q - x.p) * rest - times<T>(x.p, nu);
-      out.value += (near_zero<T>(nu) ? x.p * nu * nu * excess_ratio<T>(nu) : far) * a;
-      out.u -= x.q * expm1(-nu) * (a * rest);
+    const Masses<T> m(x);
+    const Vec<T> share = m.up ? splat(rest) : splat(lambda), other = m.up ? splat(lambda) : splat(rest);
+    const Vec<T> t = -share * m.lost;
+    const auto deep = t < T(-0.5);
+    Vec<T> excess = log1p_excess(t), nu = t - excess, sum = t + T(1);  // nu = log(1 + t)
+    if (any(deep)) {
+      sum = deep ? other + share * m.e : sum;
+      nu = deep ? log(sum, sum - T(1)) : nu;
+      excess = deep ? t - nu : excess;
     }
-    if (b != 0) {
-      const Vec<T> qmu = times<T>(x.q, mu);
-      const Vec<T> far = (x.p - x.q) * lambda - qmu;
-      out.value += (near_zero<T>(mu) ? x.q * mu * mu * excess_ratio<T>(mu) : far) * b;
-      out.u -= (qmu + x.q * expm1(-mu) * rest) * b;
-    }
+    const Vec<T> mu = m.d + nu, low_mu = m.low * mu;
+    const Vec<T> low_excess = near_zero<T>(mu) ? low_mu * mu * excess_ratio(mu) : m.high * m.lost * other - low_mu;
+    Part<T> out;
+    out.value = m.high * excess * (m.up ? splat(a) : splat(b)) + low_excess * (m.up ? splat(b) : splat(a));
+    out.u = (m.up ? low_mu : m.high * nu) * -b;
+    if (bend != 0) out.u -= m.q() * (m.up ? m.lost : -m.lost) / sum * bend;
     return out;
   }
 };
@@ -92,11 +117,9 @@ struct Todi {
   RLAD_INLINE Part<T> operator()(const Point<T>& x) const {
     Vec<T> unused;
     const Vec<T> t = tanh<T>(x.w * half_beta, unused), sigma = (t + T(1)) * T(0.5), other = (T(1) - t) * T(0.5);
-    const auto near = near_zero<T>(x.w);
-    const Vec<T> grown = x.w + x.w * x.w * excess_ratio<T>(x.w);  // e^w − 1
-    const Vec<T> gap = near ? x.q * grown : x.p - x.q;
-    const Vec<T> far = times<T>(other * x.q, T(1) - x.w) - sigma * x.p;
-    return {times<T>((gap + t * (x.p + x.q)) * T(0.5), x.w), near ? x.q * (-sigma * grown - t - other * x.w) : far};
+    const Masses<T> m(x);
+    const Vec<T> q = m.q(), gap = m.gap();
+    return {times<T>((gap + t * (m.high + m.low)) * T(0.5), x.w), -(sigma * gap + t * q + times<T>(other * q, x.w))};
   }
 };
 
@@ -104,13 +127,13 @@ struct Todi {
 // q and β in the value, so that α is the smaller one.
 template <class T>
 struct AlphaBeta {
-  T alpha, beta, s, inner, outer, c_own, c_cross, c_base, c_slope;
+  T alpha, inv_alpha, beta, s, inner, c_own, c_cross, c_base, c_slope;
   bool swap;
   AlphaBeta(const DivergenceArgs<T>& g, int64_t) {
     const double a = g.numbers[0], b = g.numbers[1], sum = a + b;
     swap = std::fabs(b) < std::fabs(a);
     const double in = swap ? b : a, out = swap ? a : b;
-    alpha = T(a), beta = T(b), s = T(sum), inner = T(in), outer = T(out);
+    alpha = T(a), inv_alpha = T(a == 0 ? 0 : 1 / a), beta = T(b), s = T(sum), inner = T(in);
     const double own = sum == 0 ? 0 : 1 / (out * sum), cross = in == 0 ? 0 : 1 / (in * out);
     c_own = T(own), c_cross = T(cross), c_base = T(cross - own), c_slope = T(own * sum - cross * in);
     if (in != 0 && sum != 0) c_base = T(1 / (in * sum)), c_slope = 0;
@@ -124,24 +147,34 @@ struct AlphaBeta {
     const Vec<T> qs = power(x.lq), ps = power(x.lp);
     const auto near = near_zero<T>(x.w);
     const Vec<T> w = swap ? -x.w : x.w, base = swap ? ps : qs, own = swap ? qs : ps;
-    Vec<T> cross{};
-    if (alpha != 0 && beta != 0) {
-      const Vec<T> lift = x.w * -beta, log_ps = x.lp * s;
-      const auto safe = (magnitude<T>(lift) < T(40)) & (magnitude<T>(log_ps) < T(40));
-      // one exponent of large terms would round where two of smaller ones need not
-      cross = safe ? ps * exp_all<T>(lift) : exp_all<T>(x.lp * alpha + x.lq * beta);
-    } else if (alpha != 0) {
-      cross = ps;
+    Vec<T> close{};
+    const Vec<T> little = near ? w : Vec<T>{};
+    if (c_own != 0) close += excess<T>(little * s) * c_own;
+    if (c_cross != 0) close -= excess<T>(little * inner) * c_cross;
+    out.value = times<T>(close, base);
+    out.u = alpha == 0 ? -(qs == T(0) ? qs : times<T>(x.w, qs)) : -times<T>(expm1(x.w * alpha), qs) * inv_alpha;
+    if (any(~near)) {
+      Vec<T> cross{};
+      if (alpha != 0 && beta != 0) {
+        const Vec<T> lift = x.w * -beta, log_ps = x.lp * s;
+        const auto safe = (magnitude<T>(lift) < T(40)) & (magnitude<T>(log_ps) < T(40));
+        cross = ps * exp_all<T>(lift);
+        // one exponent of large terms would round where two of smaller ones need not
+        if (any(~safe)) cross = safe ? cross : exp_all<T>(x.lp * alpha + x.lq * beta);
+      } else if (alpha != 0) {
+        cross = ps;
+      }
+      Vec<T> far = base * c_base;
+      if (c_own != 0) far += own * c_own;
+      if (c_cross != 0) far -= cross * c_cross;
+      if (c_slope != 0) far -= times<T>(base, w) * c_slope;
+      far = (far == far) | (x.w != x.w) ? far : splat(kInf<T>);  // of powers that overflow the largest decides
+      out.value = near ? out.value : far;
+      if (alpha != 0) out.u = near ? out.u : (qs - cross) * inv_alpha;
     }
-    Vec<T> close{}, far = base * c_base;
-    if (c_own != 0) close += excess<T>(w * s) * c_own, far += own * c_own;
-    if (c_cross != 0) close -= excess<T>(w * inner) * c_cross, far -= cross * c_cross;
-    if (c_slope != 0) far -= times<T>(base, w) * c_slope;
-    far = (far == far) | (x.w != x.w) ? far : splat(kInf<T>);  // of powers that overflow the largest decides
-    out.value = near ? times<T>(close, base) : far;
-    if (alpha == 0) out.u = -times<T>(qs, x.w);
-    else out.u = (near ? -times<T>(expm1(x.w * alpha), qs) : qs - cross) / alpha;
-    return out;
+    // a negative power of no mass is infinite
+    const auto dead = (x.lq == -kInf<T>) & (x.lp == -kInf<T>);
+    return {dead ? Vec<T>{} : out.value, dead ? Vec<T>{} : out.u};
   }
 };
 
@@ -156,8 +189,7 @@ struct Taid {
   RLAD_INLINE Vec<T> mixed(const Point<T>& x) const { return x.lq * (T(1) - tau) + x.lp * tau; }
 
   RLAD_INLINE Vec<T> tilt(const Point<T>& x) const {
-    const Vec<T> w = x.w * tau;
-    return near_zero<T>(w) ? x.q * (w + w * w * excess_ratio<T>(w)) : exp_clamped(clamp_exp<T>(mixed(x))) - x.q;
+    return Masses<T>(Point<T>{x.lq, mixed(x), x.w * tau}).gap();
   }
 
   RLAD_INLINE Vec<T> scaled(const Point<T>& x) const { return exp_clamped(clamp_exp<T>(mixed(x) - top)); }
@@ -165,7 +197,7 @@ struct Taid {
   RLAD_INLINE Part<T> operator()(const Point<T>& x) const {
     const Vec<T> lp = (mixed(x) - top) - log_z;
     const Vec<T> w = far ? (lp == x.lq ? Vec<T>{} : lp - x.lq) : x.w * tau - log_z;
-    return Sym<T>(1, 0)(Point<T>{x.lq, lp, x.q, exp_clamped(clamp_exp<T>(lp)), w});
+    return Sym<T>(1, 0)({x.lq, lp, w});
   }
 };
 
@@ -181,9 +213,9 @@ template <class T>
 struct TotalVariation {
   TotalVariation(const DivergenceArgs<T>&, int64_t) {}
   RLAD_INLINE Part<T> operator()(const Point<T>& x) const {
-    const Vec<T> gap = near_zero<T>(x.w) ? x.q * (x.w + x.w * x.w * excess_ratio<T>(x.w)) : x.p - x.q;
-    const Vec<T> half = x.q * T(0.5);
-    return {magnitude<T>(gap) * T(0.5), x.w > T(0) ? -half : x.w < T(0) ? half : x.w};
+    const Masses<T> m(x);
+    const Vec<T> half = m.q() * T(0.5);
+    return {m.high * m.lost * T(0.5), x.w > T(0) ? -half : x.w < T(0) ? half : x.w};
   }
 };
 

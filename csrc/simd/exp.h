@@ -13,10 +13,17 @@ constexpr T kExpHigh = 709;
 template <>
 constexpr float kExpHigh<float> = 88.0f;
 
+// For x that is no larger than a rounding above 0.
+template <class T>
+RLAD_INLINE Vec<T> clamp_low(Vec<T> x) {
+  const Vec<T> low = splat(kExpLow<T>);
+  return low > x ? low : x;  // in this order NaN stays, and x86's max does it in one instruction
+}
+
 template <class T>
 RLAD_INLINE Vec<T> clamp_exp(Vec<T> x) {
-  const Vec<T> low = splat(kExpLow<T>), high = splat(kExpHigh<T>);
-  x = low > x ? low : x;  // in this order NaN stays, and x86's max and min do it in one instruction
+  const Vec<T> high = splat(kExpHigh<T>);
+  x = clamp_low<T>(x);
   return high < x ? high : x;
 }
 
@@ -50,9 +57,9 @@ RLAD_INLINE Vec<double> exp_clamped(Vec<double> x) {
   return e;
 }
 
-// e^x − 1 and e^x for x ≤ 0.
+// e^x − 1 and e^x for x ≤ 0 from clamp_low; the least e^x is not 0 but next to it.
 RLAD_INLINE void expm1_nonpositive(Vec<float> x, Vec<float>& em1, Vec<float>& ex) {
-  const Power e = reduce(clamp_exp<float>(x));
+  const Power e = reduce(x);
   em1 = e.p * e.u + (e.u - 1.0f);
   ex = e.p * e.u + e.u;
 }
@@ -68,7 +75,7 @@ RLAD_INLINE Vec<T> tanh(Vec<T> y, Vec<T>& one_minus_square) {
   const U sign_bit = (U)splat<T>(T(-0.0));
   const Vec<T> magnitude = (Vec<T>)((U)y & ~sign_bit);
   Vec<T> em1, ex;
-  expm1_nonpositive(magnitude * T(-2), em1, ex);
+  expm1_nonpositive(clamp_low<T>(magnitude * T(-2)), em1, ex);
   const Vec<T> d = em1 + T(2);
   one_minus_square = ex * T(4) / (d * d);
   return (Vec<T>)(((U)(em1 / d) & ~sign_bit) | ((U)y & sign_bit));

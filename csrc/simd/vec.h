@@ -86,6 +86,24 @@ RLAD_INLINE T max_lanes(const Vec<T>* v) {
   return lane[0];
 }
 
+// Whether any lane of a comparison's result is set.
+template <class M>
+RLAD_INLINE bool any(M mask) {
+#if defined(__x86_64__) && RLAD_VECTOR_BYTES == 64
+  typedef int V __attribute__((vector_size(64)));
+  return __builtin_ia32_cvtd2mask512((V)mask) != 0;
+#elif defined(__x86_64__) && RLAD_VECTOR_BYTES == 32
+  return __builtin_ia32_movmskps256((Simd<float>::V)mask) != 0;
+#elif defined(__x86_64__)
+  return __builtin_ia32_movmskps((Simd<float>::V)mask) != 0;
+#else
+  uint64_t words[RLAD_VECTOR_BYTES / 8], any = 0;
+  std::memcpy(words, &mask, sizeof(words));
+  for (uint64_t w : words) any |= w;
+  return any != 0;
+#endif
+}
+
 template <class F>
 RLAD_INLINE void with_flag(bool flag, F f) {
   flag ? f(std::true_type{}) : f(std::false_type{});
