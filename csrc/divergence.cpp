@@ -219,7 +219,7 @@ void divergence_rows(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
             store<T>(&found[j0 + j + u * L], part.u);
             if (!peaked) continue;
             other_us[u] += dominant<T>(x.lq) ? Vec<T>{} : part.u;
-            other_qs[u] += dominant<T>(x.lq) ? Vec<T>{} : exp_clamped(clamp_low<T>(x.lq));
+            other_qs[u] += dominant<T>(x.lq) ? Vec<T>{} : exp_log(x.lq);
           }
         }
         sums.value += sum_lanes<T>(values);
@@ -242,7 +242,7 @@ void divergence_rows(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
       if (capped) slopes(a.student, i, j0, n, zp);
       T* out = a.out.row(i) + j0;
       const auto d = [&](int64_t k) {
-        const Vec<T> lq = q.log_prob(k), dz = load(&found[j0 + k]) - exp_clamped(clamp_low<T>(lq)) * total;
+        const Vec<T> lq = q.log_prob(k), dz = load(&found[j0 + k]) - exp_log(lq) * total;
         return (dominant<T>(lq) ? splat(most) : dz) * grad_weight * (capped ? load(zp + k) : splat(slope));
       };
       int64_t k = 0;

@@ -29,11 +29,9 @@ struct Masses {
 
   RLAD_INLINE explicit Masses(const Point<T>& x) : up(x.w > T(0)) {
     const Vec<T> log_high = up ? x.lp : x.lq, log_low = up ? x.lq : x.lp;
-    const Vec<T> down = clamp_low<T>(-magnitude<T>(x.w));
-    expm1_nonpositive(down, lost, e);
-    high = exp_clamped(clamp_low<T>(log_high));
-    low = log_low < kExpLow<T> ? Vec<T>{} : high * e;
-    d = -down, lost = -lost;
+    d = magnitude<T>(x.w), d = d > -kExpLow<T> ? splat(-kExpLow<T>) : d;
+    expm1_nonpositive(-d, lost, e);
+    high = exp_log(log_high), low = log_low < kExpLow<T> ? Vec<T>{} : high * e, lost = -lost;
   }
 
   RLAD_INLINE Vec<T> q() const { return up ? low : high; }
@@ -81,25 +79,27 @@ struct Sym {
 template <class T>
 struct Mix {
   T a, b, lambda, rest, bend;
+  bool deep;
   Mix(const DivergenceArgs<T>& g, int64_t)
       : a(T(g.numbers[0])), b(T(g.numbers[1])), lambda(T(g.numbers[2])), rest(T(1 - g.numbers[2])) {
     const double c = g.numbers[2];
     bend = T((1 - c) * (g.numbers[0] * (1 - c) - g.numbers[1] * c));  // 0 for the Jensen–Shannon divergence
+    deep = lambda > T(0.5) || rest > T(0.5);
   }
 
   RLAD_INLINE Part<T> operator()(const Point<T>& x) const {
     const Masses<T> m(x);
     const Vec<T> share = m.up ? splat(rest) : splat(lambda), other = m.up ? splat(lambda) : splat(rest);
     const Vec<T> t = -share * m.lost;
-    const auto deep = t < T(-0.5);
     Vec<T> excess = log1p_excess(t), nu = t - excess, sum = t + T(1);  // nu = log(1 + t)
-    if (any(deep)) {
-      sum = deep ? other + share * m.e : sum;
-      nu = deep ? log(sum, sum - T(1)) : nu;
-      excess = deep ? t - nu : excess;
+    const auto far = t < T(-0.5);
+    if (deep && any(far)) {
+      sum = far ? other + share * m.e : sum;
+      nu = far ? log(sum, sum - T(1)) : nu;
+      excess = far ? t - nu : excess;
     }
     const Vec<T> mu = m.d + nu, low_mu = m.low * mu;
-    const Vec<T> low_excess = near_zero<T>(mu) ? low_mu * mu * excess_ratio(mu) : m.high * m.lost * other - low_mu;
+    const Vec<T> low_excess = mu < T(1) ? low_mu * mu * excess_ratio_positive(mu) : m.high * m.lost * other - low_mu;
     Part<T> out;
     out.value = m.high * excess * (m.up ? splat(a) : splat(b)) + low_excess * (m.up ? splat(b) : splat(a));
     out.u = (m.up ? low_mu : m.high * nu) * -b;
@@ -192,7 +192,7 @@ struct Taid {
     return Masses<T>(Point<T>{x.lq, mixed(x), x.w * tau}).gap();
   }
 
-  RLAD_INLINE Vec<T> scaled(const Point<T>& x) const { return exp_clamped(clamp_exp<T>(mixed(x) - top)); }
+  RLAD_INLINE Vec<T> scaled(const Point<T>& x) const { return exp_log(mixed(x) - top); }
 
   RLAD_INLINE Part<T> operator()(const Point<T>& x) const {
     const Vec<T> lp = (mixed(x) - top) - log_z;

@@ -57,6 +57,14 @@ RLAD_INLINE Vec<double> exp_clamped(Vec<double> x) {
   return e;
 }
 
+// e^x for x no larger than a rounding above 0, also −inf.
+RLAD_INLINE Vec<float> exp_log(Vec<float> x) {
+  const Power e = reduce(x);
+  return x < kExpLow<float> ? Vec<float>{} : e.p * e.u + e.u;
+}
+
+RLAD_INLINE Vec<double> exp_log(Vec<double> x) { return exp_clamped(x); }
+
 // e^x − 1 and e^x for x ≤ 0 from clamp_low; the least e^x is not 0 but next to it.
 RLAD_INLINE void expm1_nonpositive(Vec<float> x, Vec<float>& em1, Vec<float>& ex) {
   const Power e = reduce(x);
