@@ -61,8 +61,7 @@ void run(const Checker& check, const Tensor& value, const std::optional<Tensor>&
                          {a, b, c},
                          accumulate};
   if (out) args.out = check.mat<T>("out", *out, kAcc<T>, n, cols);
-  const auto pass = RLAD_PASS(divergence<T>);
-  torch::stable::parallel_for(0, n, rows_per_thread(cols), [&](int64_t begin, int64_t end) { pass(args, begin, end); });
+  for_rows(RLAD_PASS(divergence<T>), args, n, cols);
 }
 
 void divergence_(const Tensor& value, const std::optional<Tensor>& out, const Tensor& logits, const std::optional<Tensor>& bias,

@@ -43,8 +43,7 @@ void dlogits_(const Tensor& out, const Tensor& logits, int64_t col0, const std::
                               lost ? check.mat<T>("lost", *lost, kAcc<T>, n, 1) : Mat<T>{nullptr, 0},
                               entropy,
                               tail};
-    const auto pass = RLAD_PASS(dlogits<T>);
-    torch::stable::parallel_for(0, n, rows_per_thread(tile.cols), [&](int64_t begin, int64_t end) { pass(args, begin, end); });
+    for_rows(RLAD_PASS(dlogits<T>), args, n, tile.cols);
   });
 }
 

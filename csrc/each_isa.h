@@ -21,41 +21,32 @@
 
 #if defined(__x86_64__)
 
+#define RLAD_PRAGMA(...) _Pragma(#__VA_ARGS__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#define RLAD_PUSH_TARGET(isa) RLAD_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define RLAD_POP_TARGET RLAD_PRAGMA(clang attribute pop)
 #else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#define RLAD_PUSH_TARGET(isa) RLAD_PRAGMA(GCC push_options) RLAD_PRAGMA(GCC target(isa))
+#define RLAD_POP_TARGET RLAD_PRAGMA(GCC pop_options)
 #endif
+
+RLAD_PUSH_TARGET("avx2,fma")
 #define RLAD_ISA avx2
 #define RLAD_VECTOR_BYTES 32
 #include "simd/all.h"
 #include RLAD_FILE
 #undef RLAD_ISA
 #undef RLAD_VECTOR_BYTES
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+RLAD_POP_TARGET
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-#endif
+RLAD_PUSH_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #define RLAD_ISA avx512
 #define RLAD_VECTOR_BYTES 64
 #include "simd/all.h"
 #include RLAD_FILE
 #undef RLAD_ISA
 #undef RLAD_VECTOR_BYTES
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+RLAD_POP_TARGET
 
 #endif
 

@@ -36,8 +36,7 @@ void fold_(const Tensor& logits, int64_t col0, const std::optional<Tensor>& bias
                            check.mat<T>("slot_logits", slot_logits, kAcc<T>, rows, tile.num_slots),
                            entropy,
                            extras};
-    const auto pass = RLAD_PASS(fold<T>);
-    torch::stable::parallel_for(0, rows, rows_per_thread(tile.cols), [&](int64_t begin, int64_t end) { pass(args, begin, end); });
+    for_rows(RLAD_PASS(fold<T>), args, rows, tile.cols);
   });
 }
 

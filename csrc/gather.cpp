@@ -58,8 +58,7 @@ Tensor gather_dot(const Tensor& hidden, const Tensor& weight, const Tensor& ids)
     args.dim = d, args.vocab = vocab, args.k = k;
     args.grad = check.mat<T>("out", out, kAcc<T>, n, k);
     args.ids = check.mat<const int32_t>("ids", ids, ScalarType::Int, n, k);
-    const auto pass = RLAD_PASS(gather_dot<T>);
-    torch::stable::parallel_for(0, n, rows_per_thread(k * d), [&](int64_t begin, int64_t end) { pass(args, begin, end); });
+    for_rows(RLAD_PASS(gather_dot<T>), args, n, k * d);
   });
   return out;
 }
@@ -85,8 +84,7 @@ Tensor gather_dhidden(const Tensor& grad, const Tensor& weight, const Tensor& id
     args.dim = d, args.vocab = vocab, args.k = k;
     args.grad = grad_mat<T>(check, grad, n, k);
     args.ids = check.mat<const int32_t>("ids", ids, ScalarType::Int, n, k);
-    const auto pass = RLAD_PASS(gather_dhidden<T>);
-    torch::stable::parallel_for(0, n, rows_per_thread(k * d), [&](int64_t begin, int64_t end) { pass(args, begin, end); });
+    for_rows(RLAD_PASS(gather_dhidden<T>), args, n, k * d);
   });
   return out;
 }
@@ -112,8 +110,7 @@ void gather_dweight_(const Tensor& d_weight, const Tensor& grad, const Tensor& h
         check.fail("order", "a permutation of [0, " + std::to_string(positions) + ")", std::to_string(args.order[p]));
       }
     }
-    const auto pass = RLAD_PASS(gather_dweight<T>);
-    torch::stable::parallel_for(0, positions, rows_per_thread(d), [&](int64_t begin, int64_t end) { pass(args, begin, end); });
+    for_rows(RLAD_PASS(gather_dweight<T>), args, positions, d);
   });
 }
 

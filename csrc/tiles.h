@@ -1,6 +1,8 @@
 // What the ops on logits share: the choice of the dtype, the checks of a tile, the size of a thread's share.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <optional>
 
@@ -10,6 +12,12 @@ namespace rlad {
 
 // Rows of `work` elements that a thread takes at least: below some 16k elements, waking it costs more than it saves.
 inline int64_t rows_per_thread(int64_t work) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(work, 1)); }
+
+// The pass over [0, n), whatever its op shares out, shared out to the threads; each costs `work`.
+template <class Pass, class Args>
+void for_rows(Pass pass, const Args& args, int64_t n, int64_t work) {
+  torch::stable::parallel_for(0, n, rows_per_thread(work), [&](int64_t begin, int64_t end) { pass(args, begin, end); });
+}
 
 // A tile without slots that starts at column 0; `name` is what errors call its logits.
 template <class T>

@@ -45,8 +45,7 @@ void fold_topk_(const Tensor& logits, int64_t col0, const std::optional<Tensor>&
                            check.mat<int32_t>("top_ids", top_ids, ScalarType::Int, rows, k),
                            k,
                            entropy};
-    const auto pass = RLAD_PASS(fold_topk<T>);
-    torch::stable::parallel_for(0, rows, rows_per_thread(tile.cols), [&](int64_t begin, int64_t end) { pass(args, begin, end); });
+    for_rows(RLAD_PASS(fold_topk<T>), args, rows, tile.cols);
   });
 }
 
