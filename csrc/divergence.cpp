@@ -184,16 +184,21 @@ struct RowSums {
 };
 
 template <class T>
-RLAD_INLINE auto dominant(Vec<T> lq) {
-  return lq > T(-0.69);
+RLAD_INLINE auto dominant(Vec<T> q) {
+  return q > T(0.501);
 }
 
 template <class F, class T>
 void divergence_rows(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
   constexpr int64_t L = kLanes<T>;
-  const bool grad = a.out.data;
+  const bool grad = a.out.data, capped = a.student.softcap > 0, over = grad && !capped && !a.accumulate;
+  const int64_t padded = round_up(a.student.cols, kBlock<T>);
   alignas(64) T zq[kScratch], zp[kScratch];
-  std::vector<T> found(grad ? round_up(a.student.cols, kBlock<T>) : 0);  // u of a row, kept from the sums for the gradient
+  // u and q of a row, kept from the sums for the gradient: q in the place of the gradient, unless more than q is wanted there
+  std::vector<T> us(grad ? padded : 0), qs(over ? kStretch : grad ? padded : 0);
+  const auto q_at = [&](int64_t i, int64_t j0, int64_t n) {
+    return !over ? qs.data() + j0 : n % kBlock<T> == 0 ? a.out.row(i) + j0 : qs.data();
+  };
   for (int64_t i = begin; i < end; ++i) {
     const T value_weight = a.rows.row(0)[i], grad_weight = a.rows.row(1)[i];
     F f(a, i);
@@ -206,25 +211,26 @@ void divergence_rows(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
       sums.value = sums.u = kInf<double>;
     } else if (value_weight != 0 || pull) {
       for_points(a, i, zq, zp, [&](int64_t j0, int64_t n, auto at) {
-        Vec<T> values[kUnroll<T>], us[kUnroll<T>], other_us[kUnroll<T>], other_qs[kUnroll<T>];
-        for (int u = 0; u < kUnroll<T>; ++u) values[u] = us[u] = other_us[u] = other_qs[u] = Vec<T>{};
+        Vec<T> value[kUnroll<T>], u[kUnroll<T>], other_u[kUnroll<T>], other_q[kUnroll<T>];
+        for (int r = 0; r < kUnroll<T>; ++r) value[r] = u[r] = other_u[r] = other_q[r] = Vec<T>{};
+        T *const u_row = us.data() + j0, *const q_row = q_at(i, j0, n);
         for (int64_t j = 0; j < n; j += kBlock<T>) {
-          for (int u = 0; u < kUnroll<T>; ++u) {
-            const Point<T> x = at(j + u * L);
-            const Part<T> part = f(x);
-            values[u] += part.value;
-            us[u] += part.u;
+          for (int r = 0; r < kUnroll<T>; ++r) {
+            const Part<T> part = f(at(j + r * L));
+            value[r] += part.value;
+            u[r] += part.u;
             if (!pull) continue;
-            store<T>(&found[j0 + j + u * L], part.u);
+            store<T>(u_row + j + r * L, part.u);
+            store<T>(q_row + j + r * L, part.q);
             if (!peaked) continue;
-            other_us[u] += dominant<T>(x.lq) ? Vec<T>{} : part.u;
-            other_qs[u] += dominant<T>(x.lq) ? Vec<T>{} : exp_log(x.lq);
+            other_u[r] += dominant<T>(part.q) ? Vec<T>{} : part.u;
+            other_q[r] += dominant<T>(part.q) ? Vec<T>{} : part.q;
           }
         }
-        sums.value += sum_lanes<T>(values);
-        sums.u += sum_lanes<T>(us);
-        sums.other_u += sum_lanes<T>(other_us);
-        sums.other_q += sum_lanes<T>(other_qs);
+        sums.value += sum_lanes<T>(value);
+        sums.u += sum_lanes<T>(u);
+        sums.other_u += sum_lanes<T>(other_u);
+        sums.other_q += sum_lanes<T>(other_q);
       });
     }
     const T term = value_weight == 0 ? T(0) : T(value_weight * sums.value);
@@ -234,15 +240,16 @@ void divergence_rows(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
     if (!std::isfinite(total) && !std::isnan(sums.value)) pull = false;
     if (grad && !pull && !a.accumulate) std::memset(a.out.row(i), 0, a.student.cols * sizeof(T));
     if (!pull) continue;
-    const bool capped = a.student.softcap > 0;
     const T slope = Temper<T>(a.student, i).slope;
     for_stretches(a.student.cols, [&](int64_t j0, int64_t n) {
-      const Stretch<T> q = stretch_of(a.student, a.norm, i, j0, n, zq);
       if (capped) slopes(a.student, i, j0, n, zp);
-      T* out = a.out.row(i) + j0;
+      const T *const u_row = us.data() + j0, *const q_row = q_at(i, j0, n);
+      T* const out = a.out.row(i) + j0;
       const auto d = [&](int64_t k) {
-        const Vec<T> lq = q.log_prob(k), dz = load(&found[j0 + k]) - exp_log(lq) * total;
-        return (dominant<T>(lq) ? splat(most) : dz) * grad_weight * (capped ? load(zp + k) : splat(slope));
+        const Vec<T> q = load(q_row + k);
+        Vec<T> dz = load(u_row + k) - q * total;
+        if (peaked) dz = dominant<T>(q) ? splat(most) : dz;
+        return dz * grad_weight * (capped ? load(zp + k) : splat(slope));
       };
       int64_t k = 0;
       for (; k + L <= n; k += L) store<T>(out + k, a.accumulate ? d(k) + load(out + k) : d(k));

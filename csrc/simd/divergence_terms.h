@@ -12,7 +12,7 @@ struct Point {
 
 template <class T>
 struct Part {
-  Vec<T> value, u;
+  Vec<T> value, u, q;
 };
 
 template <class T>
@@ -25,18 +25,18 @@ template <class T>
 struct Masses {
   decltype(Vec<T>{} > Vec<T>{}) up;  // where p > q
   Vec<T> high, low;                  // the larger and the smaller of p and q
-  Vec<T> d, e, lost;                 // |w|, no more than matters; e^−d; 1 − e^−d
+  Vec<T> d, e, em1;                  // |w|, no more than matters; e^−d; e^−d − 1
 
   RLAD_INLINE explicit Masses(const Point<T>& x) : up(x.w > T(0)) {
     const Vec<T> log_high = up ? x.lp : x.lq, log_low = up ? x.lq : x.lp;
     d = magnitude<T>(x.w), d = d > -kExpLow<T> ? splat(-kExpLow<T>) : d;
-    expm1_nonpositive(-d, lost, e);
-    high = exp_log(log_high), low = log_low < kExpLow<T> ? Vec<T>{} : high * e, lost = -lost;
+    expm1_nonpositive(-d, em1, e);
+    high = exp_log(log_high), low = log_low < kExpLow<T> ? Vec<T>{} : high * e;
   }
 
   RLAD_INLINE Vec<T> q() const { return up ? low : high; }
   RLAD_INLINE Vec<T> p() const { return up ? high : low; }
-  RLAD_INLINE Vec<T> gap() const { return high * (up ? lost : -lost); }  // p − q
+  RLAD_INLINE Vec<T> gap() const { return high * (up ? -em1 : em1); }  // p − q
 };
 
 template <class T>
@@ -62,6 +62,7 @@ struct Sym {
     const Masses<T> m(x);
     const auto near = near_zero<T>(x.w);
     const Vec<T> p = m.p(), q = m.q(), gap = m.gap();
+    out.q = q;
     if (forward != 0) {
       out.value += (near ? p * x.w * x.w * excess_ratio(-x.w) : times<T>(p, x.w) - gap) * forward;
       out.u -= gap * forward;
@@ -90,20 +91,21 @@ struct Mix {
   RLAD_INLINE Part<T> operator()(const Point<T>& x) const {
     const Masses<T> m(x);
     const Vec<T> share = m.up ? splat(rest) : splat(lambda), other = m.up ? splat(lambda) : splat(rest);
-    const Vec<T> t = -share * m.lost;
-    Vec<T> excess = log1p_excess(t), nu = t - excess, sum = t + T(1);  // nu = log(1 + t)
+    const Vec<T> t = share * m.em1;
+    Vec<T> excess = log1p_excess(t), nu = t - excess;  // log(1 + t)
     const auto far = t < T(-0.5);
     if (deep && any(far)) {
-      sum = far ? other + share * m.e : sum;
+      const Vec<T> sum = other + share * m.e;
       nu = far ? log(sum, sum - T(1)) : nu;
       excess = far ? t - nu : excess;
     }
     const Vec<T> mu = m.d + nu, low_mu = m.low * mu;
-    const Vec<T> low_excess = mu < T(1) ? low_mu * mu * excess_ratio_positive(mu) : m.high * m.lost * other - low_mu;
+    const Vec<T> low_excess = mu < T(1) ? low_mu * mu * excess_ratio_positive(mu) : -(m.high * m.em1 * other + low_mu);
     Part<T> out;
     out.value = m.high * excess * (m.up ? splat(a) : splat(b)) + low_excess * (m.up ? splat(b) : splat(a));
+    out.q = m.q();
     out.u = (m.up ? low_mu : m.high * nu) * -b;
-    if (bend != 0) out.u -= m.q() * (m.up ? m.lost : -m.lost) / sum * bend;
+    if (bend != 0) out.u += out.q * (m.up ? m.em1 : -m.em1) / (far ? other + share * m.e : t + T(1)) * bend;
     return out;
   }
 };
@@ -119,7 +121,7 @@ struct Todi {
     const Vec<T> t = tanh<T>(x.w * half_beta, unused), sigma = (t + T(1)) * T(0.5), other = (T(1) - t) * T(0.5);
     const Masses<T> m(x);
     const Vec<T> q = m.q(), gap = m.gap();
-    return {times<T>((gap + t * (m.high + m.low)) * T(0.5), x.w), -(sigma * gap + t * q + times<T>(other * q, x.w))};
+    return {times<T>((gap + t * (m.high + m.low)) * T(0.5), x.w), -(sigma * gap + t * q + times<T>(other * q, x.w)), q};
   }
 };
 
@@ -174,7 +176,7 @@ struct AlphaBeta {
     }
     // a negative power of no mass is infinite
     const auto dead = (x.lq == -kInf<T>) & (x.lp == -kInf<T>);
-    return {dead ? Vec<T>{} : out.value, dead ? Vec<T>{} : out.u};
+    return {dead ? Vec<T>{} : out.value, dead ? Vec<T>{} : out.u, exp_log(x.lq)};
   }
 };
 
@@ -205,7 +207,7 @@ struct Taid {
 template <class T>
 struct LogSquare {
   LogSquare(const DivergenceArgs<T>&, int64_t) {}
-  RLAD_INLINE Part<T> operator()(const Point<T>& x) const { return {x.w * x.w * T(0.5), -x.w}; }
+  RLAD_INLINE Part<T> operator()(const Point<T>& x) const { return {x.w * x.w * T(0.5), -x.w, exp_log(x.lq)}; }
 };
 
 // ½·Σ|p − q|, with gradient 0 where p = q
@@ -214,8 +216,8 @@ struct TotalVariation {
   TotalVariation(const DivergenceArgs<T>&, int64_t) {}
   RLAD_INLINE Part<T> operator()(const Point<T>& x) const {
     const Masses<T> m(x);
-    const Vec<T> half = m.q() * T(0.5);
-    return {m.high * m.lost * T(0.5), x.w > T(0) ? -half : x.w < T(0) ? half : x.w};
+    const Vec<T> q = m.q(), half = q * T(0.5);
+    return {m.high * m.em1 * T(-0.5), x.w > T(0) ? -half : x.w < T(0) ? half : x.w, q};
   }
 };
 
