@@ -1,4 +1,4 @@
-"""The divergences' row pass where a short cut could end: shares of a mixture, peaked rows, masses that underflow, its output's place."""
+"""The divergences' row pass where a short cut could end: shares of a mixture, peaked rows, lost masses, its output's place."""
 
 from __future__ import annotations
 
