@@ -1,7 +1,8 @@
 // The families of divergences, column by column: the term, and its derivative u with respect to log q.
 //
 // With w = log p − log q every term is q·φ(w), φ ≥ 0, φ(0) = φ'(0) = 0, and u = ∂L/∂log q = q·g(w), g(0) = 0, up to a multiple
-// of q, which dL/dz = u − q·Σu does not see. Near w = 0 both come from series, so small divergences keep their relative accuracy.
+// of q, which dL/dz = u − q·Σu does not see. Near w = 0 they come from series and from e^−|w| − 1, not from p − q, so small
+// divergences keep their relative accuracy.
 
 namespace rlad::RLAD_ISA {
 
@@ -83,8 +84,9 @@ struct Mix {
   bool deep;
   Mix(const DivergenceArgs<T>& g, int64_t)
       : a(T(g.numbers[0])), b(T(g.numbers[1])), lambda(T(g.numbers[2])), rest(T(1 - g.numbers[2])) {
-    const double c = g.numbers[2];
-    bend = T((1 - c) * (g.numbers[0] * (1 - c) - g.numbers[1] * c));  // 0 for the Jensen–Shannon divergence
+    const double c = g.numbers[2], own = g.numbers[0] * (1 - c), cross = g.numbers[1] * c;
+    const bool jensen_shannon = g.numbers[0] == c && g.numbers[1] == 1 - c;  // contracted, the difference would not be 0
+    bend = jensen_shannon ? T(0) : T((1 - c) * (own - cross));
     deep = lambda > T(0.5) || rest > T(0.5);
   }
 

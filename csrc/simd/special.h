@@ -26,10 +26,7 @@ RLAD_INLINE Vec<T> exp_all(Vec<T> x) {
 }
 
 // Σ cₖ·xᵏ, c₀ first. Pairs of terms do not wait for each other.
-template <class... C>
-RLAD_INLINE Vec<float> polynomial(Vec<float> x, Vec<float> square, float c) {
-  return splat(c);
-}
+RLAD_INLINE Vec<float> polynomial(Vec<float>, Vec<float>, float c) { return splat(c); }
 
 template <class... C>
 RLAD_INLINE Vec<float> polynomial(Vec<float> x, Vec<float> square, float c0, float c1, C... higher) {
