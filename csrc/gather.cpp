@@ -18,6 +18,7 @@ struct GatherArgs {
   const int32_t* sorted_ids;  // (N·K,) for dweight
   int64_t positions;
   bool add;  // dweight adds to what is there
+  int64_t col0;  // the id of the first row of d_weight
 };
 
 }  // namespace rlad
@@ -90,7 +91,7 @@ Tensor gather_dhidden(const Tensor& grad, const Tensor& weight, const Tensor& id
 }
 
 void gather_dweight_(const Tensor& d_weight, const Tensor& grad, const Tensor& hidden, const Tensor& order,
-                     const Tensor& sorted_ids, bool add) {
+                     const Tensor& sorted_ids, bool add, int64_t col0) {
   const Checker check("gather_dweight_");
   check.shape("hidden", hidden, {kAny, kAny});
   check.shape("d_weight", d_weight, {kAny, hidden.size(1)});
@@ -101,7 +102,7 @@ void gather_dweight_(const Tensor& d_weight, const Tensor& grad, const Tensor& h
     GatherArgs<T> args{};
     args.hidden = check.any_mat("hidden", hidden, n, d, false);
     args.weight = check.any_mat("d_weight", d_weight, vocab, d, true);
-    args.dim = d, args.vocab = vocab, args.k = k, args.positions = positions, args.add = add;
+    args.dim = d, args.vocab = vocab, args.k = k, args.positions = positions, args.add = add, args.col0 = col0;
     args.grad = grad_mat<T>(check, grad, n, k);
     args.order = check.vec<int64_t>("order", order, ScalarType::Long, positions);
     args.sorted_ids = check.vec<int32_t>("sorted_ids", sorted_ids, ScalarType::Int, positions);
@@ -225,9 +226,10 @@ void gather_dweight(const GatherArgs<T>& a, int64_t begin, int64_t end) {
     while (p < end) {
       int64_t stop = p + 1;
       while (stop < a.positions && ids[stop] == ids[p]) ++stop;
-      if (ids[p] >= 0 && ids[p] < a.vocab) {
+      const int64_t at = ids[p] - a.col0;
+      if (at >= 0 && at < a.vocab) {
         weighted_rows<decltype(w), T>(
-            a.weight, ids[p], a.add, a.hidden, a.dim, p, stop,
+            a.weight, at, a.add, a.hidden, a.dim, p, stop,
             [&](int64_t q) { return a.grad.row(a.order[q] / a.k)[a.order[q] % a.k]; }, [&](int64_t q) { return a.order[q] / a.k; });
       }
       p = stop;

@@ -2,7 +2,7 @@
 
 from rlad_kernels import losses
 from rlad_kernels.batch import masks, spans, supports
-from rlad_kernels.core.config import set_checks, set_compaction, set_tile
+from rlad_kernels.core.config import set_checks, set_compaction, set_keep, set_tile
 from rlad_kernels.core.head import LMHead
 from rlad_kernels.core.reduction import Reduction
 from rlad_kernels.core.token_loss import TokenLoss
@@ -33,6 +33,7 @@ __all__ = [
     "masks",
     "set_checks",
     "set_compaction",
+    "set_keep",
     "set_tile",
     "spans",
     "supports",

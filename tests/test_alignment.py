@@ -88,11 +88,12 @@ def check(found: Products) -> None:
         assert x.storage_offset() * x.element_size() % 128 == 0, (tuple(x.shape), x.storage_offset())
 
 
-def test_log_probs(shape: tuple[int, int], products: Products) -> None:
+@pytest.mark.parametrize("keep", (0, 200 << 20))
+def test_log_probs(keep: int, shape: tuple[int, int], products: Products) -> None:
     n, v = shape
     c, target, ids = call(n, v), row(n, dtype=torch.int64), row(n, K, dtype=torch.int32)
-    s = logp.linear_logp(*c[:3], target, ids, None, *c[3:], True, True, False, 0.0, False, "linear_logp")
-    saved = (s.logp, s.topk_logp, s.lse, s.lse_error, s.entropy, s.tail_logp, s.slope, s.keep_columns, s.mean)
+    s = logp.linear_logp(*c[:3], target, ids, None, *c[3:], True, True, False, 0.0, False, keep, "linear_logp")
+    saved = (s.logp, s.topk_logp, s.lse, s.lse_error, s.entropy, s.tail_logp, s.slope, s.keep_columns, s.mean, s.logits)
     grads = (row(n), row(n), row(n), row(n, K), row(n))
     logp.linear_logp_bwd(*c[:3], target, ids, None, *c[3:], *saved, *grads, True, True, True)
     check(products)

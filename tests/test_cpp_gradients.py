@@ -124,3 +124,6 @@ def test_gather_ops(isa, dtype, dim):
         rounded(got, want, size)
         rlad.gather_dweight_(got.fill_(3), grad, hidden, order, sorted_ids, True)
         rounded(got, want + 3, size + 3)
+        some = torch.full_like(got[5:12], 3)
+        rlad.gather_dweight_(some, grad, hidden, order, sorted_ids, True, 5)
+        assert torch.equal(some, got[5:12])

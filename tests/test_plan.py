@@ -98,7 +98,7 @@ def test_the_doctor_still_answers_and_passes_plan_on() -> None:
 def test_bad_arguments(tmp_path: Path) -> None:
     assert (parse_bytes("80GiB"), parse_bytes("24 GB"), parse_bytes("1.5kb"), parse_bytes("7")) == (80 << 30, 24 * 10**9, 1500, 7)
     for text in ("80 bananas", "GiB", "-1GB"):
-        with pytest.raises(ValueError, match="memory must be a number and a unit such as 80GiB"):
+        with pytest.raises(ValueError, match="memory must be a number of bytes, or one with a unit such as 80GiB"):
             parse_bytes(text)
     moe = tmp_path / "config.json"
     moe.write_text(json.dumps({"hidden_size": 8, "num_experts": 4}))

@@ -33,7 +33,7 @@ def cases() -> dict[str, tuple[object, ...]]:
     half = tuple(x.detach().half().requires_grad_() for x in tensors)
     frozen = (p.hidden, *plain[1:])
     ones, zero = torch.ones(6), torch.zeros(6)
-    saved = (*R.linear_logp(*plain, p.target, p.ids, mask, *call, True, True, False, 0.0, False, "linear_logp"),)
+    saved = (*R.linear_logp(*plain, p.target, p.ids, mask, *call, True, True, False, 0.0, False, 0, "linear_logp"),)
     slots = torch.arange(18, dtype=torch.int32).view(6, 3)
     given = numbers(0.5, 0.2, 0.2, 1.0, 3.0, 0.1)
     ratio = (zero.clone().requires_grad_(), ones * 0.1, ones * 0.2, torch.randn(6), ones * 0.1, given, "k3")
@@ -45,9 +45,10 @@ def cases() -> dict[str, tuple[object, ...]]:
     jsd, reverse = rk.losses.JSD(0.3), rk.losses.ReverseKL()
     teachers = (other, [1.0, 5.0], torch.rand(1, 6), jsd.key, numbers(*jsd.numbers))
     return {
-        "linear_logp": (*tensors, p.target, p.ids, mask, *call, True, True, True, 0.0, False, "linear_logp"),
-        "linear_logp sparse": (*tensors, p.target, p.ids, mask, *call, True, True, True, 0.1, False, "linear_logp"),
-        "linear_logp frozen": (*frozen, p.target, None, mask, *call, False, False, False, 0.0, True, "linear_logp"),
+        "linear_logp": (*tensors, p.target, p.ids, mask, *call, True, True, True, 0.0, False, 0, "linear_logp"),
+        "linear_logp sparse": (*tensors, p.target, p.ids, mask, *call, True, True, True, 0.1, False, 0, "linear_logp"),
+        "linear_logp kept": (*tensors, p.target.clamp(0), p.ids, None, *call, True, True, True, 0.0, False, 4000, "linear_logp"),
+        "linear_logp frozen": (*frozen, p.target, None, mask, *call, False, False, False, 0.0, True, 0, "linear_logp"),
         "linear_logp_bwd": (
             *plain, p.target, p.ids, mask, *call, *(saved[i] for i in (0, 3, 1, 8, 2, 4, 9)), *saved[11:],
             ones, zero, ones, torch.ones(6, 5), ones, True, True, True,
@@ -82,7 +83,7 @@ def cases() -> dict[str, tuple[object, ...]]:
     }  # fmt: skip
 
 
-VARIANTS = ("linear_logp sparse", "linear_logp frozen", "linear_divergence frozen")
+VARIANTS = ("linear_logp sparse", "linear_logp kept", "linear_logp frozen", "linear_divergence frozen")
 HALVES = ("linear_loss float16", "linear_divergence_loss float16")
 ALL = (*SWEEP_OPS, *TOKEN_OPS, "checked", *VARIANTS, *HALVES)
 

@@ -294,6 +294,9 @@ def test_gather(dtype, d):
         near(out, torch.where(absent[:, None], 5, want), size * 8 * ULP + rounding(want, out_dtype))
         gather_dweight_(out.fill_(5), grad, hidden, order.indices, order.values, True)
         near(out, want + 5, (size + 5) * 8 * ULP + rounding(want + 5, out_dtype))
+        some = torch.full_like(out[2:7], 5)
+        gather_dweight_(some, grad, hidden, order.indices, order.values, True, 2)
+        assert torch.equal(some, out[2:7])
 
 
 def test_every_kernel_runs_is_counted_and_refuses_float64():

@@ -37,7 +37,8 @@ ROW_OPS = {
     "float teacher_softcap, Tensor teacher_norm, Tensor rows, str family, float a, float b, float c, bool accumulate) -> ()",
     "gather_dot": "(Tensor hidden, Tensor weight, Tensor ids) -> Tensor",
     "gather_dhidden": "(Tensor grad, Tensor weight, Tensor ids) -> Tensor",
-    "gather_dweight_": "(Tensor(a!) d_weight, Tensor grad, Tensor hidden, Tensor order, Tensor sorted_ids, bool add) -> ()",
+    "gather_dweight_": "(Tensor(a!) d_weight, Tensor grad, Tensor hidden, Tensor order, Tensor sorted_ids, bool add, int col0=0) "
+    "-> ()",
     "score_partials": f"({HEAD}, Tensor inv_temp, float logit_scale, float softcap, Tensor slots, bool entropy, bool extras) "
     "-> (Tensor, Tensor)",
 }
@@ -95,6 +96,7 @@ def _register() -> None:
     torch.library.define("rlad::cpu_isa", "() -> str")
     torch.library.define("rlad::has_bf16_mm", "() -> bool")
     torch.library.define("rlad::huge_pages_", "(Tensor(a!) x) -> ()")
+    torch.library.register_fake("rlad::huge_pages_", lambda x: None)
     torch.library.define("rlad::bf16_mm_", "(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()")  # C++ only
     for name, schema in {**ROW_OPS, **TOKEN_OPS}.items():
         torch.library.define(f"rlad::{name}", schema)

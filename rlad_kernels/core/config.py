@@ -1,12 +1,14 @@
-"""The three process-wide switches: tile sizes, checks that synchronise, row compaction.
+"""The process-wide switches: tile sizes, checks that synchronise, row compaction, memory to keep logits in.
 
-A fourth has no public name: ``settings.fused_scoring``, for benches and tests. None leaves the choice between the tiles
+Another has no public name: ``settings.fused_scoring``, for benches and tests. None leaves the choice between the tiles
 and the fully fused kernel to the table ``FUSED_SCORING`` of ``backends.triton.score``; True and False make it for every call.
 """
 
 from __future__ import annotations
 
 from types import TracebackType
+
+from rlad_kernels.core.sizes import byte_size
 
 
 class _Settings:
@@ -15,6 +17,7 @@ class _Settings:
         self.tile_cols: int | None = None
         self.checks = False
         self.compaction = True
+        self.keep = 0
         self.fused_scoring: bool | None = None
 
 
@@ -89,4 +92,22 @@ def set_compaction(enabled: bool) -> _Restore:
     """
     restore = _Restore(compaction=settings.compaction)
     settings.compaction = bool(enabled)
+    return restore
+
+
+def set_keep(memory: int | str) -> _Restore:
+    """Choose in how much memory each ``linear_logp`` keeps logits of its forward for its backward, 0 at first.
+
+    The backward of rows that fit is two products in place of three; it stays exact. ``memory`` is in bytes, or has a unit: "2GiB".
+    A call's own ``keep`` goes before this; a trainer's calls, whose arguments are not yours, follow it. Works as a statement or as
+    a context manager.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> with rk.set_keep("1MiB"):
+        ...     rk.linear_logp(torch.ones(1, 1), rk.LMHead(torch.ones(2, 1)), torch.tensor([1])).logp
+        tensor([-0.6931])
+    """
+    restore = _Restore(keep=settings.keep)
+    settings.keep = byte_size("set_keep", "memory", memory)
     return restore

@@ -249,7 +249,7 @@ class Gradients:
         assert slab is not None
         if cot is not None and cot.lost is not None:
             sorted_ids, order = cot.sorted()
-            torch.ops.rlad.gather_dweight_(slab, cot.lost, self.tiles.hidden[rows], order, sorted_ids - c0, True)
+            torch.ops.rlad.gather_dweight_(slab, cot.lost, self.tiles.hidden[rows], order, sorted_ids, True, c0)
         if last and self._whole is not self.weight:
             self.weight[c0:c1] = slab
 
@@ -295,9 +295,12 @@ class Gradients:
         return tuple(absent(0) if x is None else x for x in (hidden, self.weight, bias))  # type: ignore[return-value]
 
 
-def backward_tile(tiles: Tiles, cot: Cotangents, x: Tensor, c0: int, inv_temp: Tensor) -> Tensor:
-    """dlogits of one tile of raw logits ``x``, in place where the dtype allows; ``cot`` and ``inv_temp`` are its rows'."""
-    g = x if tiles.grad_dtype == x.dtype else tiles.buffer(x.shape[0], x.shape[1], tiles.grad_dtype)
+def backward_tile(tiles: Tiles, cot: Cotangents, x: Tensor, c0: int, inv_temp: Tensor, *, whole: bool = False) -> Tensor:
+    """dlogits of one tile of raw logits ``x``, in place where the dtype allows and ``x`` need not stay ``whole``.
+
+    ``cot`` and ``inv_temp`` are its rows'.
+    """
+    g = x if tiles.grad_dtype == x.dtype and not whole else tiles.buffer(x.shape[0], x.shape[1], tiles.grad_dtype)
     head = (tiles.bias_tile(c0, c0 + x.shape[1]), inv_temp, tiles.logit_scale, tiles.softcap)
     torch.ops.rlad.dlogits_(g, x, c0, *head, cot.slots, cot.slot_dz, cot.rows, cot.target, cot.lost, cot.entropy, cot.tail)
     return g

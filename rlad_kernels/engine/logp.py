@@ -12,6 +12,7 @@ from rlad_kernels.backends.contract import HEAD
 from rlad_kernels.engine import sparse
 from rlad_kernels.engine.chunks import Chunks
 from rlad_kernels.engine.gradients import Cotangents, Gradients, backward_tile
+from rlad_kernels.engine.held import held_logits, held_places
 from rlad_kernels.engine.op import CALL, NEED, define, given, gradients, no_double_backward, result, wanted
 from rlad_kernels.engine.outputs import outputs, row_slots
 from rlad_kernels.engine.rows import Kept, checked_finite, kept_inv_temp, row_mask
@@ -35,6 +36,7 @@ class Logp(NamedTuple):
     dropped: Tensor  # (N,) dropped mass
     keep_columns: Tensor  # (blocks, V) bool
     mean: Tensor  # (blocks, D)
+    logits: Tensor  # (held, V) raw, of the first of the rows that are computed
 
 
 class Saved(NamedTuple):
@@ -56,6 +58,7 @@ class Saved(NamedTuple):
     slope: Tensor
     keep_columns: Tensor
     mean: Tensor
+    logits: Tensor
 
 
 def linear_logp(
@@ -74,12 +77,13 @@ def linear_logp(
     extras: bool,
     filter_eps: float,
     ahead: bool,
+    keep: int,
     caller: str,
 ) -> Logp:
     """Implements ``rlad::linear_logp``; ``caller`` is the public function that errors name.
 
-    What the backward can use is made here, while whole rows of logits are at hand: with ``ahead`` ∂logp/∂hidden, with
-    ``filter_eps`` the choice of columns.
+    What the backward can use is made here, while logits are at hand: with ``ahead`` ∂logp/∂hidden, with ``filter_eps`` the choice
+    of columns, and the logits themselves of as many rows as fit into ``keep`` bytes.
     """
     kept = Kept(row_mask(caller, target, mask))
     slots = row_slots(caller, kept, target, topk_ids, vocab_size)
@@ -87,22 +91,24 @@ def linear_logp(
     hidden = kept.take(hidden)
     head = (weight, bias, inv_temp, logit_scale, softcap, vocab_size)
     made = _Made(*[inv_temp.new_empty(0)] * 4)
+    logits = held_logits(hidden, target.shape[0], vocab_size, keep)
     if ahead or filter_eps > 0:
         stats, z, made = _whole_rows(hidden, head, slots, target.shape[0], entropy, extras, filter_eps)
-    elif fused(hidden, weight):
+    elif not len(logits) and fused(hidden, weight):
         cut = (weight[:vocab_size], None if bias is None else bias[:vocab_size])
         stats, z = statistics(hidden, *cut, inv_temp, logit_scale, softcap, slots, entropy, extras)
     else:
-        tiles = Tiles(hidden, *head)
+        tiles, held = Tiles(hidden, *head), min(len(logits), hidden.shape[0])
         stats, z = tiles.new_stats(slots.shape[1])
-        for c0, _, w in tiles.columns():
-            for r0, r1 in tiles.row_ranges():
-                tiles.fold(tiles.logits(r0, r1, w), c0, r0, r1, slots, stats, z, entropy=entropy, extras=extras)
+        for c0, c1, w in tiles.columns():
+            for r0, r1 in tiles.row_ranges(held):
+                x = tiles.logits(r0, r1, w, logits[r0:r1, c0:c1] if r1 <= held else None)
+                tiles.fold(x, c0, r0, r1, slots, stats, z, entropy=entropy, extras=extras)
     found = outputs(stats, z, slots, vocab_size, entropy=entropy, tail=tail, extras=extras)
     checked_finite(caller, found.lse)
     asked = (True, True, entropy, topk_ids is not None, tail, extras, extras, extras, True, ahead, filter_eps > 0)
     rows = (kept.put(x) if a else x.new_empty(0) for x, a in zip((*found, made.slope, made.dropped), asked, strict=True))
-    return Logp._make([*rows, made.keep.bool(), made.mean])
+    return Logp._make([*rows, made.keep.bool(), made.mean, logits])
 
 
 class _Made(NamedTuple):
@@ -171,6 +177,7 @@ def linear_logp_bwd(
     slope: Tensor,
     keep_columns: Tensor,
     mean: Tensor,
+    logits: Tensor,
     g_logp: Tensor | None,
     g_lse: Tensor | None,
     g_entropy: Tensor | None,
@@ -216,9 +223,17 @@ def linear_logp_bwd(
         sparse.add_means(out, mean)
         out.close(cot, rows, 0, tiles.vocab, last=False)
         out.close_rows(cot, rows)
+    held, at = held_places(kept, keep, len(logits), tiles.n)
     for c0, c1, w in () if filtered else tiles.columns():
-        for r0, r1 in tiles.row_ranges():
-            g = backward_tile(tiles, cot.take(slice(r0, r1)), tiles.logits(r0, r1, w), c0, tiles.inv_temp[r0:r1])
+        for r0, r1 in tiles.row_ranges(held):
+            if r1 > held:
+                x = tiles.logits(r0, r1, w)
+            elif at is None:
+                x = logits[r0:r1, c0:c1]
+            else:
+                x = tiles.buffer(r1 - r0, c1 - c0, logits.dtype).copy_(logits[:, c0:c1].index_select(0, at[r0:r1]))
+            part = cot.take(slice(r0, r1))
+            g = backward_tile(tiles, part, x, c0, tiles.inv_temp[r0:r1], whole=r1 <= held and at is None)
             out.add(g, w, c0, slice(r0, r1), first=r0 == 0, unscale=cot.unscale)
         out.close(cot, slice(None), c0, c1, last=True)
     if not filtered:
@@ -273,6 +288,7 @@ def _fake(
     extras: bool,
     filter_eps: float,
     ahead: bool,
+    keep: int,
     caller: str,
 ) -> Logp:
     rows, filtered = target.shape, filter_eps > 0
@@ -291,14 +307,15 @@ def _fake(
         dropped=result(hidden, rows, filtered),
         keep_columns=result(hidden, (blocks, vocab_size), filtered, torch.bool),
         mean=result(hidden, (blocks, hidden.shape[1]), filtered),
+        logits=held_logits(hidden, rows[0], vocab_size, keep),
     )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, scale, softcap, vocab_size, ctx.entropy, ctx.tail, _, _, _, _ = inputs
+    *tensors, scale, softcap, vocab_size, ctx.entropy, ctx.tail, _, _, _, _, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.head, o = (scale, softcap, vocab_size), Logp(*output)
-    made = (o.logp, o.topk_logp, o.lse, o.lse_error, o.entropy, o.tail_logp, o.slope, o.keep_columns, o.mean)
+    made = (o.logp, o.topk_logp, o.lse, o.lse_error, o.entropy, o.tail_logp, o.slope, o.keep_columns, o.mean, o.logits)
     ctx.save_for_backward(*Saved._make([*tensors, *made]))
 
 
@@ -307,20 +324,21 @@ def _backward(ctx: Any, g_logp: Tensor, g_lse: Tensor, g_entropy: Tensor, g_topk
     need = wanted(ctx, saved.bias)
     asked = (g_entropy if ctx.entropy else None, None if saved.topk_ids is None else g_topk, g_tail if ctx.tail else None)
     grads = logp_bwd_op(*saved[:7], *ctx.head, *saved[7:], g_logp, g_lse, *asked, *need)
-    return *given(grads, need), *[None] * 13
+    return *given(grads, need), *[None] * 14
 
 
 _ARGS = f"({HEAD}, Tensor target, Tensor? topk_ids, Tensor? mask, {CALL}, "
 logp_op = define(
     "linear_logp",
-    f"{_ARGS}bool entropy, bool tail, bool extras, float filter_eps, bool ahead, str caller) -> ({', '.join(['Tensor'] * 13)})",
+    f"{_ARGS}bool entropy, bool tail, bool extras, float filter_eps, bool ahead, int keep, str caller) -> "
+    f"({', '.join(['Tensor'] * len(Logp._fields))})",
     linear_logp,
 )
 logp_bwd_op = define(
     "linear_logp_bwd",
     f"{_ARGS}Tensor logp, Tensor topk_logp, Tensor lse, Tensor lse_error, Tensor entropy, Tensor tail_logp, Tensor slope, "
-    "Tensor keep_columns, Tensor mean, Tensor? g_logp, Tensor? g_lse, Tensor? g_entropy, Tensor? g_topk, Tensor? g_tail, "
-    f"{NEED}) -> (Tensor, Tensor, Tensor)",
+    "Tensor keep_columns, Tensor mean, Tensor logits, Tensor? g_logp, Tensor? g_lse, Tensor? g_entropy, Tensor? g_topk, "
+    f"Tensor? g_tail, {NEED}) -> (Tensor, Tensor, Tensor)",
     linear_logp_bwd,
 )
 torch.library.register_fake("rlad::linear_logp", _fake)

@@ -58,8 +58,7 @@ def round_up(n: int, to: int) -> int:
 
 def scratch(memory: Tensor, rows: int, cols: int) -> Tensor:
     """``memory`` as ``(rows, cols)``, each row at a multiple of 64 elements."""
-    stride = round_up(cols, _ALIGNED)
-    return memory[: rows * stride].view(rows, stride)[:, :cols]
+    return memory.as_strided((rows, cols), (round_up(cols, _ALIGNED), 1))
 
 
 def scratch_size(rows: int, cols: int) -> int:
@@ -113,8 +112,10 @@ class Tiles:
         self.rows, self.cols = tile_sizes(hidden.device.type, self.n, vocab_size, **sizes)
         self._buffers: dict[torch.dtype, Tensor] = {}
 
-    def row_ranges(self) -> Iterator[tuple[int, int]]:
-        return ((r, min(r + self.rows, self.n)) for r in range(0, self.n, self.rows))
+    def row_ranges(self, held: int = 0) -> Iterator[tuple[int, int]]:
+        """The tiles' rows; none has both rows before ``held`` and after."""
+        for first, last in ((0, held), (held, self.n)):
+            yield from ((r, min(r + self.rows, last)) for r in range(first, last, self.rows))
 
     def columns(self) -> Iterator[tuple[int, int, Tensor]]:
         """Vocabulary ranges with their weight rows, ready to be an operand."""

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from rlad_kernels.core.check import check_eps, check_k, needed_grad
+from rlad_kernels.core.config import settings
 from rlad_kernels.core.head import LMHead
+from rlad_kernels.core.sizes import byte_size
 from rlad_kernels.core.types import TokenScores
 from rlad_kernels.engine.call import flat_call, flat_rows, maybe_rows, target_shape
 from rlad_kernels.engine.logp import Logp, logp_op
@@ -26,6 +28,7 @@ def linear_logp(
     extras: Iterable[str] = (),
     mask: Tensor | None = None,
     filter_eps: float = 0.0,
+    keep: int | str | None = None,
 ) -> TokenScores:
     """log π(y) = z_y − logsumexp(z) for every token, and what else one sweep gives, without N×V logits.
 
@@ -42,7 +45,10 @@ def linear_logp(
         filter_eps: 0.0 is the exact backward. Above it, each block of 128 tokens sends gradient only through the columns to
             which one of them gives p > filter_eps, its targets and its ``topk_ids``; for d_hidden the rest goes through their
             mean weighted by p, their d_weight is zero. |Δd_hidden_t| ≤ |cotangent_t|·dropped_mass_t·max‖W_v − mean‖; the
-            dropped mass of each token is ``extras["dropped_mass"]``. Outputs stay exact.
+            dropped mass of each token is ``extras["dropped_mass"]``. Outputs stay exact. A block that would keep most columns keeps
+            all: exact, and faster. Blocks have 512 tokens on CUDA.
+        keep: memory for speed: bytes, or a string such as "2GiB", in which the logits of as many rows as fit wait for the backward,
+            which computes those of the others again. None is what :func:`~rlad_kernels.set_keep` says, 0 at first.
 
     Returns:
         TokenScores in the target's shape, float32 (float64 for float64). Gradient reaches hidden, weight and bias only, and
@@ -72,6 +78,7 @@ def linear_logp(
         extras=extras,
         mask=mask,
         filter_eps=filter_eps,
+        keep=keep,
     )
 
 
@@ -87,6 +94,7 @@ def score(
     extras: tuple[str, ...] = (),
     mask: Tensor | None = None,
     filter_eps: float = 0.0,
+    keep: int | str | None = None,
     ids_name: str = "topk_ids",
 ) -> TokenScores:
     """:func:`linear_logp` for a public function ``name``, whose argument ``ids_name`` holds the ids."""
@@ -106,7 +114,9 @@ def score(
     ahead = need == (True, False, False) and not (entropy or ids is not None or eps)  # frozen head, one direction per token
     flat_target = flat_rows(name, "target", target, shape, hidden.device, ids=True)
     flat_mask = maybe_rows(name, "mask", mask, shape, hidden.device)
-    asked = (entropy, tail, bool(extras), eps, ahead, name)
+    memory = settings.keep if keep is None else byte_size(name, "keep", keep)
+    memory = 0 if ahead or eps or not any(need) else memory  # whose backward computes no logits, or few
+    asked = (entropy, tail, bool(extras), eps, ahead, memory, name)
     out = Logp._make(logp_op(*call[:3], flat_target, ids, flat_mask, *call[3:], *asked))
     found = {k: getattr(out, k).detach().view(shape) for k in EXTRAS if k in extras}
     if eps:

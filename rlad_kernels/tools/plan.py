@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ from typing import Any
 import torch
 
 from rlad_kernels.backends.contract import has_bf16_mm
-from rlad_kernels.engine.tiles import tile_sizes
+from rlad_kernels.core.sizes import byte_size
+from rlad_kernels.engine.held import held_rows
+from rlad_kernels.engine.tiles import scratch_size, tile_sizes
 
 PATHS = ("naive", "linear_logp", "linear_loss", "topk_kl", "linear_topk")
 OPTIMIZERS = {  # bytes a parameter of dtype size b: states, and a copy that torch's update makes of one
@@ -93,10 +94,11 @@ def model_of(name: str) -> Model:
         raise ValueError(f"plan: {name} has no {key}, wanted a dense decoder's config") from None
 
 
-def loss_bytes(path: str, n: int, d: int, v: int, *, dtype: torch.dtype, device: str = "cuda", k: int = 64) -> int:
+def loss_bytes(path: str, n: int, d: int, v: int, *, dtype: torch.dtype, device: str = "cuda", k: int = 64, keep: int = 0) -> int:
     """Peak bytes of one loss above hidden states and head, forward and backward, the gradients of both included.
 
-    ``linear_topk`` has no backward. Counted from the tensors each path makes; matrix libraries' own workspace is not.
+    ``keep`` is that of ``linear_logp``. ``linear_topk`` has no backward. Counted from the tensors each path makes; matrix
+    libraries' own workspace is not.
     """
     if path not in PATHS:
         raise ValueError(f"plan: path must be one of {PATHS}, got {path!r}")
@@ -116,6 +118,8 @@ def loss_bytes(path: str, n: int, d: int, v: int, *, dtype: torch.dtype, device:
     if size < 4:  # float32 sums beside the gradients, and dlogits as an operand of their own
         total += 4 * n * d + 4 * d * (v if path == "linear_loss" else cols)
         total += rows * cols * size if native else 0
+    if path == "linear_logp" and (held := held_rows(n, v, 4, keep)):
+        total += 4 * scratch_size(held, v) + (4 * rows * cols if size == 4 else 0)
     return total + gradients
 
 
@@ -129,6 +133,7 @@ class Plan:
     checkpointing: bool = True
     device: str = "cuda"
     k: int = 64
+    keep: int = 0
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
@@ -155,7 +160,7 @@ class Plan:
         """
         m, b = self.model, self.dtype.itemsize
         fixed, block, stream = self.static(), self.block_bytes(tokens), tokens * m.hidden * b
-        loss = loss_bytes(path, tokens, m.hidden, m.vocab, dtype=self.dtype, device=self.device, k=self.k)
+        loss = loss_bytes(path, tokens, m.hidden, m.vocab, dtype=self.dtype, device=self.device, k=self.k, keep=self.keep)
         if path == "linear_topk":
             return fixed["weights"] + stream + max(loss, block)
         kept = m.blocks * (stream if self.checkpointing else block)
@@ -183,11 +188,7 @@ class Plan:
 
 def parse_bytes(text: str) -> int:
     """``"80GiB"``, ``"24 GB"``, ``"512MiB"`` → bytes."""
-    units = {"": 1, "B": 1} | {f"{p}{i}B": (1024 if i else 1000) ** e for e, p in enumerate("KMGT", 1) for i in ("I", "")}
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in units:
-        raise ValueError(f"plan: memory must be a number and a unit such as 80GiB, got {text!r}")
-    return int(float(match[1]) * units[match[2].upper()])
+    return byte_size("plan", "memory", text)
 
 
 def report(plan: Plan, name: str, tokens: int, memory: int) -> str:
@@ -206,7 +207,7 @@ def report(plan: Plan, name: str, tokens: int, memory: int) -> str:
         f"{'loss':<20}{'loss alone':>14}{'whole step':>14}{'':>8}{'most tokens':>14}",
     ]
     for path in PATHS:
-        loss = loss_bytes(path, tokens, m.hidden, m.vocab, dtype=plan.dtype, device=plan.device, k=plan.k)
+        loss = loss_bytes(path, tokens, m.hidden, m.vocab, dtype=plan.dtype, device=plan.device, k=plan.k, keep=plan.keep)
         step, most = plan.step(path, tokens), plan.most_tokens(path, memory)
         fits = "fits" if step <= memory else "no"
         lines.append(f"{path:<20}{loss / gib:10.2f} GiB{step / gib:10.2f} GiB{fits:>8}{most:>14,}")
@@ -228,11 +229,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--no-checkpointing", action="store_true")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--k", type=int, default=64, help="support of the top-K paths")
+    parser.add_argument("--keep", default="0", help="memory in which linear_logp keeps logits for its backward, such as 2GiB")
     args: Any = parser.parse_args(argv)
     try:
-        model, memory = model_of(args.model), parse_bytes(args.memory)
+        model, memory, keep = model_of(args.model), parse_bytes(args.memory), byte_size("plan", "keep", args.keep)
     except ValueError as error:
         parser.error(str(error))
-    plan = Plan(model, getattr(torch, args.dtype), args.optimizer, not args.no_checkpointing, args.device, args.k)
+    plan = Plan(model, getattr(torch, args.dtype), args.optimizer, not args.no_checkpointing, args.device, args.k, keep)
     print(report(plan, args.model, args.tokens, memory))
     return 0

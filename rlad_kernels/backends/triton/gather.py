@@ -63,7 +63,7 @@ def gather_dhidden_kernel(out, grad, weight, stride_w, ids, V, D, K, BLOCK_K: tl
     tl.store(out + i_n * D + o_d, cast(tl.sum(b_acc, 0), out.dtype.element_ty), mask=o_d < D)
 
 
-@triton.jit(do_not_specialize=["V", "K", "P"])
+@triton.jit(do_not_specialize=["V", "K", "P", "col0"])
 def gather_dweight_kernel(
     d_weight,
     stride_w,
@@ -76,15 +76,16 @@ def gather_dweight_kernel(
     D,
     K,
     P,
+    col0,
     ADD: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """d_weight[v, d] (+)= Σ grad[order[p]] · hidden[order[p] // K, d] over the run of v in sorted_ids: one program per run."""
+    """d_weight[v, d] (+)= Σ grad[order[p]] · hidden[order[p] // K, d] over the run of col0 + v in sorted_ids: a program a run."""
     i_p = tl.program_id(0).to(tl.int64)
     v = tl.load(sorted_ids + i_p)
     before = tl.load(sorted_ids + i_p - 1, mask=i_p > 0, other=-1)
-    if (v >= 0) & (v < V) & (before != v):
+    if (v >= col0) & (v - col0 < V) & (before != v):
         o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         b_acc = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
         o_p = i_p + tl.arange(0, BLOCK_P)
@@ -99,7 +100,7 @@ def gather_dweight_kernel(
             o_p += BLOCK_P
             m_p = (o_p < P) & (tl.load(sorted_ids + o_p, mask=o_p < P, other=-1) == v)
             running = tl.sum(m_p.to(tl.int32), 0)
-        p_out = d_weight + v.to(tl.int64) * stride_w + o_d
+        p_out = d_weight + (v - col0).to(tl.int64) * stride_w + o_d
         b_sum = tl.sum(b_acc, 0)
         if ADD:
             b_sum += tl.load(p_out, mask=o_d < D, other=0.0).to(tl.float32)
@@ -156,9 +157,16 @@ def gather_dhidden(grad: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) 
 
 
 def gather_dweight_(
-    d_weight: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor, order: torch.Tensor, sorted_ids: torch.Tensor, add: bool
+    d_weight: torch.Tensor,
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    order: torch.Tensor,
+    sorted_ids: torch.Tensor,
+    add: bool,
+    col0: int = 0,
 ) -> None:
-    """Write (or `add`) into the rows of `d_weight (V, D)` named in `sorted_ids` the sum over the id's run; leave others alone."""
+    """Write (or `add`) into the rows of `d_weight (V, D)`, ids from `col0` on, that are in `sorted_ids` the sum over the id's run;
+    leave others alone."""
     require_dtype("gather_dweight_", HALVES, d_weight=d_weight, hidden=hidden)
     require_dtype("gather_dweight_", grad=grad)
     d = hidden.shape[1]
@@ -180,6 +188,7 @@ def gather_dweight_(
         d,
         grad.shape[1],
         places,
+        col0,
         ADD=add,
     )
 
