@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +19,10 @@ DEVICE = os.environ.get("RLAD_TEST_DEVICE", "cpu")
 if DEVICE != "cpu":
     torch.set_default_device(DEVICE)  # before the tests' modules are imported: tables of cases hold tensors
 DONE = os.environ.get("RLAD_TEST_DONE")  # a file of finished tests: a run that was cut off goes on where it stopped
+if DONE and "RLAD_GPU_SECONDS" in os.environ:  # the same instant in every worker: they inherit it
+    os.environ.setdefault("RLAD_TEST_UNTIL", str(time.time() + float(os.environ["RLAD_GPU_SECONDS"])))
+UNTIL = float(os.environ.get("RLAD_TEST_UNTIL", "inf"))
+EARLIER, LATE = "passed in an earlier run", "no time left"
 
 # inductor's cache does not tell capabilities apart: it would serve one the code of another, which does not compile there
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{default_cache_dir()}_{torch.backends.cpu.get_cpu_capability()}"
@@ -36,13 +43,45 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("interpreted") and not INTERPRET:
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1"))
         if item.nodeid in done:
-            item.add_marker(pytest.mark.skip(reason="passed in an earlier run"))
+            item.add_marker(pytest.mark.skip(reason=EARLIER))
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if DONE and report.when == "call" and report.passed:
-        with Path(DONE).open("a") as file:
-            file.write(report.nodeid + "\n")
+def pytest_runtest_setup() -> None:
+    if time.time() > UNTIL:
+        pytest.skip(LATE)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if DONE and not hasattr(config, "workerinput"):  # xdist's controller hears of every test
+        config.pluginmanager.register(Remember(Path(DONE)))
+
+
+class Remember:
+    """Keeps the tests that passed in a file, and the traceback of each that fails in one of its own beside it, as they end."""
+
+    def __init__(self, done: Path) -> None:
+        self.done, self.failures = done, done.with_name("failures")
+        self.failures.mkdir(parents=True, exist_ok=True)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        file = self.failures / f"{re.sub(r'[^A-Za-z0-9_.=-]+', '-', report.nodeid)[:200]}.txt"
+        if report.failed:
+            file.write_text("\n\n".join((report.nodeid, report.longreprtext, *(f"{k}\n{text}" for k, text in report.sections))))
+        elif report.when == "call" and report.passed:
+            file.unlink(missing_ok=True)
+            with self.done.open("a") as lines:
+                lines.write(report.nodeid + "\n")
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        session.config.option.tbstyle = "no"  # tracebacks are in their files: the end is a short table
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        reasons = Counter(str(r.longrepr[2]).removeprefix("Skipped: ") for r in terminalreporter.getreports("skipped"))
+        terminalreporter.section("skipped")
+        for reason, count in reasons.most_common():
+            terminalreporter.line(f"{count:>6}  {reason}")
+        if reasons[LATE]:
+            terminalreporter.section(f"NOT FINISHED: {reasons[LATE]} tests left, the same command goes on", "!")
 
 
 @pytest.fixture(autouse=True)
