@@ -81,7 +81,7 @@ GPU_RESULTS ?= bench/results
 GPU_WORKERS ?= 14
 GPU_TESTS ?= tests
 GPU_SANITIZED ?= tests/test_single_token.py tests/test_top1.py tests/test_compaction.py
-export RLAD_GPU_SECONDS ?= 170
+gpu-test gpu-tune gpu-bench: export RLAD_GPU_SECONDS ?= 170
 GPU_RUN := HF_HUB_OFFLINE=1 $(GPU_PYTHON)
 GPU_DONE = RLAD_TEST_DEVICE=$(GPU_DEVICE) RLAD_TEST_DONE=$(OUT)/gpu/done.txt OMP_NUM_THREADS=1
 
@@ -96,6 +96,11 @@ gpu-test:  ## the suite on the GPU, all workers on one; a traceback as it happen
 	mkdir -p $(OUT)/gpu
 	$(GPU_DONE) $(GPU_RUN) -m pytest $(GPU_TESTS) -q -n $(GPU_WORKERS) --dist worksteal -rfE --durations 8 --disable-warnings \
 		$$($(GPU_PYTHON) -c 'import pytest_timeout; print("--timeout 60")' 2>/dev/null)
+
+gpu-bench:  ## ours and the peers in one process, then compute-sanitizer over a few tests
+	$(GPU_RUN) -m bench --device $(GPU_DEVICE) --gpu --resume --out $(GPU_RESULTS)
+	! command -v compute-sanitizer || RLAD_TEST_DEVICE=$(GPU_DEVICE) PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 60 \
+		compute-sanitizer --error-exitcode 9 $(GPU_RUN) -m pytest $(GPU_SANITIZED) -q -x; test $$? != 9
 
 gpu-dry: .venv/.built  ## the same steps on the CPU at toy size: interpreted kernels, a few tests, one process for the bench
 	$(MAKE) gpu GPU_PYTHON=$(BIN)/python GPU_DEVICE=cpu OUT=$(OUT)/dry

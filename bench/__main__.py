@@ -3,63 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import json
-import platform
-import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-import torch
-
-import rlad_kernels
-from bench import report
+from bench import bounds, report
 from bench.plan import PRESETS, real
 from bench.providers import PROVIDERS
-from bench.rounds import measure
-
-PEERS = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "verl", "quack-kernels")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+from bench.rounds import WRONG, measure
+from bench.run import Run, budget, header
 
 
-def _chip(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    names = [s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.ops.rlad.cpu_isa()}, {torch.get_num_threads()} threads"
-
-
-def _commit() -> str:
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # a copy of the tree without git
-        return "unknown"
-
-
-def header(device: str) -> dict[str, Any]:
-    versions = {"rlad_kernels": rlad_kernels.__version__, "torch": torch.__version__, **{p: _version(p) for p in PEERS}}
-    return {
-        "date": datetime.date.today().isoformat(), "commit": _commit(), "device": f"{device}: {_chip(device)}",
-        "versions": {k: v for k, v in versions.items() if v},
-    }  # fmt: skip
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for the JSON, the tables and the pictures")
     size = parser.add_mutually_exclusive_group()
-    for name in ("smoke", "full"):
-        size.add_argument(f"--{name}", dest="preset", action="store_const", const=name, default="quick", help=PRESETS[name].__doc__)
+    for name in ("smoke", "full", "gpu"):
+        size.add_argument(f"--{name}", dest="preset", action="store_const", const=name, help=PRESETS[name].__doc__)
     parser.add_argument(
         "--data", type=Path, help="instead: a file of real tensors, hidden (N, D), weight (V, D), target (N,), by torch.save"
     )
@@ -69,31 +29,29 @@ def main() -> None:
     args = parser.parse_args()
 
     info = header(args.device)
-    args.out.mkdir(parents=True, exist_ok=True)
-    plan = real(args.data) if args.data else PRESETS[args.preset](args.device)
+    preset = args.preset or ("gpu" if args.device == "cuda" else "quick")
+    plan = real(args.data) if args.data else PRESETS[preset](args.device)
     if unknown := [p for p in args.only or () if p not in PROVIDERS]:
         parser.error(f"--only: no provider {unknown[0]!r}; there are {', '.join(PROVIDERS)}")
-    name = "-".join([args.data.stem if args.data else args.preset, *(args.only or ())])
+    name = "-".join([args.data.stem if args.data else preset, *(args.only or ())])
     path = args.out / f"{name}-{args.device}-{info['date']}.json"
-    old = json.loads(path.read_text()) if args.resume and path.exists() else {}
-    done = {_key(c): c for c in old.get("cases", [])} if old.get("commit") == info["commit"] else {}
-    cases: list[dict[str, Any]] = []
+    run = Run(path, info, resume=args.resume, seconds=budget())
+    here = args.device == "cuda" or preset == "gpu"
     for planned in plan:
         providers = tuple(p for p in planned.providers if not args.only or p in args.only)
         if not providers:
             continue
         case = replace(planned, providers=providers, rounds=args.rounds or planned.rounds)
-        key = json.loads(json.dumps(asdict(case)))
-        cases.append(done.get(_key(key)) or {**key, "rows": measure(case, args.device, args.data and str(args.data))})
-        path.write_text(json.dumps({**info, "cases": cases}, indent=1) + "\n")  # after every case: a cut-off run can go on
-        print(f"\n{report.title(key)}\n{report.table(cases[-1]['rows'])}", flush=True)
-    for file in report.write(path):
+        data = args.data and str(args.data)
+        if done := run.case(asdict(case), lambda case=case, data=data: measure(case, args.device, data, here=here)):
+            print(f"\n{report.title(done)}\n{report.table(done['rows'])}", flush=True)
+    for file in report.write(path, pictures=not here):
         print(f"written: {file}")
-
-
-def _key(case: dict[str, Any]) -> str:
-    return json.dumps({k: v for k, v in case.items() if k != "rows"}, sort_keys=True)
+    if preset == "gpu":
+        print(f"\n{bounds.table(run.cases)}")
+    run.end()
+    return int(any(row.get("absent", "").startswith(WRONG) for case in run.cases for row in case["rows"]))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

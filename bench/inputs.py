@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -47,7 +48,17 @@ class Inputs:
         twins = (x.detach().to(dtype).requires_grad_() for x in (self.hidden, self.weight))
         reals = (x.to(torch.promote_types(dtype, torch.float32)) for x in (self.advantage, self.teacher_logp))
         hidden, weight, advantage, teacher = *twins, *reals
-        return replace(self, hidden=hidden, weight=weight, advantage=advantage, teacher_logp=teacher)
+        twin = replace(self, hidden=hidden, weight=weight, advantage=advantage, teacher_logp=teacher)
+        twin.old_logp = self.old_logp.to(teacher.dtype)  # given, as the advantages are: not of this dtype's logits
+        return twin
+
+    @cached_property
+    def old_logp(self) -> Tensor:
+        """Log-probs of the targets under the policy that sampled them: this one."""
+        logits = (h @ self.weight.detach().T for h in self.hidden.detach().split(1024))
+        wide = torch.promote_types(self.hidden.dtype, torch.float32)
+        chosen = zip(logits, self.target[:, None].split(1024), strict=True)
+        return torch.cat([x.to(wide).log_softmax(1).gather(1, t)[:, 0] for x, t in chosen])
 
 
 def _peaked(weight: Tensor, n: int, generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.plan import MODELS
+from bench.plan import MODELS, ODD
 from bench.providers import PROVIDERS
 
 Row = dict[str, Any]
@@ -34,8 +34,9 @@ def relative(row: Row) -> tuple[float, float, float, int]:
 
 
 def title(case: dict[str, Any]) -> str:
-    names = [case["data"]] if case.get("data") else [name for name, shape in MODELS.items() if shape == (case["d"], case["v"])]
-    shape = f"N {case['n']:,}, D {case['d']:,}, V {case['v']:,}, {case['dtype']}"
+    shapes = {**MODELS, "GPT-2": ODD}
+    names = [case["data"]] if case.get("data") else [name for name, shape in shapes.items() if shape == (case["d"], case["v"])]
+    shape = f"N {case['n']:,}, D {case['d']:,}, V {case['v']:,}, {case['dtype']}" + ", peaked logits" * case.get("peaked", False)
     return ": ".join([*names, shape])
 
 
@@ -72,12 +73,12 @@ def markdown(run: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write(path: Path) -> list[Path]:
+def write(path: Path, *, pictures: bool = True) -> list[Path]:
     """The tables beside the JSON, and the pictures."""
     run = json.loads(path.read_text())
     tables = path.with_suffix(".md")
     tables.write_text(markdown(run))
-    if find_spec("matplotlib") is None:  # a GPU machine may lack it: draw from the JSON elsewhere
+    if not pictures or find_spec("matplotlib") is None:  # a GPU machine draws nothing: that is done from the JSON elsewhere
         return [tables]
     from bench.plots import draw
 

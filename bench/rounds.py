@@ -1,4 +1,8 @@
-"""The driver: a worker per provider, all alive, asked in turn, so that the machine's noise hits all alike."""
+"""The driver: a worker per provider, all alive, asked in turn, so that the machine's noise hits all alike.
+
+On CPU a worker is a process, whose peak memory is its own. On CUDA, where the allocator counts and a start takes ten seconds,
+all live in this one.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,22 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import IO, Any
 
-from bench.plan import Case, groups
+from bench.plan import Case, groups, too_large
 from bench.providers import PROVIDERS, absent
-from bench.worker import BARE
+from bench.worker import BARE, Worker, answer
 
 Row = dict[str, Any]
+WRONG = "wrong: "
 
 
 class Gone(Exception):
     """A worker said why it cannot go on, or died."""
+
+
+def _value(reply: dict[str, Any]) -> Any:
+    if "error" in reply:
+        raise Gone(reply["error"])
+    return reply.get("value")
 
 
 class Process:
@@ -45,34 +56,54 @@ class Process:
         reply = json.loads(line)
         if "wrong" in reply:
             raise SystemExit(f"bench: {reply['wrong']}")
-        if "error" in reply:
-            raise Gone(reply["error"])
-        return reply.get("value")
-
-    def ask(self, command: str) -> Any:
-        self.tell(command)
-        return self.hear()
+        return _value(reply)
 
 
-def measure(case: Case, device: str, data: str | None = None) -> list[Row]:
+class Here:
+    """A worker in this process: it does what it is told, and is heard afterwards."""
+
+    def __init__(self, case: dict[str, Any], stack: ExitStack) -> None:
+        self.worker = Worker(**case)
+        stack.callback(self.worker.close)
+        self.reply: dict[str, Any] = {}
+
+    def tell(self, line: str) -> None:
+        self.reply = answer(self.worker, line)
+
+    def hear(self) -> Any:
+        reply, self.reply = self.reply, {}
+        if "wrong" in reply:  # what is right is measured all the same: the machine is lent
+            raise Gone(WRONG + reply["wrong"])
+        return _value(reply)
+
+
+def measure(case: Case, device: str, data: str | None = None, *, here: bool = False) -> list[Row]:
     """A row per provider of the case: its figures, or why it is absent."""
     shape = {"n": case.n, "d": case.d, "v": case.v, "dtype": case.dtype, "device": device}
-    missing = {p: absent(PROVIDERS[p], device) for p in case.providers}
-    rows = {p: {"provider": p, **shape, "absent": why} for p, why in missing.items() if why}
-    for group in groups(case, [p for p in case.providers if p not in rows], device):
-        rows |= _together(group, shape, case.rounds, data)
+    rows: dict[str, Row] = {}
+    for p in case.providers:
+        if why := absent(PROVIDERS[p], device) or too_large(case, p, device):
+            rows[p] = {"provider": p, **shape, "absent": why}
+    given = {**shape, "data": data, "peaked": case.peaked}
+    able = [p for p in case.providers if p not in rows]
+    for group in ([able] if able else []) if here else groups(case, able, device):
+        rows |= _together(group, shape, given, case.rounds, Here if here else Process)
     return [rows[p] for p in case.providers]
 
 
-def _together(names: list[str], shape: dict[str, Any], rounds: int, data: str | None) -> dict[str, Row]:
+def _together(
+    names: list[str], shape: dict[str, Any], given: dict[str, Any], rounds: int, start: type[Process] | type[Here]
+) -> dict[str, Row]:
     """One group: all start and pass the gate side by side; from then on only one computes at a time."""
     rows: dict[str, Row] = {p: {"provider": p, **shape} for p in [BARE, *names]}
     with ExitStack() as stack:
-        alive = {p: Process({"provider": p, **shape, "data": data}, stack) for p in rows}
+        alive = {p: start({"provider": p, **given}, stack) for p in rows}
 
         def attempt(name: str, command: str | None) -> Any:
             try:
-                return alive[name].ask(command) if command else alive[name].hear()
+                if command:
+                    alive[name].tell(command)
+                return alive[name].hear()
             except Gone as why:
                 rows[name]["absent"] = str(why)
                 del alive[name]

@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from bench.inputs import Inputs
 from bench.providers import PROVIDERS
 
 BARE = "bare"
+_inputs = lru_cache(2)(Inputs.make)  # workers in one process share the tensors that a process each would have made alike
+_gate = cache(lambda provider, dtype, device: gate(PROVIDERS[provider], dtype, device))
 
 
 def _status(key: str) -> int:
@@ -52,23 +55,24 @@ class Peak:
 class Worker:
     """The commands, in the order in which the driver gives them."""
 
-    def __init__(self, provider: str, n: int, d: int, v: int, dtype: str, device: str, data: str | None = None) -> None:
+    def __init__(
+        self, provider: str, n: int, d: int, v: int, dtype: str, device: str, data: str | None = None, peaked: bool = False
+    ) -> None:
         self.provider = None if provider == BARE else PROVIDERS[provider]
         self.shape, self.dtype, self.device = (n, d, v), getattr(torch, dtype), device
-        self.data = data
+        self.data, self.peaked = data, peaked or (self.provider is not None and self.provider.peaked)
 
     def prepare(self) -> dict[str, Any]:
         """The gate, then another small shape: threads, kernels and dynamic compilation are not part of the peak."""
         if self.provider is None:
             return {}
-        errors = gate(self.provider, self.dtype, self.device)
+        errors = _gate(self.provider.name, self.dtype, self.device)
         self.provider.step(Inputs.make(32, self.shape[1], 512, self.dtype, self.device, self.provider.peaked))
         return {"errors": errors}
 
     def warm(self) -> dict[str, Any]:
         """The inputs, then the first step at the full shape: the one whose memory counts."""
-        peaked = self.provider is not None and self.provider.peaked
-        self.x = Inputs.make(*self.shape, self.dtype, self.device, peaked, self.data)
+        self.x = _inputs(*self.shape, self.dtype, self.device, self.peaked, self.data)
         if self.provider is None:
             self.steps = bare_products(self.x)
             return {"warm_s": [self._time(f) for f in self.steps]}
@@ -82,13 +86,18 @@ class Worker:
         return {"warm_s": warm, "extra_bytes": extra}
 
     def round(self) -> list[float]:
-        """Seconds of each step; on CUDA the median of five after one that wakes the clocks."""
+        """Seconds of each step; on CUDA the median of three after one that wakes the clocks."""
         times = []
         for f in self.steps:
-            repeats = [self._time(f) for _ in range(6 if self.device == "cuda" else 1)]
+            repeats = [self._time(f) for _ in range(4 if self.device == "cuda" else 1)]
             times.append(statistics.median(repeats[1:] or repeats))
         self._rest()
         return times
+
+    def close(self) -> None:
+        """Let go of the inputs, in a process that goes on."""
+        self.__dict__.pop("x", None)
+        self.__dict__.pop("steps", None)
 
     def _time(self, f: Callable[[], object]) -> float:
         cuda = self.device == "cuda"
@@ -115,23 +124,28 @@ def whole(case: dict[str, Any]) -> dict[str, Any]:
     return {**row, "times_s": [worker.round()[0] for _ in range(rounds)]}
 
 
+def answer(worker: Worker, command: str) -> dict[str, Any]:
+    """What a command came to: its value, or why there is none."""
+    try:
+        return {"value": getattr(worker, command)()}
+    except Wrong as wrong:
+        return {"wrong": str(wrong)}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+
+
 def serve() -> None:
     """Answer the driver. A framework may print: only answers go to the real stdout."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def answer(**reply: object) -> None:
+    def say(reply: dict[str, Any]) -> None:
         print(json.dumps(reply), file=out, flush=True)
 
     worker = Worker(**json.loads(input()))
-    answer(ready=True)
+    say({"ready": True})
     for line in sys.stdin:
-        try:
-            answer(value=getattr(worker, line.strip())())
-        except Wrong as wrong:
-            answer(wrong=str(wrong))
-        except Exception as error:
-            answer(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        say(answer(worker, line.strip()))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import plan, report, rounds
+from bench import bounds, plan, report, rounds
 from bench.gate import Wrong, gate
 from bench.inputs import Inputs
 from bench.plan import Case
 from bench.providers import PROVIDERS
+from bench.run import Run
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.cpu
@@ -78,7 +79,7 @@ def test_a_run_is_written_reported_and_resumed(tmp_path: Path, monkeypatch: pyte
     assert len(ours["times_s"]) == 1 and len(ours["bare_s"][0]) == 3 and ours["flops"] == 3 * 2 * 16 * 8 * 256
     assert "absent" in absent and "absent: " in path.with_suffix(".md").read_text()
 
-    monkeypatch.setattr(cli, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(cli, "measure", lambda *_, **__: pytest.fail("measured again"))
     cli.main()
     assert json.loads(path.read_text()) == run
 
@@ -94,6 +95,61 @@ def test_a_provider_that_dies_is_reported_and_the_others_go_on(monkeypatch: pyte
     dead, ours = rounds.measure(Case(16, 8, 256, "float32", ("verl_triton", "fused"), 1), "cpu")
     assert dead["absent"] and "times_s" not in dead
     assert ours["times_s"]
+
+
+def test_one_process_measures_all_and_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The road of a GPU: no worker is started, a wrong provider is not timed and fails the run, the others are measured."""
+    from bench import __main__ as cli
+
+    monkeypatch.setattr(rounds, "Process", None)
+    fused = PROVIDERS["fused"]
+    monkeypatch.setitem(PROVIDERS, "topk", dataclasses.replace(fused, name="topk", loss=lambda x: 2 * fused.loss(x)))
+    case = Case(16, 8, 256, "bfloat16", ("linear_logp", "rlad", "topk", "cce"), 2, peaked=True)
+    monkeypatch.setitem(plan.PRESETS, "gpu", lambda device: [case])
+    monkeypatch.setattr(sys, "argv", ["bench", "--gpu", "--resume", "--out", str(tmp_path)])
+    assert cli.main() == 1
+    (path,) = tmp_path.glob("*.json")
+    (done,) = json.loads(path.read_text())["cases"]
+    ours, rlad, wrong, absent = done["rows"]
+    assert len(ours["times_s"]) == len(rlad["times_s"]) == 2 and ours["bare_s"] == rlad["bare_s"]
+    assert "is wrong, not slow" in wrong["absent"] and "needs a GPU" in absent["absent"]
+    assert "peaked logits" in path.with_suffix(".md").read_text()
+
+
+def test_naive_is_not_started_where_it_does_not_fit() -> None:
+    case = Case(262_144, 8, 10_000_000, "float32", ("naive",), 1)
+    (row,) = rounds.measure(case, "cpu", here=True)
+    assert "GiB planned" in row["absent"]
+
+
+def test_no_case_starts_when_time_is_up_and_the_next_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    info, path = {"commit": "a", "device": "cpu"}, tmp_path / "deep" / "run.json"
+    first = Run(path, info, resume=True)
+    assert first.case({"n": 1}, lambda: ["one"]) == {"n": 1, "rows": ["one"]}
+    second = Run(path, info, resume=True, seconds=-1)
+    assert second.case({"n": 1}, lambda: pytest.fail("again")) == first.cases[0]
+    assert second.case({"n": 2}, lambda: pytest.fail("late")) is None
+    second.end()
+    assert "NOT FINISHED: 1 cases left" in capsys.readouterr().out
+    assert json.loads(path.read_text()) == {**info, "cases": first.cases}
+    assert Run(path, {**info, "commit": "b"}, resume=True).done == {}
+
+
+def test_bounds_are_held_beside_what_was_measured() -> None:
+    row = {"times_s": [3.3, 3.0, 3.6], "bare_s": [[1.0, 1.0, 1.0]], "extra_bytes": 2**30}
+    rows = [{**row, "provider": p} for p in ("fused", "linear_logp", "topk")] + [{**row, "provider": "trl", "times_s": [3.0]}]
+    n, d, v = bounds.LARGE
+    text = bounds.table([{"n": n, "d": d, "v": v, "rows": rows}])
+    for line in (
+        "| 1.10 | 1.12 × 3 | met |",
+        "| 1.10 | 1 × TRL | MISSED |",
+        "| 1.00 | 0.5 GiB | MISSED |",
+        "| – | 2 ms | not measured |",
+    ):
+        assert line in text
+    shapes = {(c.n, c.d, c.v) for c in plan.gpu("cuda") if not c.peaked}
+    assert {b.shape for b in bounds.BOUNDS} <= shapes
+    assert {b.provider for b in bounds.BOUNDS} <= set(PROVIDERS)
 
 
 def test_real_inputs_come_from_a_file(tmp_path: Path) -> None:

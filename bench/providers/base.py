@@ -50,6 +50,7 @@ class Provider:
     peaked: bool = False  # inputs as peaked as a trained model's
     needs: tuple[str, ...] = ()
     gpu: bool = False
+    logits: bool = False  # it holds them all
 
     def step(self, x: Inputs) -> Tensor:
         """One forward and, where there is one, backward; gradients stay on the inputs."""

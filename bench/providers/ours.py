@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from bench.inputs import Inputs
+from bench.inputs import SUPPORT, Inputs
 from bench.providers.base import Provider, jsd, logits, policy_gradient, teacher_states
 
 K = 64
@@ -33,7 +34,7 @@ def frozen(x: Inputs) -> Tensor:
 
 
 def frozen_truth(x: Inputs) -> Tensor:
-    return policy_gradient(Inputs(**{**vars(x), "weight": x.weight.detach()}))
+    return policy_gradient(replace(x, weight=x.weight.detach()))
 
 
 def _half(x: Inputs) -> Tensor:
@@ -46,7 +47,7 @@ def half(x: Inputs) -> Tensor:
 
 
 def half_truth(x: Inputs) -> Tensor:
-    return policy_gradient(Inputs(**{**vars(x), "advantage": _half(x)}))
+    return policy_gradient(replace(x, advantage=_half(x)))
 
 
 def scoring(x: Inputs) -> Tensor:
@@ -105,15 +106,40 @@ def divergence(x: Inputs) -> Tensor:
     return rk.linear_divergence_loss(x.hidden, head, teacher_states(x), teacher, rk.losses.JSD()).loss
 
 
+RLAD = rk.losses.RLAD(alpha=0.5, topk=rk.losses.TopKKL("reverse", normalize="tail"), topk_coef=0.5, reduction="token-mean")
+
+
+def _given(x: Inputs, device: torch.device) -> dict[str, Any]:
+    """A teacher's top 16 and the log-probs that the tokens were sampled with."""
+    inside, outside = x.teacher_logp.split((16, SUPPORT - 16), 1)
+    teacher = rk.TopK(x.ids[:, :16], inside, tail_logp=outside.logsumexp(1), target_logp=inside[:, 0]).to(device)
+    return {"teacher": teacher, "old_logp": x.old_logp.to(device), "advantages": x.advantage.to(device)}
+
+
+def rlad(x: Inputs) -> Tensor:
+    return rk.linear_loss(x.hidden, rk.LMHead(x.weight), x.target, RLAD, **_given(x, x.hidden.device)).loss
+
+
+def rlad_truth(x: Inputs) -> Tensor:
+    """The loss on log-probs, on the CPU: Triton takes no float64."""
+    given = _given(x, torch.device("cpu"))
+    logp = logits(x).log_softmax(-1).cpu()
+    top = logp.gather(1, given["teacher"].ids)
+    tail = (1 - top.exp().sum(1)).log()
+    return RLAD(rk.TokenScores(logp.gather(1, x.target.cpu()[:, None])[:, 0], topk_logp=top, tail_logp=tail), **given).loss
+
+
 PROVIDERS = (
     Provider("linear_logp", linear_logp, "ours, log-probs, any loss after them", 4, 7, bound=EXACT),
     Provider("fused", fused, "ours, the loss inside the sweep", 3, 6, bound=EXACT),
     Provider("half", half, "ours, linear_logp, half of the sequences without advantage", 2.5, 4.5, half_truth, EXACT),
     Provider("frozen", frozen, "ours, linear_logp, frozen head", 2, 4, frozen_truth, EXACT),
     Provider("sparse", sparse, "ours, linear_logp, filter_eps 2⁻¹⁴, peaked logits", 4, 7, bound=SPARSE, peaked=True),
+    Provider("sparse_flat", sparse, "ours, linear_logp, filter_eps 2⁻¹⁴, flat logits", 4, 7, bound=SPARSE),
     Provider("fused_sparse", fused_sparse, "ours, fused, filter_eps 2⁻¹⁴, peaked logits", 3, 6, bound=SPARSE, peaked=True),
     Provider("topk", topk, "ours, linear_topk, K 64, no gradient", 1, 2, topk_truth, EXACT),
     Provider("topk_kl", topk_kl, "ours, renormalised top-K loss, K 32", 0, 0, topk_kl_truth, EXACT),
     Provider("divergence", divergence, "ours, full-vocabulary JSD to a teacher", 4, 11, jsd, EXACT),
+    Provider("rlad", rlad, "ours, fused, RLAD with a teacher's top 16", 3, 6, rlad_truth, EXACT),
     Provider("scoring", scoring, "ours, linear_logp under no_grad", 1, 2, scoring_truth, EXACT),
 )

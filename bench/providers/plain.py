@@ -28,7 +28,7 @@ def lce(x: Inputs) -> Tensor:
 
 
 PROVIDERS = (
-    Provider("naive", policy_gradient, "PyTorch, eager, all logits", 3, 12),
-    Provider("compiled", compiled, "PyTorch, torch.compile, all logits", 3, 6),
+    Provider("naive", policy_gradient, "PyTorch, eager, all logits", 3, 12, logits=True),
+    Provider("compiled", compiled, "PyTorch, torch.compile, all logits", 3, 6, logits=True),
     Provider("lce", lce, "torch F.linear_cross_entropy", 3, 6),
 )
