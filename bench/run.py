@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import rlad_kernels
+from rlad_kernels.backends.contract import INTERPRET
 
 PEERS = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "verl", "quack-kernels")
 Case = dict[str, Any]
@@ -33,7 +34,8 @@ def _chip(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     names = [s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.ops.rlad.cpu_isa()}, {torch.get_num_threads()} threads"
+    isa = "interpreted" if INTERPRET else torch.ops.rlad.cpu_isa()
+    return f"{names[0] if names else platform.machine()}, {isa}, {torch.get_num_threads()} threads"
 
 
 def _commit() -> str:
