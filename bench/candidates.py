@@ -25,6 +25,7 @@ from rlad_kernels.core.config import settings
 
 Shape = tuple[int, int, int]  # N, D, V
 CALLS = ("linear_logp", "topk", "divergence", "rlad", "topk_kl", "sparse")  # providers that together launch every kernel
+SIZES = ("BLOCK", "LANES", "POOL")  # a row's blocks that may be halved and doubled: all but switches
 SAME = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}  # of an output's norm; integers are equal
 
 
@@ -114,13 +115,14 @@ def inputs(shape: Shape, device: str, peaked: bool = False) -> Inputs:
 def neighbours(row: Config) -> list[Config]:
     """The row, and those around it: one block halved or doubled, half or twice the warps, one stage less or more for dots."""
     blocks = dict(row.blocks)
+    threads = {"LANES"} if blocks.get("LANES") == 32 * row.num_warps else set()  # it goes with the warps
     shapes = [blocks]
     for name, size in blocks.items():
-        if name.startswith("BLOCK") and size != row.limit:  # a block that is as large as the limit holds the whole row
+        if name.startswith(SIZES) and size != row.limit and name not in threads:  # one that is the limit holds a whole row
             shapes += [{**blocks, name: other} for other in (size // 2, size * 2) if other]
     warps = [w for w in (row.num_warps, row.num_warps // 2, row.num_warps * 2) if 1 <= w <= 32]
     stages = [row.num_stages] if row.num_stages == 1 else [row.num_stages, row.num_stages - 1, row.num_stages + 1]
-    return [config(row.limit, w, s, **b) for b in shapes for w in warps for s in stages]
+    return [config(row.limit, w, s, **b | dict.fromkeys(threads, 32 * w)) for b in shapes for w in warps for s in stages]
 
 
 def source(row: Config) -> str:

@@ -85,7 +85,7 @@ def gpu(device: str) -> Iterator[Case]:
         if device == "cpu":
             n, d, v = max(16, n // 256), max(8, d // 64), v // 128
             providers = tuple(p for p in providers if p not in ("compiled", "liger_jsd"))
-        return Case(n, d, v, "bfloat16", providers, 3, peaked=peaked)
+        return Case(n, d, v, "bfloat16", providers, 3 if n <= 8192 else 1, peaked=peaked)
 
     yield case(8192, *large, *OURS, *MODES, "naive", "trl")
     yield case(64, 256, vocab, *core)  # nothing to compute: launches

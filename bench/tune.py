@@ -225,6 +225,15 @@ def table(cases: Sequence[dict[str, Any]], copy_gb_s: float, file: str) -> str:
     return "\n".join(lines)
 
 
+def lost(device: str) -> bool:
+    """Whether a fault has ended this process's use of the device."""
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception:
+        return True
+    return False
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"), help="cpu: interpreted, at toy sizes")
@@ -245,7 +254,7 @@ def main() -> int:
     for what, shape, measure in work(args.device):
         if case := run.case({"what": what, "shape": shape}, partial(attempt, measure)):
             print(f"{what} {shape}: {len(case['rows'])} candidates", flush=True)
-        if failed:  # the device may be lost to this process: the next one goes on after this case
+        if failed and lost(args.device):  # the next run goes on after this case
             break
     print(f"\n{table(run.cases, copy_gb_s, run.path.name)}")
     run.end()

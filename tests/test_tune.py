@@ -21,6 +21,8 @@ def test_neighbours_move_one_block_at_a_time_and_keep_one_that_is_the_limit() ->
     assert rows[0] == config(128, 4, BLOCK=1024, BLOCK_K=128)
     assert {r.num_warps for r in rows} == {2, 4, 8} and {dict(r.blocks)["BLOCK"] for r in rows} == {512, 1024, 2048}
     assert {dict(r.blocks)["BLOCK_K"] for r in rows} == {128} and len(set(rows)) == len(rows) == 9
+    follows = neighbours(config(math.inf, 8, BLOCK=2048, LANES=256))
+    assert {(r.num_warps, dict(r.blocks)["LANES"]) for r in follows} == {(4, 128), (8, 256), (16, 512)}
     assert {r.num_stages for r in neighbours(config(math.inf, 8, 4, BLOCK_N=128))} == {3, 4, 5}
 
 
