@@ -75,6 +75,7 @@ docs: .venv/.built  ## write docs/methods.md and its pictures from the registry,
 
 # The GPU machine: nothing is installed, its own python has torch and triton. Each step ends within RLAD_GPU_SECONDS and ten more;
 # called again it goes on: finished tests and measurements are remembered under $(OUT)/gpu and GPU_RESULTS.
+# RLAD_COMMIT names the commit where there is no git.
 GPU_PYTHON ?= python3
 GPU_DEVICE ?= cuda
 GPU_RESULTS ?= bench/results
@@ -83,13 +84,12 @@ GPU_TESTS ?= tests
 GPU_SANITIZED ?= tests/test_single_token.py tests/test_top1.py tests/test_compaction.py
 gpu-test gpu-tune gpu-bench: export RLAD_GPU_SECONDS ?= 170
 GPU_RUN := HF_HUB_OFFLINE=1 $(GPU_PYTHON)
-ifeq ($(GPU_DEVICE),cpu)  # gpu-dry
+ifeq ($(GPU_DEVICE),cpu)  # gpu-dry: the kernels interpreted
 GPU_TESTS := tests/test_single_token.py
 GPU_WORKERS := 2
 GPU_RESULTS := $(OUT)/gpu
-GPU_TUNE := TRITON_INTERPRET=1
+GPU_KERNELS := TRITON_INTERPRET=1
 endif
-GPU_DONE = $(GPU_TUNE) RLAD_TEST_DEVICE=$(GPU_DEVICE) RLAD_TEST_DONE=$(OUT)/gpu/done.txt OMP_NUM_THREADS=1
 
 gpu: gpu-build gpu-test gpu-tune gpu-bench
 
@@ -100,11 +100,12 @@ gpu-build:
 
 gpu-test:  ## the suite on the GPU, all workers on one; a traceback as it happens in $(OUT)/gpu/failures
 	mkdir -p $(OUT)/gpu
-	$(GPU_DONE) $(GPU_RUN) -m pytest $(GPU_TESTS) -q -n $(GPU_WORKERS) --dist worksteal -rfE --durations 8 --disable-warnings \
+	$(GPU_KERNELS) RLAD_TEST_DEVICE=$(GPU_DEVICE) RLAD_TEST_DONE=$(OUT)/gpu/done.txt OMP_NUM_THREADS=1 \
+		$(GPU_RUN) -m pytest $(GPU_TESTS) -q -n $(GPU_WORKERS) --dist worksteal -rfE --durations 8 --disable-warnings \
 		$$($(GPU_PYTHON) -c 'import pytest_timeout; print("--timeout 60")' 2>/dev/null)
 
 gpu-tune:  ## launch rows, tile sizes and thresholds: what is fastest here, beside what the tables have
-	$(GPU_TUNE) $(GPU_RUN) -m bench.tune --device $(GPU_DEVICE) --out $(GPU_RESULTS)
+	$(GPU_KERNELS) $(GPU_RUN) -m bench.tune --device $(GPU_DEVICE) --out $(GPU_RESULTS)
 
 gpu-bench:  ## ours and the peers in one process, then compute-sanitizer over a few tests
 	RLAD_GPU_SECONDS=$$((RLAD_GPU_SECONDS - 45)) $(GPU_RUN) -m bench --device $(GPU_DEVICE) --gpu --resume --out $(GPU_RESULTS)

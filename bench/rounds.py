@@ -86,7 +86,7 @@ def measure(case: Case, device: str, data: str | None = None, *, here: bool = Fa
             rows[p] = {"provider": p, **shape, "absent": why}
     given = {**shape, "data": data, "peaked": case.peaked}
     able = [p for p in case.providers if p not in rows]
-    for group in ([able] if able else []) if here else groups(case, able, device):
+    for group in filter(None, [able] if here else groups(case, able, device)):
         rows |= _together(group, shape, given, case.rounds, Here if here else Process)
     return [rows[p] for p in case.providers]
 

@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     done = set(Path(DONE).read_text().split("\n")) if DONE and Path(DONE).exists() else set()
     for item in items:
         if item.get_closest_marker("cpu") and (INTERPRET or DEVICE != "cpu"):
-            item.add_marker(pytest.mark.skip(reason="needs the C++ CPU backend, or float64, or its full size"))
+            item.add_marker(pytest.mark.skip(reason="for the CPU: its C++ backend, float64, a full size, or a script"))
         if item.get_closest_marker("slow_interpreted") and INTERPRET:
             item.add_marker(pytest.mark.skip(reason="too slow under the Triton interpreter; C++ and CUDA run it"))
         if item.get_closest_marker("interpreted") and not INTERPRET:
