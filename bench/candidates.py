@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -146,11 +146,12 @@ def launched_with(kernel: Kernel, row: Config) -> Iterator[None]:
 
 def compile_together(kernel: Kernel, call: Call, rows: Sequence[Config]) -> None:
     """Fill Triton's cache from several threads; what does not compile says so when it is launched."""
-    try:
-        mode = importlib.import_module("triton.runtime._async_compile").AsyncCompileMode
-    except ImportError:
-        return
-    with ThreadPoolExecutor(os.cpu_count()) as pool, mode(pool, ignore_errors=True):
+    with ThreadPoolExecutor(os.cpu_count()) as pool, ExitStack() as stack:
+        try:
+            mode = importlib.import_module("triton.runtime._async_compile").AsyncCompileMode
+            stack.enter_context(mode(pool, ignore_errors=True))
+        except (ImportError, AttributeError, TypeError):  # a Triton without it: each is compiled when it is first launched
+            return
         for row in rows:
             with launched_with(kernel, row), record(architecture(call.args[0].device)) as launches, suppress(Exception):
                 call.run()
