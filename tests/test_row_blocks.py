@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlad_kernels.backends.triton import dlogits
+from rlad_kernels.backends.triton import dlogits, fold
 from rlad_kernels.backends.triton._launch import pick
 from tests.conftest import DEVICE, INTERPRET
 
@@ -58,3 +58,47 @@ def test_slots_next_to_the_borders_of_blocks(softcap: float, dtype: torch.dtype)
     exact = want[[0, 1], [3, 0]]  # each row's target
     gap = exact - got[[0, 1], [3, 0]].double()
     torch.testing.assert_close(lost[:, 0].double(), gap, rtol=0, atol=1e-6 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("cols", (2048, 2049, 4500))
+def test_fold_names_the_lowest_of_equal_maxima_in_whatever_block_they_are(cols: int) -> None:
+    places = [[cols - 1], [cols - 1, 3], [5, 4], [700, cols // 2, cols - 2], [0, cols - 1], list(range(cols))]
+    x = torch.randn(len(places), cols + 5)[:, :cols].clamp(max=4)
+    for row, at in zip(x, places, strict=True):
+        row[at] = 5.0
+    stats = torch.zeros(6, len(places))
+    stats[0] = -INF
+    none = torch.empty(len(places), 0)
+    fold.fold_(*plain(x, 11), none.to(I32), stats, none, True, True)
+    assert stats[5].tolist() == [11 + min(at) for at in places]
+    fold.fold_(*plain(x, 11 + cols), none.to(I32), stats, none, True, True)  # a later tile of the same maximum changes nothing
+    assert stats[5].tolist() == [11 + min(at) for at in places]
+
+
+@pytest.mark.parametrize("place", (0, 2047, 2048, 4499))
+def test_nan_reaches_every_sum_and_no_other_row(place: int) -> None:
+    x = torch.randn(2, 4500)
+    x[0, place] = torch.nan
+    stats = torch.zeros(6, 2)
+    stats[0] = -INF
+    none = torch.empty(2, 0)
+    fold.fold_(*plain(x), none.to(I32), stats, none, True, True)
+    assert stats[1:5, 0].isnan().all()
+    assert stats[:, 1].isfinite().all()
+
+
+def test_sums_far_below_the_maximum_keep_their_terms() -> None:
+    """Rescaled from −3e4 upwards in every block, with −inf between: no inf·0."""
+    x = torch.linspace(-3e4, -2.9e4, 6000).repeat(2, 1)
+    x[1, ::7] = -INF
+    stats = torch.zeros(6, 2)
+    stats[0] = -INF
+    none = torch.empty(2, 0)
+    fold.fold_(*plain(x), none.to(I32), stats, none, True, True)
+    z = x.double()
+    gap = z - z.amax(1, keepdim=True)
+    e = gap.exp()
+    assert torch.equal(stats[0], x.amax(1))
+    torch.testing.assert_close(stats[1].double(), e.sum(1), rtol=2e-6, atol=0)
+    torch.testing.assert_close(stats[2].double(), (e * gap.clamp(min=-1e5)).sum(1), rtol=2e-6, atol=0)
+    torch.testing.assert_close(stats[3].double(), (e * e).sum(1), rtol=2e-6, atol=0)

@@ -78,7 +78,7 @@ def tempered(b_raw, t):
 @triton.jit
 def bounded(b_gap):
     """An exponent ≤ 0 kept finite: exp is 0 well above the bound, and gap·exp(gap) then never is inf·0. NaN passes."""
-    return tl.where(b_gap < -1e4, -1e4, b_gap)
+    return tl.maximum(b_gap, -1e4, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -13,9 +13,9 @@ from ._kernel import HALVES, WIDE_LOAD, WIDE_STORE, Case, J, R, add_kernel, flag
 from ._launch import config, launch, pick, require_dtype
 from ._math import Tempering, bounded, cast
 
-# A column costs 4 bytes read and 2 or 4 written, an exponential (two with a tail) and about 10 operations: memory bounds it. By
-# the columns: a program a block, no loop, 8 columns a thread, so that all loads of a row are in flight at once. H200, a tile of 4,096 ×
-# 16,384 to bf16: 3.4 of the 3.7 to 4.3 TB/s of a copy; a program a row that loops reached 2.66.
+# A column costs 4 bytes read and 2 or 4 written, an exponential (two with a tail) and about 10 operations: memory bounds it.
+# By the columns: a program a block, no loop, 8 columns a thread, so that all loads of a row are in flight at once. H200, a tile
+# of 4,096 × 16,384 to bf16: 3.4 of the 3.7 to 4.3 TB/s of a copy; a program a row that loops reached 2.66.
 TABLE = (
     config(1024, 4, BLOCK=1024, BLOCK_J=64),
     config(inf, 8, BLOCK=2048, BLOCK_J=64),

@@ -7,50 +7,42 @@ import torch
 import triton
 import triton.language as tl
 
-from ._columns import Row, Slots, Sums, load_columns, load_z, slot_columns
+from ._columns import Row, Slots, Sums, add_columns, join, lane_sum, load_columns, load_z, no_sums, slot_columns
 from ._kernel import WIDE_LOAD, Case, J, R, add_kernel, flag_sets, ids, meta, tempering, tiles
 from ._launch import config, launch, pick, require_dtype
-from ._math import LOWEST, Tempering, bounded, tempered
+from ._math import Tempering, tempered
 
 # A slot column is marked in place while the row is swept. Not by -inf: under a softcap -inf is an ordinary column
 # (tanh(-inf) = -1). The mark is a NaN whose payload no arithmetic produces, and it is compared as bits.
 MARK = tl.constexpr(0x7FC0DEAD)
 
-# By the columns of the tile. Up to five running values a lane: with 4 lanes a thread (one 16-byte load) every flag
-# combination stays under 64 registers, so that four or more programs an SM cover the latency of HBM; with 8, the richest
-# ones sit on ptxas's occupancy steps (64, 80) and spill on one architecture or another.
+# A column costs 4 bytes read, an exponential and 11 other operations, 15 with slots and entropy: memory bounds it. By the columns
+# of the tile: one maximum and one of each sum a thread, so that the loop has no word between threads, and 8 columns a thread, so
+# that most flag combinations stay within 32 registers: 64 warps an SM with 2 loads each. H200, a tile of 4,096 × 16,384: measured
+# at 3.2 to 3.3 of the 3.7 to 4.3 TB/s of a copy; a maximum a column and one load in flight reached 2.0.
 TABLE = (
-    config(512, 4, BLOCK=512, BLOCK_J=128),  # small vocabularies: half the threads idle in a wider block
-    config(inf, 8, BLOCK=1024, BLOCK_J=256),
+    config(512, 4, BLOCK=512, LANES=128, BLOCK_J=128),  # small vocabularies: half the threads idle in a wider block
+    config(inf, 8, BLOCK=2048, LANES=256, BLOCK_J=256),
 )
 
 
 @triton.jit
 def _step(row, o_c, s, MASKED: tl.constexpr, MARKED: tl.constexpr, ENTROPY: tl.constexpr, EXTRAS: tl.constexpr):
-    """Absorb one block of columns, with a single exponential, whichever of z, m is larger; marked and masked ones are z = −inf."""
+    """Absorb one block of columns; marked and masked ones are z = −inf."""
     b_x = load_columns(row.logits, o_c, o_c < row.cols, MASKED)
     b_bits = b_x.to(tl.int32, bitcast=True)
     if row.bias is not None:
         b_x += load_columns(row.bias, o_c, o_c < row.cols, MASKED)
     b_z = tempered(b_x, row.tempering)[0]
+    b_sumz = s.sumz
+    if EXTRAS and not MARKED:
+        b_sumz += lane_sum(tl.where(o_c < row.cols, b_z, 0.0) if MASKED else b_z, b_sumz.shape[0])
     if MASKED:
         b_z = tl.where(o_c < row.cols, b_z, -float("inf"))
-    b_restz, b_restsq, b_sumz, b_first = s.restz, s.restsq, s.sumz, s.first
     if MARKED:
         b_z = tl.where(b_bits == MARK, -float("inf"), b_z)
-    elif EXTRAS:
-        b_sumz += tl.where(o_c < row.cols, b_z, 0.0) if MASKED else b_z
-    if EXTRAS:
-        b_first = tl.where(b_z > s.m, o_c, b_first)
-    b_gap = bounded(-tl.abs(b_z - s.m))
-    b_e = tl.exp(b_gap)
-    m_up = b_z > s.m
-    if ENTROPY:
-        b_restz = tl.where(m_up, b_e * (b_restz + b_gap * s.rest), b_restz + b_e * b_gap)
-    if EXTRAS:
-        b_restsq = tl.where(m_up, b_restsq * b_e * b_e + 1.0, b_restsq + b_e * b_e)
-    b_rest = tl.where(m_up, s.rest * b_e + 1.0, s.rest + b_e)
-    return Sums(tl.where(m_up, b_z, s.m), b_rest, b_restz, b_restsq, b_sumz, b_first)
+    s = add_columns(s, b_z, o_c, ENTROPY, EXTRAS)
+    return Sums(s.m, s.rest, s.restz, s.restsq, b_sumz, s.first)
 
 
 @triton.jit(do_not_specialize=["col0", "J"])
@@ -72,6 +64,7 @@ def fold_kernel(
     ENTROPY: tl.constexpr,
     EXTRAS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
     """m ← max(m, z) and rest ← e^{m₀−m}·rest + Σ e^{z−m} off the slots (restz, restsq alike); Σz; slot z's read out."""
@@ -85,10 +78,10 @@ def fold_kernel(
 
     sumz = 0.0
     if SLOTS and EXTRAS:  # Σz runs over the slot columns too, and duplicates must count once: sum before marking
-        b_sumz = tl.zeros([BLOCK], tl.float32)
+        b_sumz = tl.zeros([LANES], tl.float32)
         for c0 in range(0, C, BLOCK):
             o_c = c0 + o_b
-            b_sumz += tl.where(o_c < C, load_z(row, o_c, o_c < C, True)[0], 0.0)
+            b_sumz += lane_sum(tl.where(o_c < C, load_z(row, o_c, o_c < C, True)[0], 0.0), LANES)
         sumz = tl.sum(b_sumz, 0)
 
     if SLOTS:
@@ -103,11 +96,7 @@ def fold_kernel(
             tl.store(p_x + b_c, b_mark, mask=m_c)
         tl.debug_barrier()
 
-    p_s = stats + i_r
-    m_old = tl.load(p_s)
-    rest_old = tl.load(p_s + stride_s)
-    b_zero = tl.zeros([BLOCK], tl.float32)
-    s = Sums(tl.full([BLOCK], LOWEST, tl.float32), b_zero, b_zero, b_zero, b_zero, o_b)
+    s = no_sums(LANES)
     # full blocks without a mask: an odd C would otherwise cost every load its width
     full = C // BLOCK * BLOCK
     for c0 in range(0, full, BLOCK):
@@ -125,29 +114,22 @@ def fold_kernel(
                 b_x += load_columns(bias, b_c, m_c, True)
             tl.store(p_out + j0 + o_j, tempered(b_x, row.tempering)[0], mask=m_c)
 
-    # a lane that saw nothing but −inf still holds LOWEST and must not pass for a maximum
-    b_m_seen = tl.where(s.rest > 0, s.m, -float("inf"))
-    m_tile = tl.max(b_m_seen, 0)
-    m_new = tl.maximum(m_old, m_tile)
-    ref = tl.where(m_new == -float("inf"), 0.0, m_new)
-    gap_old = bounded(m_old - ref)
-    e_old = tl.exp(gap_old)
-    b_gap = bounded(s.m - ref)
-    b_e = tl.exp(b_gap)
-    tl.store(p_s, m_new)
-    tl.store(p_s + stride_s, rest_old * e_old + tl.sum(s.rest * b_e, 0))
+    p_s = stats + i_r
+    m_old = tl.load(p_s)
+    restz_old = tl.load(p_s + 2 * stride_s) if ENTROPY else 0.0
+    m, rest, restz, old, b_e, b_seen = join(s, m_old, tl.load(p_s + stride_s), restz_old, ENTROPY)
+    tl.store(p_s, m)
+    tl.store(p_s + stride_s, rest)
     if ENTROPY:
-        restz_old = tl.load(p_s + 2 * stride_s)
-        restz = tl.sum(b_e * (s.restz + b_gap * s.rest), 0)
-        tl.store(p_s + 2 * stride_s, e_old * (restz_old + gap_old * rest_old) + restz)
+        tl.store(p_s + 2 * stride_s, restz)
     if EXTRAS:
         restsq_old = tl.load(p_s + 3 * stride_s)
-        tl.store(p_s + 3 * stride_s, restsq_old * e_old * e_old + tl.sum(s.restsq * b_e * b_e, 0))
+        tl.store(p_s + 3 * stride_s, restsq_old * old * old + tl.sum(s.restsq * b_e * b_e, 0))
         if not SLOTS:
             sumz = tl.sum(s.sumz, 0)
         tl.store(p_s + 4 * stride_s, tl.load(p_s + 4 * stride_s) + sumz)
-        first = col0 + tl.min(tl.where(b_m_seen == m_tile, s.first, C), 0)
-        tl.store(p_s + 5 * stride_s, first.to(tl.float32), mask=m_tile > m_old)
+        first = col0 + tl.min(tl.where(b_seen == m, s.first, C), 0)
+        tl.store(p_s + 5 * stride_s, first.to(tl.float32), mask=m > m_old)
 
 
 def fold_(
@@ -199,4 +181,4 @@ def cases() -> Iterator[Case]:
             yield Case(f"C={cols} {'+'.join(sorted(f))}", fold_, args, cols > 1)
 
 
-add_kernel(fold_kernel, fold_, TABLE, cases, max_registers=64, wide=(WIDE_LOAD,), tempers=True)
+add_kernel(fold_kernel, fold_, TABLE, cases, max_registers=48, wide=(WIDE_LOAD,), tempers=True)
