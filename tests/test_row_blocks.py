@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlad_kernels.backends.triton import dlogits, fold
+from rlad_kernels.backends.triton import dlogits, fold, topk
 from rlad_kernels.backends.triton._launch import pick
 from tests.conftest import DEVICE, INTERPRET
 
@@ -102,3 +102,80 @@ def test_sums_far_below_the_maximum_keep_their_terms() -> None:
     torch.testing.assert_close(stats[1].double(), e.sum(1), rtol=2e-6, atol=0)
     torch.testing.assert_close(stats[2].double(), (e * gap.clamp(min=-1e5)).sum(1), rtol=2e-6, atol=0)
     torch.testing.assert_close(stats[3].double(), (e * e).sum(1), rtol=2e-6, atol=0)
+
+
+TIES = {
+    "constant": lambda cols: torch.zeros(cols),
+    "nothing": lambda cols: torch.full((cols,), -INF),
+    "two values": lambda cols: (torch.arange(cols) % 3 == 0).float(),
+    "ties below the top": lambda cols: torch.where(torch.arange(cols) % 400 == 7, torch.randn(cols) + 9, 2.0),
+    "ascending": lambda cols: torch.arange(cols) / 64,
+    "descending": lambda cols: -torch.arange(cols) / 64,
+    "one lane": lambda cols: torch.where(torch.arange(cols) % 1024 == 5, 50 + torch.arange(cols) % 7, torch.randn(cols)),
+    "both zeros": lambda cols: torch.where(torch.arange(cols) % 2 == 0, 0.0, -0.0),
+    "infinite": lambda cols: torch.where(torch.arange(cols) % 5 == 0, -INF, torch.randn(cols)),
+}
+
+
+def fold_all(x: torch.Tensor, k: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Top-K and statistics of rows cut into tiles whose leading dimension is padded."""
+    rows = x.shape[0]
+    stats, top, ids = torch.zeros(6, rows), torch.full((rows, k), -INF), torch.full((rows, k), -1, dtype=I32)
+    stats[0] = -INF
+    for c0 in range(0, x.shape[1], width):
+        part = x[:, c0 : c0 + width]
+        tile = torch.full((rows, part.shape[1] + 5), 1e30)[:, : part.shape[1]].copy_(part)
+        topk.fold_topk_(*plain(tile, c0), torch.empty(rows, 0, dtype=I32), stats, torch.empty(rows, 0), top, ids, True)
+    return stats, top, ids
+
+
+def check_top(x: torch.Tensor, k: int, width: int) -> None:
+    stats, top, ids = fold_all(x, k, width)
+    cols = x.shape[1]
+    order = x.sort(dim=1, descending=True, stable=True).indices
+    taken = min(k, cols)
+    assert torch.equal(ids[:, :taken].long(), order[:, :taken].sort(1).values)
+    assert (ids[:, taken:] == -1).all()
+    assert torch.equal(top[:, :taken], x.gather(1, ids[:, :taken].long()))
+    outside = x.double().scatter(1, ids[:, :taken].long(), -INF)
+    m = outside.amax(1) if cols else stats[0].double()
+    gap = torch.where(outside > -INF, outside - m.clamp(min=-1e30)[:, None], -1e4)
+    e = gap.exp()
+    assert torch.equal(stats[0].double(), m)
+    torch.testing.assert_close(stats[1].double(), e.sum(1), rtol=3e-6, atol=1e-38)
+    torch.testing.assert_close(stats[2].double(), (e * gap).sum(1), rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("k", (1, 20, 128))
+@pytest.mark.parametrize("kind", TIES)
+def test_top_of_rows_with_more_candidates_than_fit(kind: str, k: int) -> None:
+    """Whole, and in tiles: ties straddle them, and a full state is met by more columns above its least than the pool holds."""
+    x = torch.stack([TIES[kind](3001), TIES[kind](3001).roll(1234)])
+    check_top(x, k, 3001)
+    check_top(x, k, 1100)
+
+
+@pytest.mark.parametrize(("cols", "k", "width"), [(9000, 1024, 4500), (700, 1024, 300), (5, 32, 2), (5000, 300, 2500)])
+def test_top_of_many_and_of_more_than_there_are(cols: int, k: int, width: int) -> None:
+    x = torch.randn(2, cols).round(decimals=2)
+    x[1] = x[1].sort().values  # every tile replaces the top
+    check_top(x, k, width)
+
+
+def test_nan_is_on_top_and_more_of_it_than_fits_reaches_the_sums() -> None:
+    x = torch.randn(3, 2500)
+    x[0, 2000:2002] = torch.nan
+    x[1, ::2] = torch.nan
+    stats, top, ids = fold_all(x, 4, 2500)
+    assert {2000, 2001} < set(ids[0].tolist())
+    assert stats[1, 0].isfinite()
+    assert ids[1].tolist() == [0, 2, 4, 6]
+    assert top[1].isnan().all()
+    assert stats[1, 1].isnan()
+    assert torch.equal(ids[2].long(), x[2].topk(4).indices.sort().values)
+
+
+def test_top_repeats_bit_by_bit() -> None:
+    x = torch.randn(2, 6000)
+    for one, other in zip(fold_all(x, 64, 2000), fold_all(x, 64, 2000), strict=True):
+        assert torch.equal(one, other)
