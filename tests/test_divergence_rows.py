@@ -74,7 +74,9 @@ class Side:
 def apply(student: Side, teacher: Side, row: Row, weights: Tensor, out: Tensor | None, value: Tensor, accumulate: bool) -> None:
     family, numbers, forward, reverse = row
     rows = torch.cat([weights, weights.new_tensor([[forward], [reverse]]).expand_as(weights)])
-    torch.ops.rlad.divergence_(value, out, *student.args, *teacher.args, rows, family, *numbers, accumulate)
+    raw, *rest = teacher.args
+    raw = raw if out is None else raw.clone()  # which a gradient may overwrite
+    torch.ops.rlad.divergence_(value, out, *student.args, raw, *rest, rows, family, *numbers, accumulate)
 
 
 def expected(student: Side, teacher: Side, row: Row, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlad_kernels.backends.triton import dlogits, fold, topk
+from rlad_kernels.backends.triton import divergence, dlogits, fold, topk
 from rlad_kernels.backends.triton._launch import pick
 from tests.conftest import DEVICE, INTERPRET
 
@@ -179,3 +179,30 @@ def test_top_repeats_bit_by_bit() -> None:
     x = torch.randn(2, 6000)
     for one, other in zip(fold_all(x, 64, 2000), fold_all(x, 64, 2000), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("family", ("sym", "mix", "taid"))
+def test_the_teacher_is_overwritten_for_a_gradient_only_and_never_past_its_columns(family: str) -> None:
+    cols = 1030
+    held = [torch.randn(2, cols + 6) for _ in range(3)]
+    x, y, out = (part[:, :cols] for part in held)
+    numbers = (0.3, 0.7, 0.4)
+
+    def call(out: torch.Tensor | None, teacher: torch.Tensor, accumulate: bool) -> torch.Tensor:
+        value = torch.zeros(2)
+        sides = [
+            (raw, None, torch.ones(2), 1.0, 0.0, torch.stack([raw.amax(1), raw.logsumexp(1) - raw.amax(1)])) for raw in (x, teacher)
+        ]
+        divergence.divergence_(value, out, *sides[0], *sides[1], torch.ones(4, 2), family, *numbers, accumulate)
+        return value
+
+    before, teacher = [part.clone() for part in held], y.clone()
+    value = call(None, y, False)
+    assert torch.equal(held[1], before[1])
+    assert torch.equal(call(out, y, False), value)
+    assert not torch.equal(y, teacher)
+    for part, old in zip(held, before, strict=True):
+        assert torch.equal(part[:, cols:], old[:, cols:])
+    first = out.clone()
+    call(out, teacher.clone(), True)
+    torch.testing.assert_close(out, 2 * first, rtol=0, atol=0)

@@ -9,9 +9,19 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ._math import excess, exp_ulp, expm1, log1p, tanh_and_slope
+from ._math import excess, excess_near, exp_and_expm1, exp_ulp, expm1, log1p_near, tanh_and_slope
 
 FAMILIES = ("sym", "mix", "todi", "alpha_beta", "taid", "log_square", "total_variation")
+
+
+class Masses(NamedTuple):
+    """p, q and p − q of a block of columns, and the smaller of p, q over the larger, e^{−|w|}."""
+
+    p: tl.tensor
+    q: tl.tensor
+    gap: tl.tensor
+    e: tl.tensor
+    below: tl.tensor  # e − 1
 
 
 class Term(NamedTuple):
@@ -42,23 +52,35 @@ def _power(b_log, s):
 
 
 @triton.jit
-def _mix(b_q, b_p, b_w, a, b, share_p, share_q):
+def _masses(b_lq, b_lp, b_w):
+    """Two exponentials: the larger mass, and what the smaller one is of it."""
+    m_up = b_w > 0
+    b_large = exp_ulp(tl.where(m_up, b_lp, b_lq))
+    b_e, b_below = exp_and_expm1(-tl.abs(b_w))
+    b_small = b_large * b_e
+    b_gap = b_large * b_below
+    return Masses(tl.where(m_up, b_large, b_small), tl.where(m_up, b_small, b_large), tl.where(m_up, -b_gap, b_gap), b_e, b_below)
+
+
+@triton.jit
+def _mix(x, b_w, a, b, share_p, share_q):
     """a·KL(p‖m) + b·KL(q‖m), m = share_p·p + share_q·q."""
     m_up = b_w > 0
     b_share = tl.where(m_up, share_q, share_p)
-    b_other = tl.where(m_up, share_p, share_q)
-    b_down = -tl.abs(b_w)
-    # log(other + share·e^down) = log(1 + share·(e^down − 1)): the second way near 1, the first where it would cancel
-    b_near_one = b_share * expm1(b_down)
-    b_l = tl.where(b_near_one > -0.5, log1p(b_near_one), tl.log(b_other + b_share * exp_ulp(b_down)))
+    # m over the larger of p, q is 1 + share·(e − 1) = other + share·e: the second way far from 1, where the first would cancel
+    b_near_one = b_share * x.below
+    m_close = b_near_one > -0.5
+    b_m = tl.where(m_close, 1.0 + b_near_one, tl.where(m_up, share_p, share_q) + b_share * x.e)
+    b_l = tl.where(m_close, log1p_near(b_near_one), tl.log(b_m))
     b_mu = tl.where(m_up, b_w + b_l, b_l)  # log(m/q)
     b_nu = tl.where(m_up, b_l, b_l - b_w)  # log(m/p)
-    b_qmu = _times(b_q, b_mu)
-    b_forward = tl.where(tl.abs(b_nu) < 1.0, b_p * excess(b_nu), (b_q - b_p) * share_q - _times(b_p, b_nu))
-    b_reverse = tl.where(tl.abs(b_mu) < 1.0, b_q * excess(b_mu), (b_p - b_q) * share_p - b_qmu)
+    b_qmu = _times(x.q, b_mu)
+    b_forward = tl.where(tl.abs(b_nu) < 1.0, x.p * excess_near(b_nu), -share_q * x.gap - _times(x.p, b_nu))
+    b_reverse = tl.where(tl.abs(b_mu) < 1.0, x.q * excess_near(b_mu), share_p * x.gap - b_qmu)
     b_value = tl.where(a == 0, 0.0, a * b_forward) + tl.where(b == 0, 0.0, b * b_reverse)
-    b_u = tl.where(a == 0, 0.0, -a * share_q * b_q * expm1(-b_nu))
-    return b_value, b_u - tl.where(b == 0, 0.0, b * (b_qmu + share_q * b_q * expm1(-b_mu)))
+    # q·(p − m)/m = share_q·q·(p − q)/m, and q·(q − m)/m = −share_p·q·(p − q)/m
+    b_tilt = share_q * x.q * (tl.where(m_up, -x.below, x.below) / b_m)
+    return b_value, tl.where(a == 0, 0.0, -a * share_q * b_tilt) - tl.where(b == 0, 0.0, b * (b_qmu - share_p * b_tilt))
 
 
 @triton.jit
@@ -103,8 +125,8 @@ def numbers(family: str, a: float, b: float, c: float) -> tuple[float, ...]:
 def _forward_kl(b_q, b_p, b_w):
     """(value, u) of KL(p‖q)."""
     m_near = tl.abs(b_w) < 1.0
-    b_value = tl.where(m_near, b_p * excess(-b_w), b_q - b_p + _times(b_p, b_w))
-    return b_value, tl.where(m_near, -b_q * (b_w + excess(b_w)), b_q - b_p)
+    b_value = tl.where(m_near, b_p * excess_near(-b_w), b_q - b_p + _times(b_p, b_w))
+    return b_value, tl.where(m_near, -b_q * (b_w + excess_near(b_w)), b_q - b_p)
 
 
 @triton.jit
@@ -120,7 +142,7 @@ def tilt(b_lq, b_lp, tau):
     b_w = tau * (tl.where(m_dead, 0.0, b_lp) - tl.where(m_dead, 0.0, b_lq))
     b_q = exp_ulp(b_lq)
     b_far = exp_ulp(mixed(b_lq, b_lp, tau)) - b_q
-    return tl.where(m_dead, 0.0, tl.where(tl.abs(b_w) < 1.0, b_q * (b_w + excess(b_w)), b_far))
+    return tl.where(m_dead, 0.0, tl.where(tl.abs(b_w) < 1.0, b_q * (b_w + excess_near(b_w)), b_far))
 
 
 @triton.jit
@@ -129,27 +151,28 @@ def part(b_lq, b_lp, t, FAMILY: tl.constexpr, SWAP: tl.constexpr):
     m_dead = (b_lq == -float("inf")) & (b_lp == -float("inf"))
     b_lq = tl.where(m_dead, 0.0, b_lq)
     b_lp = tl.where(m_dead, 0.0, b_lp)
-    b_q = exp_ulp(b_lq)
-    b_p = exp_ulp(b_lp)
     b_w = b_lp - b_lq
     m_near = tl.abs(b_w) < 1.0
-    b_grown = b_w + excess(b_w)  # e^w − 1 where near
+    if FAMILY == "alpha_beta" or FAMILY == "taid" or FAMILY == "log_square":
+        b_q = exp_ulp(b_lq)
+    else:
+        x = _masses(b_lq, b_lp, b_w)
+        b_q = x.q
     if FAMILY == "sym":
         b_qw = _times(b_q, b_w)
-        b_forward, b_steep = _forward_kl(b_q, b_p, b_w)
-        b_reverse = tl.where(m_near, b_q * excess(b_w), b_p - b_q - b_qw)
+        b_forward = tl.where(m_near, x.p * excess_near(-b_w), _times(x.p, b_w) - x.gap)
+        b_reverse = tl.where(m_near, x.gap * b_w - b_forward, x.gap - b_qw)  # both are of second order, and add up to gap·w
         b_value = tl.where(t.forward == 0, 0.0, t.forward * b_forward) + tl.where(t.reverse == 0, 0.0, t.reverse * b_reverse)
-        b_u = tl.where(t.forward == 0, 0.0, t.forward * b_steep) - tl.where(t.reverse == 0, 0.0, t.reverse * b_qw)
+        b_u = -tl.where(t.forward == 0, 0.0, t.forward * x.gap) - tl.where(t.reverse == 0, 0.0, t.reverse * b_qw)
     elif FAMILY == "mix":
-        b_value, b_u = _mix(b_q, b_p, b_w, t.n0, t.n1, t.n2, t.n3)
+        b_value, b_u = _mix(x, b_w, t.n0, t.n1, t.n2, t.n3)
     elif FAMILY == "todi":
         b_t = tanh_and_slope(b_w * (0.5 * t.n0))[0]
         b_sigma = 0.5 * (1.0 + b_t)
         b_other = 0.5 * (1.0 - b_t)
-        b_gap = tl.where(m_near, b_q * b_grown, b_p - b_q)
-        b_value = _times(0.5 * (b_gap + b_t * (b_p + b_q)), b_w)
-        b_far = _times(b_other * b_q, 1.0 - b_w) - b_sigma * b_p
-        b_u = tl.where(m_near, b_q * (-b_sigma * b_grown - b_t - b_other * b_w), b_far)
+        b_value = _times(0.5 * (x.gap + b_t * (x.p + b_q)), b_w)
+        b_far = _times(b_other * b_q, 1.0 - b_w) - b_sigma * x.p
+        b_u = tl.where(m_near, -b_sigma * x.gap - b_q * (b_t + b_other * b_w), b_far)
     elif FAMILY == "alpha_beta":
         b_value, b_u = _alpha_beta(b_lq, b_lp, b_w, m_near, t, SWAP)
     elif FAMILY == "taid":  # n1 + n2 = log Σq^{1−τ}·p^τ
@@ -160,7 +183,6 @@ def part(b_lq, b_lp, t, FAMILY: tl.constexpr, SWAP: tl.constexpr):
         b_value = 0.5 * b_w * b_w
         b_u = -b_w
     else:
-        b_gap = tl.where(m_near, b_q * b_grown, b_p - b_q)
-        b_value = 0.5 * tl.abs(b_gap)
+        b_value = 0.5 * tl.abs(x.gap)
         b_u = tl.where(b_w > 0, -0.5 * b_q, tl.where(b_w < 0, 0.5 * b_q, b_w))
     return tl.where(m_dead, 0.0, b_value), tl.where(m_dead, 0.0, b_u), tl.where(m_dead, 0.0, b_q)

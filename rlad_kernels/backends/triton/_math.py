@@ -94,56 +94,75 @@ def exp(b_x):
 
 
 @triton.jit
+def _exp_parts(b_x):
+    """(2^n, p) with e^x = 2^n·(1 + p), |x| ≤ 87; p keeps its relative accuracy as x → 0."""
+    b_n = tl.floor(b_x * 1.4426950408889634 + 0.5)
+    b_r = (b_x - b_n * 0.693359375) - b_n * -2.12194440e-4  # ln 2 in two parts, the first short enough that n times it is exact
+    # minimax for (e^r − 1 − r)/r² on |r| ≤ ln 2 / 2
+    b_s = 0.008363144472241402 + b_r * 0.0013901286292821169
+    b_s = 0.04166685417294502 + b_r * b_s
+    b_s = 0.16666577756404877 + b_r * b_s
+    b_s = 0.5 + b_r * b_s
+    return ((b_n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True), b_r + b_r * b_r * b_s
+
+
+@triton.jit
 def exp_ulp(b_x):
     """e^x to about an ulp of itself, where :func:`exp` keeps the two or three of the hardware's exp2."""
     m_in = tl.abs(b_x) < 87.0
-    b_y = tl.where(m_in, b_x, 0.0)
-    b_n = tl.floor(b_y * 1.4426950408889634 + 0.5)
-    b_r = (b_y - b_n * 0.693359375) - b_n * -2.12194440e-4  # ln 2 in two parts, the first short enough that n times it is exact
-    b_s = 1 / 720.0 + b_r * (1 / 5040.0)
-    b_s = 1 / 120.0 + b_r * b_s
-    b_s = 1 / 24.0 + b_r * b_s
-    b_s = 1 / 6.0 + b_r * b_s
-    b_s = 1 / 2.0 + b_r * b_s
-    b_power = ((b_n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-    return tl.where(m_in, b_power + b_power * (b_r + b_r * b_r * b_s), tl.exp(b_x))
+    b_power, b_p = _exp_parts(tl.where(m_in, b_x, 0.0))
+    return tl.where(m_in, b_power + b_power * b_p, tl.exp(b_x))
+
+
+@triton.jit
+def exp_and_expm1(b_x):
+    """(e^x, e^x − 1) for x ≤ 0, each to about an ulp of itself: they share all of their work."""
+    m_in = b_x > -87.0
+    b_power, b_p = _exp_parts(tl.where(m_in, b_x, 0.0))
+    b_e = tl.where(m_in, b_power + b_power * b_p, tl.exp(b_x))
+    return b_e, tl.where(m_in, b_power * b_p + (b_power - 1.0), b_e - 1.0)
+
+
+@triton.jit
+def excess_near(b_w):
+    """e^w − w − 1 for |w| < 1, to a few ulp of its own size also as w → 0; minimax for its quotient by w²."""
+    b_s = 2.535482963139657e-05 + b_w * 2.77228332379309e-06
+    b_s = 0.0001984402333619073 + b_w * b_s
+    b_s = 0.001388545148074627 + b_w * b_s
+    b_s = 0.00833331048488617 + b_w * b_s
+    b_s = 0.04166673496365547 + b_w * b_s
+    b_s = 0.1666666716337204 + b_w * b_s
+    b_s = 0.5 + b_w * b_s
+    return b_w * b_w * b_s
 
 
 @triton.jit
 def excess(b_w):
     """e^w − w − 1, to a few ulp of its own size also as w → 0."""
-    b_s = 1 / 39916800.0
-    b_s = 1 / 3628800.0 + b_w * b_s
-    b_s = 1 / 362880.0 + b_w * b_s
-    b_s = 1 / 40320.0 + b_w * b_s
-    b_s = 1 / 5040.0 + b_w * b_s
-    b_s = 1 / 720.0 + b_w * b_s
-    b_s = 1 / 120.0 + b_w * b_s
-    b_s = 1 / 24.0 + b_w * b_s
-    b_s = 1 / 6.0 + b_w * b_s
-    b_s = 1 / 2.0 + b_w * b_s
-    return tl.where(tl.abs(b_w) < 1.0, b_w * b_w * b_s, exp(b_w) - b_w - 1.0)
+    return tl.where(tl.abs(b_w) < 1.0, excess_near(b_w), exp(b_w) - b_w - 1.0)
 
 
 @triton.jit
 def expm1(b_w):
     """e^w − 1, to a few ulp of its own size also as w → 0."""
-    return tl.where(tl.abs(b_w) < 1.0, b_w + excess(b_w), exp(b_w) - 1.0)
+    return tl.where(tl.abs(b_w) < 1.0, b_w + excess_near(b_w), exp(b_w) - 1.0)
+
+
+@triton.jit
+def log1p_near(b_u):
+    """log(1 + u) for |u| ≤ ½, to a few ulp of its own size also as u → 0: 2·atanh s, minimax for (atanh s / s − 1)/s²."""
+    b_s = b_u / (2.0 + b_u)
+    b_t = b_s * b_s
+    b_p = 0.14117521047592163 + b_t * 0.13430511951446533
+    b_p = 0.2000381350517273 + b_t * b_p
+    b_p = 0.33333319425582886 + b_t * b_p
+    return 2.0 * b_s * (1.0 + b_t * b_p)
 
 
 @triton.jit
 def log1p(b_u):
     """log(1 + u) for u > −1, to a few ulp of its own size also as u → 0."""
-    b_s = b_u / (2.0 + b_u)
-    b_t = b_s * b_s
-    b_p = 1 / 13.0 + b_t * (1 / 15.0)
-    b_p = 1 / 11.0 + b_t * b_p
-    b_p = 1 / 9.0 + b_t * b_p
-    b_p = 1 / 7.0 + b_t * b_p
-    b_p = 1 / 5.0 + b_t * b_p
-    b_p = 1 / 3.0 + b_t * b_p
-    b_near = 2.0 * b_s * (1.0 + b_t * b_p)
-    return tl.where(tl.abs(b_u) < 0.5, b_near, tl.log(1.0 + b_u))
+    return tl.where(tl.abs(b_u) < 0.5, log1p_near(b_u), tl.log(1.0 + b_u))
 
 
 @triton.jit

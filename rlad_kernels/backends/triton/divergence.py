@@ -8,18 +8,20 @@ import torch
 import triton
 import triton.language as tl
 
-from ._columns import Row, load_z
+from ._columns import Row, load_columns, load_z
 from ._divergence_terms import FAMILIES, Term, mixed, numbers, part, tilt
 from ._kernel import WIDE_LOAD, WIDE_STORE, Case, R, add_kernel, flag_sets, meta, tempering, tiles
 from ._launch import config, launch, pick, require_dtype
 from ._math import Tempering, exp_ulp, log1p
 
-# By the columns. 4 columns a thread: the mixtures' and the αβ family's temporaries then fit into 66 to 84 registers; in 8 warps
-# ptxas stops at 64 and spills. Five or more programs an SM cover the latency.
+# A column costs 8 bytes read for the value; with a gradient 4 more written, the u that takes the teacher's place, and then 8 read
+# and 4 written: 24. Instructions of sm_90 in both passes: 149 in the family "sym", 228 for a mixture, 3 and 5 of them transcendental.
+# A H200 issues 28.7 T/s for single lanes, which is 4.6 and 3.0 TB/s next to a copy's 3.7 to 4.3: arithmetic and memory are level. By
+# the columns: 4 a thread, so that the temporaries of mixtures and of the αβ family fit into about 64 registers, eight programs an SM.
 TABLE = (config(inf, 4, BLOCK=512),)
 
 # dz = u − q·Σu. Of the one column with more than half of q, where there is one, it is minus the sum of the others': 1 − q cancels.
-DOMINANT = tl.constexpr(0.501)
+DOMINANT = tl.constexpr(-0.6911491778972723)  # log 0.501
 
 
 class Side(NamedTuple):
@@ -54,44 +56,39 @@ def _add(b_sum, b_x):
 
 
 @triton.jit
-def _sum_step(student, teacher, term, o_c, sums, MASKED: tl.constexpr, FAMILY: tl.constexpr, SWAP: tl.constexpr):
-    """Add one block of columns to the sums."""
+def _store_columns(p_row, b_x, o_c, cols, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(p_row + o_c, b_x, mask=o_c < cols)
+    else:
+        tl.store(p_row + o_c, b_x)
+
+
+@triton.jit
+def _sum_step(
+    student, teacher, term, o_c, sums, MASKED: tl.constexpr, FAMILY: tl.constexpr, SWAP: tl.constexpr, GRAD: tl.constexpr
+):
+    """Add one block of columns to the sums; with GRAD their u takes the place of the teacher's logits."""
     b_lq, _ = _log_probs(student, o_c, MASKED)
     b_lp, _ = _log_probs(teacher, o_c, MASKED)
     b_v, b_u, b_q = part(b_lq, b_lp, term, FAMILY, SWAP)
-    b_other_u = _add(sums.other_u, tl.where(b_q > DOMINANT, 0.0, b_u))
-    b_other_q = _add(sums.other_q, tl.where(b_q > DOMINANT, 0.0, b_q))
+    b_other_u, b_other_q = sums.other_u, sums.other_q
+    if GRAD:
+        _store_columns(teacher.row.logits, b_u, o_c, student.row.cols, MASKED)
+        b_other_u = _add(b_other_u, tl.where(b_lq > DOMINANT, 0.0, b_u))
+        b_other_q = _add(b_other_q, tl.where(b_lq > DOMINANT, 0.0, b_q))
     return Sums(_add(sums.value, b_v), _add(sums.u, b_u), b_other_u, b_other_q)
 
 
 @triton.jit
-def _grad_step(
-    p_out,
-    student,
-    teacher,
-    term,
-    o_c,
-    total,
-    most,
-    weight,
-    MASKED: tl.constexpr,
-    FAMILY: tl.constexpr,
-    SWAP: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-):
+def _grad_step(p_out, student, p_u, o_c, total, most, weight, MASKED: tl.constexpr, ACCUMULATE: tl.constexpr):
     """Write or add weight·(u − q·Σu)·dz/draw of one block of columns."""
     b_lq, b_slope = _log_probs(student, o_c, MASKED)
-    b_lp, _ = _log_probs(teacher, o_c, MASKED)
-    _, b_u, b_q = part(b_lq, b_lp, term, FAMILY, SWAP)
-    b_g = tl.where(weight == 0, 0.0, tl.where(b_q > DOMINANT, most, b_u - b_q * total) * weight * b_slope)
-    if MASKED:
-        if ACCUMULATE:
-            b_g += tl.load(p_out + o_c, mask=o_c < student.row.cols, other=0.0)
-        tl.store(p_out + o_c, b_g, mask=o_c < student.row.cols)
-    else:
-        if ACCUMULATE:
-            b_g += tl.load(p_out + o_c)
-        tl.store(p_out + o_c, b_g)
+    b_u = load_columns(p_u, o_c, o_c < student.row.cols, MASKED)
+    b_dz = tl.where(b_lq > DOMINANT, most, b_u - exp_ulp(b_lq) * total)
+    b_g = tl.where(weight == 0, 0.0, b_dz * weight * b_slope)
+    if ACCUMULATE:
+        b_g += load_columns(p_out, o_c, o_c < student.row.cols, MASKED)
+    _store_columns(p_out, b_g, o_c, student.row.cols, MASKED)
 
 
 @triton.jit
@@ -181,9 +178,9 @@ def divergence_kernel(
     # full blocks without a mask: an odd C would otherwise cost every load its width
     full = C // BLOCK * BLOCK
     for c0 in range(0, full, BLOCK):
-        sums = _sum_step(q, p, term, c0 + o_b, sums, False, FAMILY, SWAP)
+        sums = _sum_step(q, p, term, c0 + o_b, sums, False, FAMILY, SWAP, GRAD)
     if full < C:
-        sums = _sum_step(q, p, term, full + o_b, sums, True, FAMILY, SWAP)
+        sums = _sum_step(q, p, term, full + o_b, sums, True, FAMILY, SWAP, GRAD)
     whole = tl.sum(sums.value, 0)
     total = tl.sum(sums.u, 0)
     if FAMILY == "taid":  # no column has mass on both sides: there is no p_τ
@@ -195,13 +192,14 @@ def divergence_kernel(
 
     if GRAD:
         p_o = out + i_r * stride_o
+        tl.debug_barrier()  # u may be another thread's
         # an infinite divergence without a finite gradient sends none; NaN logits still show
         pull = tl.where((whole == whole) & ~(tl.abs(total) < float("inf")), 0.0, tl.load(rows + stride_r + i_r))
         most = total * tl.sum(sums.other_q, 0) - tl.sum(sums.other_u, 0)
         for c0 in range(0, full, BLOCK):
-            _grad_step(p_o, q, p, term, c0 + o_b, total, most, pull, False, FAMILY, SWAP, ACCUMULATE)
+            _grad_step(p_o, q, p.row.logits, c0 + o_b, total, most, pull, False, ACCUMULATE)
         if full < C:
-            _grad_step(p_o, q, p, term, full + o_b, total, most, pull, True, FAMILY, SWAP, ACCUMULATE)
+            _grad_step(p_o, q, p.row.logits, full + o_b, total, most, pull, True, ACCUMULATE)
 
 
 def divergence_(
@@ -229,7 +227,7 @@ def divergence_(
     """Write (or add) each row's weighted divergence into `value (R,)` and its gradient into `out (R, V)`, which may be `logits`.
 
     `norm (2, R)` = (max z, lse − max); `rows (4, R)`: weight of the value, weight of the gradient, and the coefficients of
-    forward and reverse KL in the family "sym". `a, b, c` are the family's numbers.
+    forward and reverse KL in the family "sym". `a, b, c` are the family's numbers. With `out`, `teacher` is overwritten.
     """
     require_dtype("divergence_", value=value, out=out, logits=logits, bias=bias, inv_temp=inv_temp, norm=norm)
     require_dtype("divergence_", teacher=teacher, teacher_bias=teacher_bias, teacher_norm=teacher_norm, rows=rows)
@@ -261,4 +259,4 @@ def cases() -> Iterator[Case]:
                 yield Case(f"{family} C={cols} {'+'.join(sorted(f))}", divergence_, args, cols > 1 and "grad" in f)
 
 
-add_kernel(divergence_kernel, divergence_, TABLE, cases, max_registers=96, wide=(WIDE_LOAD, WIDE_STORE), tempers=True)
+add_kernel(divergence_kernel, divergence_, TABLE, cases, max_registers=80, wide=(WIDE_LOAD, WIDE_STORE), tempers=True)
