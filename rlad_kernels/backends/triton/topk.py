@@ -19,7 +19,6 @@ from ._math import NO_KEY, Tempering, bounded, ordered
 TABLE = (
     config(32, 4, BLOCK=1024, LANES=128, BLOCK_K=32, POOL=256),  # answers of servers: K ≤ 20
     config(128, 4, BLOCK=1024, LANES=128, BLOCK_K=128, POOL=512),  # distillation supports
-    config(512, 8, BLOCK=2048, LANES=256, BLOCK_K=512, POOL=2048),
     config(1024, 16, BLOCK=4096, LANES=512, BLOCK_K=1024, POOL=4096),
 )
 
