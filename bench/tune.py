@@ -153,13 +153,11 @@ def tune_score(shape: Shape, device: str) -> list[Row]:
 
 def tune_sparse(shape: Shape, device: str) -> list[Row]:
     """Exact and sparse backward at unions of several sizes: where they meet is the threshold."""
-    above = getattr(sparse_engine, "EXACT_ABOVE", None)
-    if above is None:
-        return [{"config": "skipped: this tree has no sparse.EXACT_ABOVE"}]
-    x, rows = inputs(shape, device), []
+    above, x, rows = sparse_engine.EXACT_ABOVE, inputs(shape, device), []
+    size = sparse_engine.block_of(x.hidden)
     with torch.no_grad():
-        p = (x.hidden[: 2 * sparse_engine.BLOCK] @ x.weight.T).float().softmax(1)
-    most = torch.stack([block.amax(0) for block in p.split(sparse_engine.BLOCK)])
+        p = (x.hidden[: 2 * size] @ x.weight.T).float().softmax(1)
+    most = torch.stack([block.amax(0) for block in p.split(size)])
 
     def step(eps: float, threshold: float) -> None:
         before = dict(above)

@@ -14,11 +14,16 @@ from rlad_kernels.backends.triton import KERNELS, LAUNCHERS
 from rlad_kernels.backends.triton._launch import LAUNCHES
 from rlad_kernels.backends.triton.clipped_ratio import clipped_ratio
 from rlad_kernels.backends.triton.columns import column_stats_
+from rlad_kernels.backends.triton.cotangents import row_cotangents
 from rlad_kernels.backends.triton.divergence import divergence_
 from rlad_kernels.backends.triton.dlogits import dlogits_
+from rlad_kernels.backends.triton.dropped import dropped_mass
 from rlad_kernels.backends.triton.fold import fold_
 from rlad_kernels.backends.triton.gather import gather_dhidden, gather_dot, gather_dweight_
+from rlad_kernels.backends.triton.outputs import row_outputs
+from rlad_kernels.backends.triton.scale import scale_
 from rlad_kernels.backends.triton.score import score_partials
+from rlad_kernels.backends.triton.slots import row_slots
 from rlad_kernels.backends.triton.topk import fold_topk_
 from rlad_kernels.backends.triton.topk_kl import topk_kl
 from rlad_kernels.core.modes import numbers
@@ -312,6 +317,11 @@ def test_every_kernel_runs_is_counted_and_refuses_float64():
     column_stats_(torch.empty(2, 1, 1), one, None, one[0], 1.0, 0.0, one[0], 1)
     side = one, None, one[0], 1.0, 0.0, torch.zeros(2, 1)
     divergence_(one[0].clone(), None, *side, *side, torch.ones(4, 1), "sym", 0.0, 0.0, 0.0, False)
+    row_slots(ids[0], None, 1)
+    row_outputs(torch.ones(6, 1), one, ids, 1, True, False, False, False)
+    row_cotangents(ids, one[0], None, one[0], one[0], one[0], None, None, None, None, None, None)
+    dropped_mass(one.bool(), one, None, one[0], 1.0, 0.0, one[0], 1)
+    scale_(one.clone(), one[0, 0])
     assert dict(LAUNCHES) == dict.fromkeys(KERNELS, 1)
     gather_dot(one[:0], one, ids[:0])  # no rows: no launch
     assert LAUNCHES["gather_dot_kernel"] == 1

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ._kernel import Case, J, R, V, add_kernel, ids, meta
-from ._launch import config, launch, pick
+from ._launch import config, launch, pick, require_dtype
 
 # By N·J, which is little: 4 bytes out a slot. What it saves is launches.
 TABLE = (config(inf, 4, BLOCK=512),)
@@ -37,6 +37,7 @@ def row_slots(target: torch.Tensor | None, ids: torch.Tensor | None, vocab_size:
     """Slots `(N, J)` int32: `target (N,)`, if there is one, then `ids (N, K)`, with `vocab_size` for an id out of range."""
     given = target if ids is None else ids
     assert given is not None
+    require_dtype("row_slots", (torch.int32, torch.int64), target=target, ids=ids)
     n, k = given.shape[0], 0 if ids is None else ids.shape[1]
     slots = given.new_empty((n, k + (target is not None)), dtype=torch.int32)
     row = pick(TABLE, slots.numel())
