@@ -23,6 +23,7 @@ LAUNCHES = (64, 256, LARGE[2])
 BOUNDS = (
     Bound(LARGE, "fused", "× 3", 1.12),
     Bound(LARGE, "linear_logp", "× TRL", 1.0),
+    Bound(LARGE, "kept", "× TRL", 0.85),
     Bound(LARGE, "frozen", "× 3", 0.75),
     Bound(LARGE, "half", "× 3", 1.0),
     Bound(LARGE, "scoring", "× 1", 1.15),

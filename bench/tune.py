@@ -161,7 +161,7 @@ def tune_sparse(shape: Shape, device: str) -> list[Row]:
 
     def step(eps: float, threshold: float) -> None:
         before = dict(above)
-        above[device] = threshold
+        above.update(dict.fromkeys(above, threshold))
         try:
             x.hidden.grad = x.weight.grad = None
             logp = rk.linear_logp(x.hidden, rk.LMHead(x.weight), x.target, filter_eps=eps).logp

@@ -28,7 +28,7 @@ LOGP = Own(lambda s: s.logp)
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sparse.BLOCK, DEVICE, 16)  # three blocks of a few tokens, so that the interpreter can follow
-    monkeypatch.setitem(sparse.EXACT_ABOVE, DEVICE, 1.0)
+    monkeypatch.setattr(sparse, "EXACT_ABOVE", dict.fromkeys(sparse.EXACT_ABOVE, 1.0))
 
 
 def peaked(n: int = N, v: int = 229, **options: Any) -> Problem:
@@ -187,7 +187,7 @@ def test_blocks_that_would_keep_most_columns_are_exact(
     path: str, blocks: str, rows: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the blocks are flat: they keep every column, drop nothing, and their gradient is the exact one."""
-    monkeypatch.setitem(sparse.EXACT_ABOVE, DEVICE, 0.5)
+    monkeypatch.setattr(sparse, "EXACT_ABOVE", dict.fromkeys(sparse.EXACT_ABOVE, 0.5))
     p = problem(n=N, v=229, d=24, sigma=12.0, dtype=dtype)
     a, size = torch.randn(N), sparse.BLOCK[DEVICE]
     if rows == "rows without gradient":

@@ -29,6 +29,11 @@ def sparse(x: Inputs) -> Tensor:
     return _logp(x, x.advantage, x.weight, FILTER_EPS)
 
 
+def kept(x: Inputs) -> Tensor:
+    """In TRL's memory on a GPU, 2.8 GB at 8,192 tokens of Qwen3; on a CPU's 1,024 tokens all rows."""
+    return -(rk.linear_logp(x.hidden, rk.LMHead(x.weight), x.target, keep="2GiB").logp * x.advantage).mean()
+
+
 def frozen(x: Inputs) -> Tensor:
     return _logp(x, x.advantage, x.weight.detach())
 
@@ -132,6 +137,7 @@ def rlad_truth(x: Inputs) -> Tensor:
 PROVIDERS = (
     Provider("linear_logp", linear_logp, "ours, log-probs, any loss after them", 4, 7, bound=EXACT),
     Provider("fused", fused, "ours, the loss inside the sweep", 3, 6, bound=EXACT),
+    Provider("kept", kept, "ours, linear_logp, keep 2GiB", 3, 6, bound=EXACT),
     Provider("half", half, "ours, linear_logp, half of the sequences without advantage", 2.5, 4.5, half_truth, EXACT),
     Provider("frozen", frozen, "ours, linear_logp, frozen head", 2, 4, frozen_truth, EXACT),
     Provider("sparse", sparse, "ours, linear_logp, filter_eps 2⁻¹⁴, peaked logits", 4, 7, bound=SPARSE, peaked=True),

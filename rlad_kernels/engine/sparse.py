@@ -22,8 +22,9 @@ from rlad_kernels.engine.tiles import Tiles, new_scratch, scratch_size
 
 # Tokens that share their columns: more would widen the union, fewer make the products small.
 BLOCK = {"cpu": 128, "cuda": 512}
-# The part of the vocabulary from which a block's columns are no longer gathered.
-EXACT_ABOVE = {"cpu": 0.3, "cuda": 0.5}
+# The part of the vocabulary from which a block's columns are no longer gathered, by device and bytes of an operand's element: where
+# `python -m bench.tune` sees the two meet. CUDA's are not measured yet.
+EXACT_ABOVE = {("cpu", 8): 0.35, ("cpu", 4): 0.35, ("cpu", 2): 0.12, ("cuda", 4): 0.5, ("cuda", 2): 0.5}
 
 
 class Columns(NamedTuple):
@@ -84,7 +85,8 @@ def choose(tiles: Tiles, means: Means, x: Tensor, r0: int, lse: Tensor, slots: T
     keep = out[0] > eps
     places = torch.where(slots < 0, slots[:, :1], slots).clamp(0, tiles.vocab - 1).long()
     keep[(torch.arange(n, device=x.device) // size).unsqueeze(1), places] = True
-    keep |= keep.sum(1, keepdim=True) > EXACT_ABOVE[x.device.type] * tiles.vocab
+    most = EXACT_ABOVE[x.device.type, tiles.grad_dtype.itemsize] * tiles.vocab
+    keep |= keep.sum(1, keepdim=True) > most
     out[1:].masked_fill_(keep, 0)
     means.add(out[1], out[-1])
     return Columns(keep, torch.ops.rlad.dropped_mass(keep, x, *tempering, lse, size))

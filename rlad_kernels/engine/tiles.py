@@ -45,7 +45,7 @@ def tile_sizes(
     rows, cols = _TILE[device]
     area = rows * cols
     if keep_logits:
-        rows = max(_CHUNK_BYTES[device] // (itemsize * vocab), _CHUNK_ROWS_MIN) // keep_logits
+        rows = max(_CHUNK_BYTES[device] // (itemsize * vocab * keep_logits), _CHUNK_ROWS_MIN)
     rows = min(round_up(round_up(settings.tile_rows or rows, multiple), _WHOLE[device]), max(n, 1))
     widest = _SLAB_BYTES[device] // (itemsize * slab) if slab else vocab
     cols = settings.tile_cols or max(cols, min(area // rows, widest))
