@@ -1,4 +1,4 @@
-"""Prints peak bytes of loss paths above their inputs, as JSON: ``python -m tests.peaks "[[path, n, d, v, dtype, k], …]"``."""
+"""Prints peak bytes of loss paths above their inputs, as JSON: ``python -m tests.peaks "[[path, n, d, v, dtype, k, keep], …]"``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.providers.ours import PolicyGradient
 from bench.worker import Peak
 
 
-def step(path: str, n: int, d: int, v: int, dtype: str, k: int) -> int:
+def step(path: str, n: int, d: int, v: int, dtype: str, k: int, keep: int) -> int:
     """One forward and backward; returns the most that was held above the inputs."""
     hidden = torch.randn(n, d).to(getattr(torch, dtype)).requires_grad_()
     weight = (torch.randn(v, d) * d**-0.5).to(hidden.dtype).requires_grad_()
@@ -25,7 +25,7 @@ def step(path: str, n: int, d: int, v: int, dtype: str, k: int) -> int:
     if path == "naive":
         out = -((hidden @ weight.T).float().log_softmax(-1).gather(1, target[:, None])[:, 0] * advantage).mean()
     elif path == "linear_logp":
-        out = -(rk.linear_logp(hidden, head, target).logp * advantage).mean()
+        out = -(rk.linear_logp(hidden, head, target, keep=keep).logp * advantage).mean()
     elif path == "linear_loss":
         out = rk.linear_loss(hidden, head, target, PolicyGradient(), advantages=advantage).loss
     elif path == "topk_kl":
@@ -39,6 +39,6 @@ def step(path: str, n: int, d: int, v: int, dtype: str, k: int) -> int:
 
 if __name__ == "__main__":
     cases = json.loads(sys.argv[1])
-    for path, _, d, _, dtype, k in cases:  # threads and code pages are not part of a peak
-        step(path, 64, d, 512, dtype, min(k, 8))
+    for path, _, d, _, dtype, k, _ in cases:  # threads and code pages are not part of a peak
+        step(path, 64, d, 512, dtype, min(k, 8), 0)
     print(json.dumps([step(*case) for case in cases]))
