@@ -221,6 +221,29 @@ def test_blocks_that_would_keep_most_columns_are_exact(
 
 
 @pytest.mark.cpu
+@pytest.mark.parametrize("path", ["linear_logp", "fused"])
+def test_on_cuda_the_host_reads_twice(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many columns the blocks keep, and which: tensors that say that they are on CUDA, and what asks them for a value."""
+    p, reads = peaked(softcap=None), []
+    p.mask = None
+    for name in ("tolist", "item", "nonzero", "__bool__", "__int__", "__float__"):
+        real = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda self, *args, n=name, f=real, **kw: (reads.append(n), f(self, *args, **kw))[1])
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for name in ("dropped_mass", "scale_"):  # kernels there, which read nothing; here their twins do
+        monkeypatch.setattr(torch.ops.rlad, name, lambda x, *args: torch.zeros(args[0].shape[:1]))
+    with rk.set_compaction(False):  # dropping masked rows would be a read more
+        if path == "linear_logp":
+            logp = rk.linear_logp(p.hidden, p.head, p.target, filter_eps=EPS).logp
+            assert reads == []
+            logp.sum().backward()
+        else:
+            rk.linear_loss(p.hidden, p.head, p.target, LOGP, w=torch.ones(N), filter_eps=EPS).loss.backward()
+    assert reads == ["tolist", "nonzero"]
+
+
+@pytest.mark.cpu
 def test_set_tile_and_dropped_rows_do_not_change_the_choice() -> None:
     p, a = peaked(), torch.randn(N, device=DEVICE)
     found = []

@@ -132,16 +132,16 @@ def backward(
     else:
         ends = [0, *accumulate((live // size).bincount(minlength=len(keep)).tolist())]
     whole = [c == tiles.vocab for c in counts]
-    parts = [(slice(a, b), w) for (a, b), w in zip(pairwise(ends), whole, strict=True)]
+    parts = [slice(a, b) for a, b in pairwise(ends)]
     if any(whole):
-        _through_all(tiles, grads, cot, live, [part for part, w in parts if w], r0, x)
+        _through_all(tiles, grads, cot, live, [part for part, w in zip(parts, whole, strict=True) if w], r0, x)
     if all(whole):
         return
-    gathered = torch.tensor(whole, device=keep.device).logical_not_()
-    columns = keep[gathered].nonzero()[:, 1].split([c for c, w in zip(counts, whole, strict=True) if not w])
-    index = keep[gathered].cumsum(1, dtype=torch.int32) - 1
-    some = [(b, part) for b, (part, w) in enumerate(parts) if not w]
-    for (b, part), mine, place in zip(some, columns, index, strict=True):
+    some = [b for b, w in enumerate(whole) if not w]
+    keep = keep if len(some) == len(keep) else keep.index_select(0, torch.tensor(some, device=keep.device))
+    columns = keep.nonzero()[:, 1].split([counts[b] for b in some])
+    for b, mine, place in zip(some, columns, keep.cumsum(1, dtype=torch.int32) - 1, strict=True):
+        part = parts[b]
         if part.stop > part.start:
             here, start = live[part], b * size
             held = None if x is None else (x[start : start + size], here - start)
