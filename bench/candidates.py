@@ -51,8 +51,9 @@ class Call:
     def __init__(self, name: str, args: Sequence[Any]) -> None:
         schema = getattr(torch.ops.rlad, name).default._schema.arguments
         self.launcher, self.given, self.args = kernels.LAUNCHERS[name], twins(args), twins(args)
-        self.names = [a.name for a in schema]
+        self.names = [a.name for a in schema[: len(args)]]  # those after them keep their defaults
         self.written = [i for i, a in enumerate(schema) if a.alias_info and a.alias_info.is_write and args[i] is not None]
+        self.device = next(x.device for x in args if isinstance(x, Tensor))
 
     def reset(self) -> None:
         for i in self.written:
@@ -153,7 +154,7 @@ def compile_together(kernel: Kernel, call: Call, rows: Sequence[Config]) -> None
         except (ImportError, AttributeError, TypeError):  # a Triton without it: each is compiled when it is first launched
             return
         for row in rows:
-            with launched_with(kernel, row), record(architecture(call.args[0].device)) as launches, suppress(Exception):
+            with launched_with(kernel, row), record(architecture(call.device)) as launches, suppress(Exception):
                 call.run()
             for one in launches:
                 options = {

@@ -55,7 +55,7 @@ def tune_kernel(name: str, shape: Shape, device: str) -> list[Row]:
     call = calls(shape, device).get(kernel.launcher.__name__)
     if call is None:
         return []
-    with record(architecture(call.args[0].device)) as launches:
+    with record(architecture(call.device)) as launches:
         call.run()
     today = next((one.config for one in launches if one.kernel is kernel.fn), None)
     if today is None:
