@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,3 +49,12 @@ def test_value_and_gradients(name):
 
 def _as(x: Any, dtype: torch.dtype) -> Any:
     return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def test_trrd_at_alpha_1_is_grpo():
+    _, _, given = case("trrd")
+    rest = {k: given[k] for k in ("old_logp", "advantages", "mask")}
+    assert (~given["mask"]).any() and len(set(given["mask"].sum(1).tolist())) > 2  # on sequences of several lengths
+    trrd = replace(METHODS["trrd"].loss, alpha=1.0)(given["logp"], teacher_logp=given["teacher_logp"], **rest)
+    assert torch.equal(trrd.loss, METHODS["grpo"](given["logp"], **rest).loss)
+    assert not torch.allclose(trrd.loss, METHODS["bnpo"](given["logp"], **rest).loss)

@@ -34,7 +34,11 @@ def inputs(needs: tuple[str, ...]) -> tuple[list[str], Inputs]:
 
 
 def grpo(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    return reduced(surrogate(logp, old_logp, advantages), mask, "token-mean")
+    return reduced(surrogate(logp, old_logp, advantages), mask, "seq-mean-token-mean")
+
+
+def bnpo(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    return surrogate(logp, old_logp, advantages)[mask].mean()
 
 
 def dr_grpo(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, denominator: float) -> Tensor:
@@ -156,7 +160,7 @@ def sdar(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tenso
 
 OPTIONS: dict[str, Inputs] = {"dr_grpo": {"denominator": 4 * 16.0}, "opd_clipped": {"gamma": 0.9}}
 ORACLES = {
-    "grpo": grpo, "dr_grpo": dr_grpo, "dapo": dapo, "bnpo": grpo, "tis": tis, "icepop": icepop, "gspo": gspo, "gspo_token":
+    "grpo": grpo, "dr_grpo": dr_grpo, "dapo": dapo, "bnpo": bnpo, "tis": tis, "icepop": icepop, "gspo": gspo, "gspo_token":
     gspo_token, "cispo": cispo, "sapo": sapo, "trrd": trrd, "opd": opd, "opd_clipped": opd_clipped, "exopd": exopd, "mopd":
     mopd, "kdrl": kdrl, "kdrl_in_reward": kdrl_in_reward, "kdrl_wrong": kdrl_wrong, "kdrl_wrong_groups": kdrl_wrong_groups,
     "srpo": srpo, "hdpo": hdpo, "rlsd": rlsd, "sdar": sdar,

@@ -58,7 +58,14 @@ class GRPO(ClippedLoss):
 
 
 _FORMULA = "−min(rÂ, clip(r, 1−ε, 1+ε)Â), r = exp(s − o)"
-add_method("grpo", "ratio", GRPO(), formula=_FORMULA, paper="arXiv 2402.03300", confidence="A")
+add_method(
+    "grpo",
+    "ratio",
+    GRPO(reduction="seq-mean-token-mean"),
+    formula=f"{_FORMULA}; mean of the sequences' means",
+    paper="arXiv 2402.03300",
+    confidence="A",
+)
 add_method(
     "dr_grpo",
     "ratio",
