@@ -112,7 +112,8 @@ def test_one_process_measures_all_and_says_what_is_wrong(tmp_path: Path, monkeyp
     (done,) = json.loads(path.read_text())["cases"]
     ours, rlad, wrong, absent = done["rows"]
     assert len(ours["times_s"]) == len(rlad["times_s"]) == 2 and ours["bare_s"] == rlad["bare_s"]
-    assert "is wrong, not slow" in wrong["absent"] and "needs a GPU" in absent["absent"]
+    assert "is wrong, not slow" in wrong["absent"]
+    assert absent["absent"] in ("needs a GPU", "not installed: cut_cross_entropy")
     assert "peaked logits" in path.with_suffix(".md").read_text()
 
 
