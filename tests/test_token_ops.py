@@ -45,9 +45,8 @@ def close(found: Tensor, want: Tensor, scale: float = 8.0) -> None:
     assert (same | ((found - want).abs() <= scale * 2**-24 * want.abs().clamp(min=1))).all(), (found - want).abs().max()
 
 
-@pytest.mark.parametrize("spread", (0.1, 3.0, 60.0))
-@pytest.mark.parametrize("j", (1, 2, 17, 140))
 @pytest.mark.parametrize("target", (True, False))
+@pytest.mark.parametrize(("j", "spread"), ((1, 0.1), (1, 60.0), (2, 3.0), (17, 0.1), (17, 60.0), (140, 3.0)))
 def test_outputs(j: int, spread: float, target: bool) -> None:
     stats, z, slots = rows(j, spread)
     stats, z = stats.float(), z.float()  # what the kernel is given is exact: both see the same numbers
@@ -74,11 +73,10 @@ def test_outputs_of_ids_out_of_range_are_nan() -> None:
             assert x[4].isnan().all() and not x[6].isnan().any()
 
 
-@pytest.mark.parametrize("asked", ("", "l", "b", "c", "t", "lbct"))
-@pytest.mark.parametrize("j", (1, 2, 17, 140))
+@pytest.mark.parametrize(
+    ("j", "asked"), ((1, ""), (1, "l"), (1, "b"), (2, "lbct"), (17, "c"), (17, "t"), (17, "lbct"), (140, "lbct"))
+)
 def test_cotangents(j: int, asked: str) -> None:
-    if j == 1 and set(asked) & set("ct"):
-        pytest.skip("there is no support")
     stats, z, slots = rows(j, 3.0)
     o = row_outputs_cpu(stats, z, slots, V, True, True, True, False)
     o = o._replace(
