@@ -28,9 +28,10 @@ def gradients(p: Any, keep: int | str | None, a: Tensor, mask: Tensor | None, **
     return [scores.logp.detach(), *first]
 
 
-@pytest.mark.parametrize("rows", (128, *(pytest.param(n, marks=pytest.mark.slow_interpreted) for n in (0, 256, N))), ids=str)
+@pytest.mark.slow_interpreted
+@pytest.mark.parametrize("rows", (0, 128, 256, N), ids="{} rows".format)
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("dtype", (torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow_interpreted)), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_gradients_are_bitwise_those_without(dtype: torch.dtype, mask: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     p, a = problem(n=N, v=V, d=16, dtype=dtype), torch.randn(N)
     keep = (torch.arange(N) % 3 > 0) if mask == "some" else None

@@ -179,10 +179,10 @@ def test_a_tiny_eps_is_the_exact_backward(path: str) -> None:
         assert relative(filtered, exact) < 1e-6
 
 
-@pytest.mark.parametrize("rows", ("all rows", "rows without gradient"))
-@pytest.mark.parametrize("blocks", ("all", "one"))
+@pytest.mark.parametrize("rows", ("all rows", pytest.param("rows without gradient", marks=pytest.mark.slow_interpreted)))
+@pytest.mark.parametrize("blocks", ("one", pytest.param("all", marks=pytest.mark.slow_interpreted)))
 @pytest.mark.parametrize("path", ["linear_logp", "fused"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow_interpreted)], ids=str)
 def test_blocks_that_would_keep_most_columns_are_exact(
     path: str, blocks: str, rows: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 
 from ._kernel import Case, J, R, add_kernel, flag_sets, ids, meta, sizes
-from ._launch import launch, pick, require_dtype
+from ._launch import launch, require_dtype
 from ._math import exp, expm1
-from .outputs import TABLE
+from .outputs import TABLE, row_of
 
 NEAR = tl.constexpr(-0.5)  # a log-prob from which 1 − p is formed as −expm1(log p)
 
@@ -131,7 +131,7 @@ def row_cotangents(
         "row_cotangents", tail_logp=tail_logp, g_logp=g_logp, g_lse=g_lse, g_entropy=g_entropy, g_topk=g_topk, g_tail=g_tail
     )
     n, j = slots.shape
-    row = pick(TABLE, j)
+    row = row_of(j)
     own, slot_dz, rows = torch.empty_like(slots, memory_format=torch.contiguous_format), lse.new_empty(n, j), lse.new_empty(6, n)
 
     def whole(x: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,13 +1,16 @@
 """row_outputs: log-probs, entropy and masses of rows whose statistics are complete, in one launch."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
+from rlad_kernels.backends.contract import INTERPRET
+
 from ._kernel import Case, J, R, V, add_kernel, flag_sets, ids, meta, sizes
-from ._launch import config, launch, pick, require_dtype
+from ._launch import Config, config, launch, pick, require_dtype
 from ._math import bounded, exp, log1p
 
 # By J. A row's slots lie in one block, a thread a slot where there are few; some 60 bytes a row and 12 a slot, less than a
@@ -20,6 +23,12 @@ TABLE = (
     config(512, 4, BLOCK_N=1, BLOCK_J=512),
     config(2048, 8, BLOCK_N=1, BLOCK_J=2048),
 )
+
+
+def row_of(j: int) -> Config:
+    """The table's row for J slots; interpreted, where a program costs what its steps do, whatever its width, it takes many rows."""
+    row = pick(TABLE, j)
+    return replace(row, blocks=tuple((dict(row.blocks) | {"BLOCK_N": 64}).items())) if INTERPRET else row
 
 
 @triton.jit
@@ -160,7 +169,7 @@ def row_outputs(
     logp, lse, h, topk_logp = new(target, n), new(True, n), new(entropy, n), new(k > 0, n, k)
     tail_logp, mean, top1, sum_sq = new(tail, n), new(extras, n), new(extras, n, dtype=torch.bool), new(extras, n)
     error = new(True, n)
-    row = pick(TABLE, j)
+    row = row_of(j)
     launch(
         row_outputs_kernel,
         (triton.cdiv(n, dict(row.blocks)["BLOCK_N"]),),
