@@ -17,7 +17,7 @@ from ._math import bounded, exp, log1p
 # microsecond of memory time: what it saves is 60 launches.
 TABLE = (
     config(1, 4, BLOCK_N=128, BLOCK_J=1),
-    config(8, 4, BLOCK_N=16, BLOCK_J=8),
+    config(8, 2, BLOCK_N=8, BLOCK_J=8),
     config(32, 2, BLOCK_N=2, BLOCK_J=32),
     config(128, 4, BLOCK_N=1, BLOCK_J=128),
     config(512, 4, BLOCK_N=1, BLOCK_J=512),
