@@ -131,7 +131,7 @@ def row_cotangents(
         "row_cotangents", tail_logp=tail_logp, g_logp=g_logp, g_lse=g_lse, g_entropy=g_entropy, g_topk=g_topk, g_tail=g_tail
     )
     n, j = slots.shape
-    row = row_of(j)
+    row = row_of(TABLE, j)
     own, slot_dz, rows = torch.empty_like(slots, memory_format=torch.contiguous_format), lse.new_empty(n, j), lse.new_empty(6, n)
 
     def whole(x: torch.Tensor | None) -> torch.Tensor | None:

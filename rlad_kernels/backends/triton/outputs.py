@@ -25,9 +25,9 @@ TABLE = (
 )
 
 
-def row_of(j: int) -> Config:
+def row_of(table: tuple[Config, ...], j: int) -> Config:
     """The table's row for J slots; interpreted, where a program costs what its steps do, whatever its width, it takes many rows."""
-    row = pick(TABLE, j)
+    row = pick(table, j)
     return replace(row, blocks=tuple((dict(row.blocks) | {"BLOCK_N": 64}).items())) if INTERPRET else row
 
 
@@ -169,7 +169,7 @@ def row_outputs(
     logp, lse, h, topk_logp = new(target, n), new(True, n), new(entropy, n), new(k > 0, n, k)
     tail_logp, mean, top1, sum_sq = new(tail, n), new(extras, n), new(extras, n, dtype=torch.bool), new(extras, n)
     error = new(True, n)
-    row = row_of(j)
+    row = row_of(TABLE, j)
     launch(
         row_outputs_kernel,
         (triton.cdiv(n, dict(row.blocks)["BLOCK_N"]),),
