@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels.tools.plan import MODELS, Model, Plan, parse_bytes
+from rlad_kernels.core.sizes import byte_size
+from rlad_kernels.tools.plan import MODELS, Model, Plan
 
 WAYS = {"naive": "naive", "ours": "linear_logp"}
 LENGTHS = {"cuda": [8192 << i for i in range(6)], "cpu": [1024 << i for i in range(5)]}
@@ -133,7 +134,7 @@ def update(way: str, model: Any, optimizer: torch.optim.Optimizer, batches: Tens
 
 def train(args: argparse.Namespace) -> None:
     """One way at every length; prints a JSON line a length, so that what was measured stays if the process dies."""
-    budget = parse_bytes(args.memory) if args.memory else int(0.8 * free_bytes(args.device))
+    budget = byte_size("long_context", "memory", args.memory) if args.memory else int(0.8 * free_bytes(args.device))
     warm = student(argparse.Namespace(**vars(args) | {"model": None}), SMOKE)
     update(args.way, warm, torch.optim.AdamW(warm.parameters()), torch.arange(65, device=args.device).view(1, 1, 65))
     del warm  # it has imported and started what is no part of a peak

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlad_kernels.core.sizes import byte_size
 from rlad_kernels.tools import plan
-from rlad_kernels.tools.plan import MODELS, PATHS, Plan, loss_bytes, model_of, parse_bytes
+from rlad_kernels.tools.plan import MODELS, PATHS, Plan, loss_bytes, model_of
 
 ROOT = Path(__file__).parent.parent
 CASES = [  # sizes at which what is counted is hundreds of megabytes
@@ -97,10 +98,11 @@ def test_the_doctor_still_answers_and_passes_plan_on() -> None:
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
-    assert (parse_bytes("80GiB"), parse_bytes("24 GB"), parse_bytes("1.5kb"), parse_bytes("7")) == (80 << 30, 24 * 10**9, 1500, 7)
+    sizes = [byte_size("plan", "memory", text) for text in ("80GiB", "24 GB", "1.5kb", "7")]
+    assert sizes == [80 << 30, 24 * 10**9, 1500, 7]
     for text in ("80 bananas", "GiB", "-1GB"):
         with pytest.raises(ValueError, match="memory must be a number of bytes, or one with a unit such as 80GiB"):
-            parse_bytes(text)
+            byte_size("plan", "memory", text)
     moe = tmp_path / "config.json"
     moe.write_text(json.dumps({"hidden_size": 8, "num_experts": 4}))
     with pytest.raises(ValueError, match="mixture of experts"):

@@ -226,9 +226,7 @@ def add_means(grads: Gradients, means: Tensor) -> None:
             part.addr_(rest, mean)
 
 
-def _tempered(
-    raw: Tensor, bias: Tensor | None, inv_temp: Tensor, logit_scale: float, softcap: float
-) -> tuple[Tensor, Tensor | float]:
+def _tempered(raw: Tensor, bias: Tensor | None, inv_temp: Tensor, logit_scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     """(z, dz/draw) of raw logits."""
     inv_temp = inv_temp.unsqueeze(1)
     z = (raw if bias is None else raw + bias) * logit_scale

@@ -186,11 +186,6 @@ class Plan:
         return low
 
 
-def parse_bytes(text: str) -> int:
-    """``"80GiB"``, ``"24 GB"``, ``"512MiB"`` → bytes."""
-    return byte_size("plan", "memory", text)
-
-
 def report(plan: Plan, name: str, tokens: int, memory: int) -> str:
     """The plan in words and a table."""
     gib, m = 2**30, plan.model
@@ -232,7 +227,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--keep", default="0", help="memory in which linear_logp keeps logits for its backward, such as 2GiB")
     args: Any = parser.parse_args(argv)
     try:
-        model, memory, keep = model_of(args.model), parse_bytes(args.memory), byte_size("plan", "keep", args.keep)
+        model, memory, keep = model_of(args.model), byte_size("plan", "memory", args.memory), byte_size("plan", "keep", args.keep)
     except ValueError as error:
         parser.error(str(error))
     plan = Plan(model, getattr(torch, args.dtype), args.optimizer, not args.no_checkpointing, args.device, args.k, keep)
