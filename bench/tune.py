@@ -130,13 +130,17 @@ def tune_tiles(provider: str, shape: Shape, device: str) -> list[Row]:
     return compared(options, provider, inputs(shape, device), device)
 
 
+def changed(row: Config, **blocks: int) -> Config:
+    return replace(row, blocks=tuple((dict(row.blocks) | blocks).items()))
+
+
 def tune_score(shape: Shape, device: str) -> list[Row]:
     """The tiles, then score_kernel with its row and variants of it."""
     kernel, x = KERNELS["score_kernel"], inputs(shape, device)
     today = pick(kernel.table, architecture(x.hidden.device))
-    rows = [today, replace(today, num_stages=3)]
-    for name, size in (("GROUP", 8), ("GROUP", 16), ("PARTS", 2), ("PARTS", 4)):
-        rows.append(replace(today, blocks=tuple((k, size if k == name else v) for k, v in today.blocks)))
+    rows = [today, replace(today, num_stages=3), changed(today, GROUP=8), changed(today, PARTS=2)]
+    rows += [replace(changed(today, FLATTEN=1), num_stages=n) for n in (3, 4)]
+    rows += [replace(changed(today, BLOCK_V=128, PARTS=n), num_warps=4, num_stages=3) for n in (2, 4)]
     if device == "cuda" and (call := calls(shape, device).get("score_partials")):
         compile_together(kernel, call, rows)
 

@@ -15,14 +15,16 @@ from ._kernel import HALVES, Case, D, J, R, V, add_kernel, flag_sets, ids, meta,
 from ._launch import architecture, config, launch, multiprocessors, pick, require_dtype
 from ._math import Tempering, bounded, dot, tempered
 
-# By 10 × compute capability for the 16-bit types, 0 for float32, whose products run on no tensor core. One program an SM. Hopper's
-# and Blackwell's tiles need the fewest bytes of L2 a product; in 4 stretches the epilogue of 128 accumulators a thread stays under
-# 255 registers with every flag, in 2 it spills, and so it does with BLOCK_J ≥ 4. float32: at BLOCK_V = 64 ptxas stops at 128
-# registers and spills the rest. Ampere: 3 × 32 KiB of its 163 KiB in flight. Unmeasured: see FUSED_SCORING.
+# By 10 × compute capability for the 16-bit types, 0 for float32, whose products run on no tensor core. Eight warps an SM: one
+# program, or two of four warps, so that one's epilogue runs beside the other's products. FLATTEN makes one loop of tiles and
+# products, so that the next tile's loads start before an epilogue. Hopper's and Blackwell's tiles need the fewest bytes of L2 a
+# product; in 4 stretches the epilogue of 128 accumulators a thread stays under 255 registers with every flag, in 2 it spills, as it
+# does with BLOCK_J ≥ 4. float32: at BLOCK_V = 64 ptxas stops at 128 registers and spills the rest. Ampere: 3 × 32 KiB of its
+# 163 KiB in flight. Unmeasured: see FUSED_SCORING.
 TABLE = (
-    config(0, 8, 2, BLOCK_N=128, BLOCK_V=128, BLOCK_D=16, TMA=0, PARTS=4, BLOCK_J=2, GROUP=16),
-    config(89, 8, 4, BLOCK_N=128, BLOCK_V=128, BLOCK_D=64, TMA=0, PARTS=2, BLOCK_J=4, GROUP=16),
-    config(inf, 8, 4, BLOCK_N=128, BLOCK_V=256, BLOCK_D=64, TMA=1, PARTS=4, BLOCK_J=2, GROUP=16),
+    config(0, 8, 2, BLOCK_N=128, BLOCK_V=128, BLOCK_D=16, TMA=0, PARTS=4, BLOCK_J=2, GROUP=16, FLATTEN=0),
+    config(89, 8, 4, BLOCK_N=128, BLOCK_V=128, BLOCK_D=64, TMA=0, PARTS=2, BLOCK_J=4, GROUP=16, FLATTEN=0),
+    config(inf, 8, 4, BLOCK_N=128, BLOCK_V=256, BLOCK_D=64, TMA=1, PARTS=4, BLOCK_J=2, GROUP=16, FLATTEN=0),
 )
 
 # (10 × compute capability, bytes per element) → rows from which linear_logp takes score_kernel instead of cuBLAS's product
@@ -154,9 +156,10 @@ def score_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_J: tl.constexpr,
     GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     """z of each tile of rows × vocabulary from the accumulator; per row m = max z, Σ e^{z−m} and the like off the slots."""
-    for tile in range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=FLATTEN):
         # GROUP row blocks go through the vocabulary together: what they read of it comes from L2 for all but the first
         first = tile // (GROUP * tiles_v) * GROUP
         size = tl.minimum(tiles_n - first, GROUP)
@@ -243,7 +246,7 @@ def score_partials(
         )
     launch(
         score_kernel,
-        (min(tiles_n * tiles_v, multiprocessors(hidden.device)),),
+        (min(tiles_n * tiles_v, 8 // row.num_warps * multiprocessors(hidden.device)),),
         row,
         h,
         hidden.stride(0),
