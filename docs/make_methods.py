@@ -211,30 +211,39 @@ def written(x: Any) -> str:
     return f"{type(x).__name__}({', '.join(changed)})"
 
 
-def _row(method: Method) -> str:
-    needs = ", ".join(f"`{x}`" for x in method.needs)
-    required = (f"`Reduction({k}=…)` is required: {v}." for k, v in method.required.items())
-    notes = " ".join([method.note, *required]).strip()
-    named, sourced = (f"`{method.name}`", method.formula, f"`{written(method.loss)}`"), (method.paper, method.confidence)
-    cells = (*named, needs, *sourced, str(method.products), notes)
-    escaped = "\\|"
-    return f"| {' | '.join(x.replace('|', escaped) or '–' for x in cells)} |"
-
-
 TITLES = {
     "ratio": "Ratios and sampled tokens",
     "top-k": "On a teacher's top-K",
     "divergence": "Divergences over the whole vocabulary",
     "other": "The rest",
 }
-COLUMNS = ("method", "formula", "loss", "needs", "paper", "conf.", "products", "notes")
+
+
+def _what(method: Method) -> dict[str, str]:
+    """What is computed of what."""
+    needs = ", ".join(f"`{x}`" for x in method.needs)
+    loss, name = f"`{written(method.loss)}`", f"`{method.name}`"
+    return {"method": name, "formula": method.formula, "loss": loss, "needs": needs, "products": str(method.products)}
+
+
+def _source(method: Method) -> dict[str, str]:
+    """Where it is from, and how it is there."""
+    required = (f"`Reduction({k}=…)` is required: {v}." for k, v in method.required.items())
+    cells = {"method": f"`{method.name}`", "source": method.paper, "conf.": method.confidence, "as published": method.published}
+    return {**cells, "notes": " ".join([method.note, *required]).strip()}
+
+
+def _table(rows: list[dict[str, str]]) -> str:
+    columns, escaped = list(rows[0]), "\\|"
+    lines = ([cell.replace("|", escaped) or "–" for cell in row.values()] for row in rows)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *lines])
 
 
 def _section(family: str) -> str:
     methods = members(family)
-    head = [f"\n## {TITLES[family]}\n", f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-    image = f"\n![{', '.join(m.name for m in methods)}]({picture(family).relative_to(DOCS)})\n\n{DRAWN[family].caption}\n"
-    return "\n".join([*head, *map(_row, methods), image])
+    image = f"![{', '.join(m.name for m in methods)}]({picture(family).relative_to(DOCS)})\n\n{DRAWN[family].caption}"
+    tables = (_table([cells(m) for m in methods]) for cells in (_what, _source))
+    return "\n\n".join([f"\n## {TITLES[family]}", *tables, image]) + "\n"
 
 
 def page() -> str:

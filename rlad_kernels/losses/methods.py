@@ -35,10 +35,12 @@ class Method:
     paper: str
     confidence: str
     note: str = ""  # what is known to go wrong, or is not what the paper claims
+    published: str = ""  # the source's own settings: reduction, clip, coefficients, what is detached; and where ours differ
     required: Mapping[str, str] = field(default_factory=dict)  # fields of Reduction without a default, and what they are
 
     def __post_init__(self) -> None:
-        shown = f"{self.name}({self.signature()})\n\n{self.formula} ({self.paper}). {self.note}\n\n"
+        about = " ".join(x for x in (self.note, self.published and f"As published: {self.published}") if x)
+        shown = f"{self.name}({self.signature()})\n\n{self.formula} ({self.paper}). {about}\n\n"
         object.__setattr__(self, "__doc__", f"{shown}{self.loss!r}\n\n{type(self.loss).__doc__}")
 
     @property
@@ -80,6 +82,6 @@ def add_method(name: str, family: str, loss: TokenLoss | Divergence, **described
     METHODS[name] = Method(name, family, loss, **described)
 
 
-def add_divergence(name: str, loss: Divergence, formula: str, paper: str, confidence: str, note: str = "") -> None:
+def add_divergence(name: str, loss: Divergence, formula: str, paper: str, confidence: str, **described: Any) -> None:
     """Add the row of a divergence."""
-    add_method(name, "divergence", loss, formula=formula, paper=paper, confidence=confidence, note=note)
+    add_method(name, "divergence", loss, formula=formula, paper=paper, confidence=confidence, **described)
