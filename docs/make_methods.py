@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
@@ -169,12 +169,68 @@ def picture(family: str) -> Path:
     return PICTURES / f"{family}.png"
 
 
-def draw(family: str) -> bytes:
-    """A PNG with a panel a method; its text chunk ``Description`` names them."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
+def small_png(figure: Any, names: Iterable[str]) -> bytes:
+    """The figure in few colors; its text chunk ``Description`` has the names."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
+
+    raw, small, info = io.BytesIO(), io.BytesIO(), PngInfo()
+    figure.savefig(raw, dpi=100)
+    info.add_text("Description", " ".join(names))
+    image = Image.open(raw).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    image.save(small, "png", optimize=True, pnginfo=info)
+    return small.getvalue()
+
+
+ACCESS = {
+    "none": "no teacher",
+    "text": "what it wrote",
+    "sampled": "log-probs of\nsampled tokens",
+    "top-k": "its top-K",
+    "head": "hidden states\nand head",
+}
+SIGNALS = {"reward": "a reward", "both": "a reward\nand a teacher", "teacher": "a teacher"}
+PRODUCT_COLORS = {0: "#7b3fb5", 3: "#1f6f8b", 4: "#c8553d"}
+
+
+def draw_map() -> bytes:
+    """A PNG of all methods: what they learn from, by what they need of a teacher; the color says how many products."""
+    from matplotlib.figure import Figure
+
+    cells: dict[tuple[str, str], list[Method]] = {}
+    for method in METHODS.values():
+        cells.setdefault((method.signal, method.access), []).append(method)
+    # long cells in two columns of names
+    height = {s: max((math.ceil(len(c) / 2) for (signal, _), c in cells.items() if signal == s), default=1) + 1 for s in SIGNALS}
+    figure = Figure(figsize=(14, 0.19 * sum(height.values()) + 0.7), layout="constrained")
+    ax = figure.subplots()
+    ax.set(xlim=(0, len(ACCESS)), ylim=(sum(height.values()), 0))
+    ax.set_xticks([i + 0.5 for i in range(len(ACCESS))], list(ACCESS.values()), fontsize=9)
+    ax.xaxis.tick_top()
+    top, middles = 0, []
+    for signal, lines in height.items():
+        middles.append(top + lines / 2)
+        for column, access in enumerate(ACCESS):
+            for i, method in enumerate(cells.get((signal, access), ())):
+                place = (column + 0.03 + 0.49 * (i % 2), top + i // 2 + 1)
+                name = method.name + "*" * (method.granularity == "sequence")
+                ax.text(*place, name, fontsize=7, va="center", color=PRODUCT_COLORS[method.products])
+        top += lines
+        ax.axhline(top, color="#bbbbbb", linewidth=0.6)
+    ax.set_yticks(middles, list(SIGNALS.values()), fontsize=9)
+    for column in range(1, len(ACCESS)):
+        ax.axvline(column, color="#bbbbbb", linewidth=0.6)
+    ax.tick_params(length=0)
+    for products, color in PRODUCT_COLORS.items():
+        ax.plot([], [], "s", color=color, label=f"{products} products")
+    ax.legend(frameon=False, fontsize=8, ncols=len(PRODUCT_COLORS), loc="upper center", bbox_to_anchor=(0.5, 0))
+    return small_png(figure, METHODS)
+
+
+def draw(family: str) -> bytes:
+    """A PNG with a panel a method."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
     mpl.rcParams.update({"font.size": 7, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6})
     drawn, methods = DRAWN[family], members(family)
@@ -194,12 +250,7 @@ def draw(family: str) -> bytes:
     axes[0].legend(frameon=False, fontsize=6)
     figure.supxlabel(drawn.x, fontsize=8)
     figure.supylabel(drawn.y, fontsize=8)
-    raw, small, info = io.BytesIO(), io.BytesIO(), PngInfo()
-    figure.savefig(raw, dpi=100)
-    info.add_text("Description", " ".join(m.name for m in methods))
-    image = Image.open(raw).convert("RGB").quantize(40, dither=Image.Dither.NONE)
-    image.save(small, "png", optimize=True, pnginfo=info)
-    return small.getvalue()
+    return small_png(figure, (m.name for m in methods))
 
 
 def written(x: Any) -> str:
@@ -255,6 +306,7 @@ def page() -> str:
 def main() -> None:
     PICTURES.mkdir(parents=True, exist_ok=True)
     (DOCS / "methods.md").write_text(page())
+    (PICTURES / "map.png").write_bytes(draw_map())
     for family in FAMILIES:
         if members(family):
             picture(family).write_bytes(draw(family))

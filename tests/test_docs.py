@@ -163,7 +163,22 @@ def test_every_method_has_a_panel(family: str) -> None:
     if names:
         png = make_methods.picture(family).read_bytes()
         assert panels(png) == names, "run `make docs`"
-        assert len(png) <= 40_000
+        assert len(png) <= 3_000 * (len(names) + 1)
+
+
+@pytest.mark.cpu
+def test_the_map_has_every_method_at_its_place() -> None:
+    png = (make_methods.PICTURES / "map.png").read_bytes()
+    assert panels(png) == [*METHODS], "run `make docs`"
+    assert {m.access for m in METHODS.values()} == {*make_methods.ACCESS}
+    assert {m.signal for m in METHODS.values()} == {*make_methods.SIGNALS}
+    assert {m.products for m in METHODS.values()} == {*make_methods.PRODUCT_COLORS}
+    places = {name: (METHODS[name].signal, METHODS[name].access) for name in ("grpo", "trrd", "opd", "lsm", "gkd_jsd", "seq_kd")}
+    assert places == {
+        "grpo": ("reward", "none"), "trrd": ("both", "sampled"), "opd": ("teacher", "sampled"), "lsm": ("teacher", "top-k"),
+        "gkd_jsd": ("teacher", "head"), "seq_kd": ("teacher", "text"),
+    }  # fmt: skip
+    assert [METHODS[name].granularity for name in ("gspo", "grpo", "gkd_jsd")] == ["sequence", "token", "token"]
 
 
 @pytest.mark.cpu

@@ -10,6 +10,7 @@ from rlad_kernels.core.divergence import Divergence
 from rlad_kernels.core.token_loss import TokenLoss
 
 FAMILIES = ("ratio", "top-k", "divergence", "other")
+REWARDS = {"advantages", "correct"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,25 @@ class Method:
     def needs(self) -> tuple[str, ...]:
         """The tensors that a call must give besides the current policy's."""
         return self.loss.needed()
+
+    @property
+    def access(self) -> str:
+        """What is wanted of the teacher: ``head`` (hidden states and head), ``top-k``, ``sampled``, ``text`` or ``none``."""
+        if isinstance(self.loss, Divergence):
+            return "head"
+        known = {"teacher": "top-k", "teacher_logp": "sampled", "advantages": "none"}
+        return next((access for tensor, access in known.items() if tensor in self.needs), "text")
+
+    @property
+    def signal(self) -> str:
+        """What is learned from: ``reward``, ``teacher``, or ``both``."""
+        rewarded = bool(REWARDS & {*self.needs})
+        return ("both" if rewarded else "teacher") if self.access != "none" else "reward"
+
+    @property
+    def granularity(self) -> str:
+        """Whether a position's loss reads the scores of its own ``token`` or of its whole ``sequence``."""
+        return "sequence" if isinstance(self.loss, TokenLoss) and not self.loss.rowwise else "token"
 
     def signature(self) -> str:
         """What a call is given, in order."""
