@@ -23,7 +23,7 @@ R = torch.ops.rlad
 def sweep_args() -> tuple[object, ...]:
     p = problem(n=6, v=30)
     mask = torch.rand(6) > 0.3
-    return p, mask, (torch.ones(1), 1.0, 0.0, 30)
+    return p, mask, (torch.ones(1), 1.0, 0.0, 30, 0, "")
 
 
 def cases() -> dict[str, tuple[object, ...]]:
@@ -54,8 +54,8 @@ def cases() -> dict[str, tuple[object, ...]]:
             ones, zero, ones, torch.ones(6, 5), ones, True, True, True,
         ),
         "linear_topk": (*plain, p.target, mask, *call, 3, True),
-        "linear_gather": (*tensors, p.ids, mask, torch.ones(1), 30, "linear_gather"),
-        "linear_gather_bwd": (torch.ones(6, 5), *plain, p.ids, mask, 30, True, True, True),
+        "linear_gather": (*tensors, p.ids, mask, torch.ones(1), *call[3:], "linear_gather"),
+        "linear_gather_bwd": (torch.ones(6, 5), *plain, p.ids, mask, *call[3:], True, True, True),
         "linear_divergence": (*tensors, mask, *call, *teachers, False, "linear_divergence"),
         "linear_divergence frozen": (*frozen, mask, *call, *teachers[:3], reverse.key, numbers(), True, "linear_divergence"),
         "linear_divergence_bwd": (*plain, mask, *call, *teachers, torch.empty(0), ones, True, True, True),

@@ -22,7 +22,9 @@ class Call(NamedTuple):
     inv_temp: Tensor  # (N,) or (1,)
     logit_scale: float
     softcap: float
-    vocab_size: int
+    vocab_size: int  # of the whole head
+    first: int = 0  # the head's row that the weight begins with
+    group: str = ""  # whose ranks have the others
 
 
 def check_states(name: str, hidden: Tensor, head: LMHead) -> None:
@@ -40,7 +42,7 @@ def flat_call(name: str, hidden: Tensor, head: LMHead) -> Call:
         ValueError: for a shape, dtype or device that does not fit.
     """
     check_states(name, hidden, head)
-    weight, bias = head.weight, head.bias
+    weight, bias = head.local()
     if transformed(hidden, weight, bias):
         raise NotImplementedError(
             f"{name}: hidden or the head is followed by forward-mode AD or a torch.func transform (jvp, grad, vmap), which this "
@@ -64,7 +66,8 @@ def flat_call(name: str, hidden: Tensor, head: LMHead) -> Call:
         raise ValueError(f"{name}: temperature has shape {tuple(t.shape)}, wanted the target's shape {tuple(shape)}")
     hidden = flat_tokens(hidden, len(shape))
     hidden = hidden if hidden.stride(-1) == 1 or hidden.shape[-1] == 1 else hidden.contiguous()
-    return Call(hidden, weight, bias, _inv_temp(name, hidden, head), head.logit_scale, head.softcap or 0.0, head.vocab_size or 0)
+    place = (head.vocab_size or 0, head.first, head.group.group_name if head.group is not None else "")
+    return Call(hidden, weight, bias, _inv_temp(name, hidden, head), head.logit_scale, head.softcap or 0.0, *place)
 
 
 def _inv_temp(name: str, hidden: Tensor, head: LMHead) -> Tensor:

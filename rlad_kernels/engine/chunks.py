@@ -20,6 +20,7 @@ class Chunks:
     def __init__(self, tiles: Tiles, slots: Tensor | None = None, space: Tensor | None = None) -> None:
         self.tiles = tiles
         self.slots = tiles.hidden.new_empty(tiles.n, 0, dtype=torch.int32) if slots is None else slots
+        self.own = tiles.shard.own(self.slots)
         self.stats, self.slot_logits = tiles.new_stats(self.slots.shape[1])
         self.shared = self.space() if space is None else space
 
@@ -39,9 +40,10 @@ class Chunks:
         x = self.view(self.shared, at)
         for c0, c1, w in self.tiles.columns():
             tile = self.tiles.logits(at.start, at.stop, w, x[:, c0:c1])
-            self.tiles.fold(tile, c0, at.start, at.stop, self.slots, self.stats, self.slot_logits, entropy=entropy, extras=extras)
+            self.tiles.fold(tile, c0, at.start, at.stop, self.own, self.stats, self.slot_logits, entropy=entropy, extras=extras)
         return x
 
     def outputs(self, at: slice, *, entropy: bool = False, tail: bool = False) -> Outputs:
         """The outputs of rows whose logits were folded."""
-        return outputs(self.stats[:, at], self.slot_logits[at], self.slots[at], self.tiles.vocab, entropy=entropy, tail=tail)
+        stats, z = self.tiles.shard.merged(self.stats[:, at], self.slot_logits[at])
+        return outputs(stats, z, self.slots[at], self.tiles.total, entropy=entropy, tail=tail)

@@ -207,11 +207,12 @@ def flat_teachers(teachers: Sequence[Call]) -> tuple[list[Tensor], list[float]]:
 
 def linear_divergence(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, inv_temp: Tensor, logit_scale: float, softcap: float,
-    vocab_size: int, teachers: list[Tensor], teacher_heads: list[float], weights: Tensor, divergence: str, params: Tensor,
+    vocab_size: int, first: int, group: str,
+    teachers: list[Tensor], teacher_heads: list[float], weights: Tensor, divergence: str, params: Tensor,
     ahead: bool, caller: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Implements ``rlad::linear_divergence``; with ``ahead`` also ∂value/∂hidden, from which the backward needs no product."""
-    calls = _calls(hidden, weight, bias, (inv_temp, logit_scale, softcap, vocab_size), teachers, teacher_heads)
+    calls = _calls(hidden, weight, bias, (inv_temp, logit_scale, softcap, vocab_size, first, group), teachers, teacher_heads)
     one = weights.new_ones(hidden.shape[0])
     out = run(caller, *calls, weights, revived(divergence, params.tolist()), mask, one, (ahead, False, False), slope=True)
     return out.token_loss, out.d_hidden if ahead else weights.new_empty(0)
@@ -219,7 +220,8 @@ def linear_divergence(
 
 def linear_divergence_bwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, inv_temp: Tensor, logit_scale: float, softcap: float,
-    vocab_size: int, teachers: list[Tensor], teacher_heads: list[float], weights: Tensor, divergence: str, params: Tensor,
+    vocab_size: int, first: int, group: str,
+    teachers: list[Tensor], teacher_heads: list[float], weights: Tensor, divergence: str, params: Tensor,
     slope: Tensor, g: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Implements ``rlad::linear_divergence_bwd``: both sides' logits again, chunk by chunk, for the rows that have a cotangent."""
@@ -227,7 +229,7 @@ def linear_divergence_bwd(
     if slope.numel():
         d_hidden = torch.where(live.unsqueeze(1), g.unsqueeze(1) * slope, 0).to(hidden.dtype)
         return d_hidden, weight.new_empty(0), weight.new_empty(0)
-    calls = _calls(hidden, weight, bias, (inv_temp, logit_scale, softcap, vocab_size), teachers, teacher_heads)
+    calls = _calls(hidden, weight, bias, (inv_temp, logit_scale, softcap, vocab_size, first, group), teachers, teacher_heads)
     kind, need = revived(divergence, params.tolist()), (need_hidden, need_weight, need_bias)
     out = run("linear_divergence", *calls, weights, kind, live, g, need)
     return out.d_hidden.to(hidden.dtype), out.d_weight.to(weight.dtype), out.d_bias.to(weight.dtype)
@@ -235,11 +237,12 @@ def linear_divergence_bwd(
 
 def linear_divergence_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, inv_temp: Tensor, logit_scale: float, softcap: float,
-    vocab_size: int, teachers: list[Tensor], teacher_heads: list[float], weights: Tensor, divergence: str, params: Tensor,
+    vocab_size: int, first: int, group: str,
+    teachers: list[Tensor], teacher_heads: list[float], weights: Tensor, divergence: str, params: Tensor,
     row_weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool, caller: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Implements ``rlad::linear_divergence_loss``: the loss with its gradients finished in one sweep, for ``torch.compile``."""
-    calls = _calls(hidden, weight, bias, (inv_temp, logit_scale, softcap, vocab_size), teachers, teacher_heads)
+    calls = _calls(hidden, weight, bias, (inv_temp, logit_scale, softcap, vocab_size, first, group), teachers, teacher_heads)
     need = (need_hidden, need_weight, need_bias)
     out = run(caller, *calls, weights, revived(divergence, params.tolist()), mask, row_weight, need)
     return out.loss, out.token_loss, *out[3:]
@@ -251,7 +254,7 @@ _ARGS = f"({HEAD}, Tensor? mask, {CALL}, {_TEACHERS}, "
 
 def _no_gradient(ctx: Any) -> list[Any]:
     """For mask, call and teachers' arguments."""
-    return [*[None] * 5, [None] * ctx.teachers, *[None] * 4]
+    return [*[None] * 7, [None] * ctx.teachers, *[None] * 4]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -269,7 +272,7 @@ def _backward(ctx: Any, g: Tensor, _: Tensor) -> Any:
 
 
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.dtype, ctx.need, ctx.teachers = inputs[0].dtype, tuple(inputs[-4:-1]), len(inputs[8])
+    ctx.dtype, ctx.need, ctx.teachers = inputs[0].dtype, tuple(inputs[-4:-1]), len(inputs[10])
     ctx.save_for_backward(*output[2:])
 
 

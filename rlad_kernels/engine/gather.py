@@ -11,6 +11,7 @@ from rlad_kernels.backends.contract import HEAD
 from rlad_kernels.core.dtypes import acc_dtype
 from rlad_kernels.engine.op import NEED, define, given, gradients, no_double_backward, result, wanted
 from rlad_kernels.engine.rows import check_ids, checked_inv_temp, row_mask
+from rlad_kernels.engine.shards import Shard, columns_here
 
 
 def _gather_ids(caller: str, ids: Tensor, mask: Tensor | None, vocab_size: int) -> Tensor:
@@ -28,6 +29,8 @@ def linear_gather(
     mask: Tensor | None,
     inv_temp: Tensor,
     vocab_size: int,
+    first: int,
+    group: str,
     caller: str,
 ) -> Tensor:
     """Implements ``rlad::linear_gather``: raw logits h·W_v + b_v at ``ids (N, K)``; empty slots and masked rows give 0.
@@ -36,11 +39,13 @@ def linear_gather(
     """
     ids = _gather_ids(caller, ids, mask, vocab_size)
     checked_inv_temp(caller, inv_temp.expand(hidden.shape[0]), row_mask(caller, None, mask))
-    raw = torch.ops.rlad.gather_dot(hidden, weight[:vocab_size], ids)
-    inside = (ids >= 0) & (ids < vocab_size)
-    if bias is not None:
-        raw = torch.where(inside, raw + bias.to(raw.dtype)[torch.where(inside, ids, 0)], raw)
-    return torch.where(ids >= vocab_size, torch.nan, raw)
+    shard = Shard(first, columns_here(weight, vocab_size, first), group)
+    own = shard.own(ids)
+    raw = torch.ops.rlad.gather_dot(hidden, weight[: shard.columns], own)
+    inside = (own >= 0) & (own < shard.columns)
+    if bias is not None and shard.columns:
+        raw = torch.where(inside, raw + bias.to(raw.dtype)[torch.where(inside, own, 0)], raw)
+    return torch.where(ids >= vocab_size, torch.nan, shard.summed(raw))
 
 
 def linear_gather_bwd(
@@ -51,48 +56,52 @@ def linear_gather_bwd(
     ids: Tensor,
     mask: Tensor | None,
     vocab_size: int,
+    first: int,
+    group: str,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implements ``rlad::linear_gather_bwd``; d_weight touches only the rows in ``ids``."""
-    ids = _gather_ids("linear_gather", ids, mask, vocab_size)
+    shard = Shard(first, columns_here(weight, vocab_size, first), group)
+    ids = shard.own(_gather_ids("linear_gather", ids, mask, vocab_size))
     grad = grad.to(acc_dtype(hidden.dtype)).contiguous()
     d_hidden, d_weight, d_bias = hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     if need_hidden:
-        d_hidden = torch.ops.rlad.gather_dhidden(grad, weight[:vocab_size], ids)
+        d_hidden = shard.summed(torch.ops.rlad.gather_dhidden(grad, weight[: shard.columns], ids))
     if need_weight or need_bias:
         sorted_ids, order = ids.flatten().sort(stable=True)
     if need_weight:
         d_weight = torch.zeros_like(weight)
-        torch.ops.rlad.gather_dweight_(d_weight[:vocab_size], grad, hidden, order, sorted_ids, False)
+        torch.ops.rlad.gather_dweight_(d_weight[: shard.columns], grad, hidden, order, sorted_ids, False)
     if need_bias and bias is not None:
         d_bias = torch.zeros_like(bias)
         ones = hidden.new_ones(hidden.shape[0], 1)
-        torch.ops.rlad.gather_dweight_(d_bias[:vocab_size].unsqueeze(1), grad, ones, order, sorted_ids, False)
+        torch.ops.rlad.gather_dweight_(d_bias[: shard.columns].unsqueeze(1), grad, ones, order, sorted_ids, False)
     return d_hidden, d_weight, d_bias
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, _, ctx.vocab_size, _ = inputs
+    *tensors, _, vocab_size, first, group, _ = inputs
+    ctx.head = (vocab_size, first, group)
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, grad: Tensor) -> Any:
     hidden, weight, bias, ids, mask = ctx.saved_tensors
     need = wanted(ctx, bias)
-    grads = gather_bwd_op(grad, hidden, weight, bias, ids, mask, ctx.vocab_size, *need)
-    return *given(grads, need), *[None] * 5
+    grads = gather_bwd_op(grad, hidden, weight, bias, ids, mask, *ctx.head, *need)
+    return *given(grads, need), *[None] * 7
 
 
 gather_op = define(
     "linear_gather",
-    f"({HEAD}, Tensor ids, Tensor? mask, Tensor inv_temp, int vocab_size, str caller) -> Tensor",
+    f"({HEAD}, Tensor ids, Tensor? mask, Tensor inv_temp, int vocab_size, int first, str group, str caller) -> Tensor",
     linear_gather,
 )
 gather_bwd_op = define(
     "linear_gather_bwd",
-    f"(Tensor grad, {HEAD}, Tensor ids, Tensor? mask, int vocab_size, {NEED}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {HEAD}, Tensor ids, Tensor? mask, int vocab_size, int first, str group, {NEED}) -> (Tensor, Tensor, Tensor)",
     linear_gather_bwd,
 )
 torch.library.register_fake("rlad::linear_gather", lambda hidden, weight, bias, ids, *args: result(hidden, ids.shape))

@@ -88,12 +88,13 @@ class Cotangents:
         return self._sorted
 
     def fit(self, tiles: Tiles, rows: slice | Tensor) -> None:
-        """Prepare for dlogits in a 16-bit dtype; ``rows`` of ``tiles`` are these.
+        """Prepare for the dlogits of these columns and their dtype; ``rows`` of ``tiles`` are these.
 
         bfloat16: what rounding takes from the targets' entries is kept in ``lost``. Equal cotangents would be rounded alike there,
         by up to 0.4 % of what is nearly the whole gradient. float16: one power of two for the call brings dlogits into its range;
         ``unscale`` takes it out of the gradients.
         """
+        self.slots, self.target = tiles.shard.own(self.slots), tiles.shard.own(self.target)
         if tiles.grad_dtype == torch.bfloat16:
             self.lost = torch.zeros_like(self.slot_dz[:, :1])
         if tiles.grad_dtype != torch.float16:
@@ -199,7 +200,7 @@ class Gradients:
         self.tiles, self._scattered = tiles, scattered
         self.dtype = held_dtype(weight.dtype) if whole else weight.dtype
         zeros = tiles.inv_temp.new_zeros
-        some_rows = whole or scattered  # not all of them may send any gradient
+        some_rows = whole or scattered or not tiles.vocab  # not all of them may send any gradient
         self.hidden = (zeros if some_rows else new)(tiles.n, weight.shape[1]) if need_hidden else None
         self.bias = zeros(weight.shape[0]) if need_bias else None
         self.rest = zeros(tiles.n) if scattered else new(0)
@@ -289,7 +290,7 @@ class Gradients:
         """d_hidden, d_weight, d_bias in the head's dtype, or the one they wait in; empty where not asked for."""
         if self._scattered and self.weight is not None and self._whole is not None and self._whole is not self.weight:
             self.weight.copy_(self._whole)
-        hidden = None if self.hidden is None else self.hidden.to(self.dtype)
+        hidden = None if self.hidden is None else self.tiles.shard.summed(self.hidden).to(self.dtype)
         bias = None if self.bias is None else self.bias.to(self.dtype)
         absent = self.tiles.weight.new_empty  # an op's outputs may not alias: each absent one is a tensor of its own
         return tuple(absent(0) if x is None else x for x in (hidden, self.weight, bias))  # type: ignore[return-value]

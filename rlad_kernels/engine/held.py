@@ -12,7 +12,7 @@ from rlad_kernels.engine.tiles import empty, scratch, scratch_size
 
 def held_rows(n: int, vocab: int, itemsize: int, keep: int) -> int:
     """How many of ``n`` rows of logits fit into ``keep`` bytes; none without compaction: a backward could not tell which."""
-    rows = keep // (itemsize * scratch_size(1, vocab)) if settings.compaction else 0
+    rows = keep // (itemsize * max(scratch_size(1, vocab), 1)) if settings.compaction else 0
     return n if rows >= n else rows // 128 * 128
 
 

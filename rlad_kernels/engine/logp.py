@@ -10,13 +10,14 @@ from torch import Tensor
 
 from rlad_kernels.backends.contract import HEAD
 from rlad_kernels.engine import sparse
-from rlad_kernels.engine.chunks import Chunks
+from rlad_kernels.engine.ahead import Made, from_slope, whole_rows
 from rlad_kernels.engine.gradients import Cotangents, Gradients, backward_tile
 from rlad_kernels.engine.held import held_logits, held_places
 from rlad_kernels.engine.op import CALL, NEED, define, given, gradients, no_double_backward, result, wanted
 from rlad_kernels.engine.outputs import outputs, row_slots
 from rlad_kernels.engine.rows import Kept, checked_finite, kept_inv_temp, row_mask
 from rlad_kernels.engine.scoring import fused, statistics
+from rlad_kernels.engine.shards import Shard, columns_here
 from rlad_kernels.engine.tiles import Tiles
 
 
@@ -72,6 +73,8 @@ def linear_logp(
     logit_scale: float,
     softcap: float,
     vocab_size: int,
+    first: int,
+    group: str,
     entropy: bool,
     tail: bool,
     extras: bool,
@@ -89,72 +92,30 @@ def linear_logp(
     slots = row_slots(caller, kept, target, topk_ids, vocab_size)
     inv_temp = kept_inv_temp(caller, kept, inv_temp, target.shape[0])
     hidden = kept.take(hidden)
-    head = (weight, bias, inv_temp, logit_scale, softcap, vocab_size)
-    made = _Made(*[inv_temp.new_empty(0)] * 4)
-    logits = held_logits(hidden, target.shape[0], vocab_size, keep)
+    head = (weight, bias, inv_temp, logit_scale, softcap, vocab_size, first, group)
+    made = Made(*[inv_temp.new_empty(0)] * 4)
+    columns = columns_here(weight, vocab_size, first)
+    logits = held_logits(hidden, target.shape[0], columns, keep)
+    shard = Shard(first, columns, group)
+    own = shard.own(slots)
     if ahead or filter_eps > 0:
-        stats, z, made = _whole_rows(hidden, head, slots, target.shape[0], entropy, extras, filter_eps)
+        stats, z, made = whole_rows(hidden, head, slots, target.shape[0], entropy, extras, filter_eps)
     elif not len(logits) and fused(hidden, weight):
-        cut = (weight[:vocab_size], None if bias is None else bias[:vocab_size])
-        stats, z = statistics(hidden, *cut, inv_temp, logit_scale, softcap, slots, entropy, extras)
+        cut = (weight[:columns], None if bias is None else bias[:columns])
+        stats, z = shard.merged(*statistics(hidden, *cut, inv_temp, logit_scale, softcap, own, entropy, extras))
     else:
         tiles, held = Tiles(hidden, *head), min(len(logits), hidden.shape[0])
         stats, z = tiles.new_stats(slots.shape[1])
         for c0, c1, w in tiles.columns():
             for r0, r1 in tiles.row_ranges(held):
                 x = tiles.logits(r0, r1, w, logits[r0:r1, c0:c1] if r1 <= held else None)
-                tiles.fold(x, c0, r0, r1, slots, stats, z, entropy=entropy, extras=extras)
+                tiles.fold(x, c0, r0, r1, own, stats, z, entropy=entropy, extras=extras)
+        stats, z = shard.merged(stats, z)
     found = outputs(stats, z, slots, vocab_size, entropy=entropy, tail=tail, extras=extras)
     checked_finite(caller, found.lse)
     asked = (True, True, entropy, topk_ids is not None, tail, extras, extras, extras, True, ahead, filter_eps > 0)
     rows = (kept.put(x) if a else x.new_empty(0) for x, a in zip((*found, made.slope, made.dropped), asked, strict=True))
     return Logp._make([*rows, made.keep.bool(), made.mean, logits])
-
-
-class _Made(NamedTuple):
-    """What a forward leaves for its backward besides statistics; empty where not asked for."""
-
-    slope: Tensor  # (n, D) ∂logp/∂hidden
-    dropped: Tensor  # (n,)
-    keep: Tensor  # (blocks, V)
-    mean: Tensor  # (blocks, D)
-
-
-def _whole_rows(
-    hidden: Tensor, head: tuple[Any, ...], slots: Tensor, rows: int, entropy: bool, extras: bool, filter_eps: float
-) -> tuple[Tensor, Tensor, _Made]:
-    """Chunks of rows with all their logits: statistics, and with ``filter_eps`` the choice of columns, without ∂logp/∂hidden.
-
-    ``rows`` counts masked ones too: the number of blocks must not depend on the mask's values.
-    """
-    filtered = filter_eps > 0
-    tiles = Tiles(hidden, *head, keep_logits=1, multiple=sparse.block_of(hidden) if filtered else 1)
-    chunks = Chunks(tiles, slots)
-    blocks, new = sparse.blocks_of(hidden, rows), chunks.stats.new_zeros
-    if filtered:
-        keep = torch.ones(blocks, tiles.vocab, dtype=torch.bool, device=hidden.device)  # masked rows leave some blocks empty
-        means = sparse.Means(tiles, blocks)
-        made = _Made(new(0), new(tiles.n), keep, means.rows)
-    else:
-        means = None
-        made = _Made(new(tiles.n, hidden.shape[1]), new(0), new(0), new(0))
-    for at in chunks:
-        x = chunks.logits(at, entropy=entropy, extras=extras)
-        done = chunks.outputs(at)
-        if means is not None:
-            b = slice(at.start // sparse.block_of(x), sparse.blocks_of(x, at.stop))
-            made.keep[b], made.dropped[at] = sparse.choose(tiles, means, x, at.start, done.lse, slots[at], filter_eps)
-            continue
-        one = torch.ones_like(done.lse)
-        cot = Cotangents.of(slots[at], done.logp, None, done.lse, done.lse_error, one, None)
-        cot.fit(tiles, at)
-        for c0, c1, w in tiles.columns():
-            tiles.add_product(made.slope[at], backward_tile(tiles, cot, x[:, c0:c1], c0, tiles.inv_temp[at]), w, cot.unscale)
-        if cot.lost is not None:
-            made.slope[at] += torch.ops.rlad.gather_dhidden(cot.lost, tiles.weight, cot.target)
-    if means is not None:
-        means.finish()
-    return chunks.stats, chunks.slot_logits, made
 
 
 def linear_logp_bwd(
@@ -168,6 +129,8 @@ def linear_logp_bwd(
     logit_scale: float,
     softcap: float,
     vocab_size: int,
+    first: int,
+    group: str,
     logp: Tensor,
     topk_logp: Tensor,
     lse: Tensor,
@@ -192,8 +155,8 @@ def linear_logp_bwd(
     With ``slope`` = ∂logp/∂hidden there is nothing to recompute; with ``keep_columns`` each block of rows computes only those.
     """
     if slope.numel():
-        head = (weight, bias, inv_temp, logit_scale, softcap, vocab_size)
-        return _from_slope(hidden, *head, target, mask, lse, slope, g_logp, g_lse), weight.new_empty(0), weight.new_empty(0)
+        head = (weight, bias, inv_temp, logit_scale, softcap, vocab_size)  # never of a group
+        return from_slope(hidden, *head, target, mask, lse, slope, g_logp, g_lse), weight.new_empty(0), weight.new_empty(0)
     sent = [g != 0 for g in (g_logp, g_lse, g_entropy, g_tail) if g is not None]
     if g_topk is not None and topk_ids is not None:
         sent.append(((g_topk != 0) & (topk_ids >= 0)).any(1))
@@ -208,7 +171,7 @@ def linear_logp_bwd(
 
     slots = torch.ops.rlad.row_slots(kept.take(target), take(topk_ids), vocab_size)
     inv_temp = kept.take(inv_temp.expand(target.shape[0]), 1)
-    tiles = Tiles(kept.take(hidden), weight, bias, inv_temp, logit_scale, softcap, vocab_size, slab=need_weight)
+    tiles = Tiles(kept.take(hidden), weight, bias, inv_temp, logit_scale, softcap, vocab_size, first, group, slab=need_weight)
     support = None if topk_ids is None else kept.take(topk_logp)
     found = (kept.take(logp), support, kept.take(lse), kept.take(lse_error))
     asked = (take(g_logp), take(g_lse), take(g_entropy), take(g_topk), take(g_tail))
@@ -242,36 +205,6 @@ def linear_logp_bwd(
     return kept.put(d_hidden) if need_hidden else d_hidden, d_weight, d_bias
 
 
-def _from_slope(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    inv_temp: Tensor,
-    logit_scale: float,
-    softcap: float,
-    vocab_size: int,
-    target: Tensor,
-    mask: Tensor | None,
-    lse: Tensor,
-    slope: Tensor,
-    g_logp: Tensor | None,
-    g_lse: Tensor | None,
-) -> Tensor:
-    """d_hidden = a·∂logp/∂h + l·∂lse/∂h, where ∂lse/∂h = ∂z_y/∂h − ∂logp/∂h."""
-    g_logp, g_lse = (torch.zeros_like(lse) if g is None else g for g in (g_logp, g_lse))
-    keep = row_mask("linear_logp", target, mask)
-    ids = target if keep is None else torch.where(keep, target, -1)
-    ids = torch.where((ids < 0) | (ids >= vocab_size), -1, ids).to(torch.int32).unsqueeze(1)
-    factor = inv_temp.expand_as(lse) * logit_scale
-    if softcap:
-        raw = torch.ops.rlad.gather_dot(hidden, weight[:vocab_size], ids).squeeze(1)
-        raw = raw if bias is None else raw + bias.to(raw.dtype)[ids.squeeze(1).clamp_min(0).long()]
-        factor = factor * (1 - torch.tanh(raw * logit_scale / softcap).square())
-    at_target = torch.ops.rlad.gather_dhidden((g_lse * factor).unsqueeze(1).contiguous(), weight[:vocab_size], ids)
-    d_hidden = at_target + (g_logp - g_lse).unsqueeze(1) * slope
-    return (d_hidden if keep is None else torch.where(keep.unsqueeze(1), d_hidden, 0)).to(hidden.dtype)
-
-
 def _fake(
     hidden: Tensor,
     weight: Tensor,
@@ -283,6 +216,8 @@ def _fake(
     scale: float,
     softcap: float,
     vocab_size: int,
+    first: int,
+    group: str,
     entropy: bool,
     tail: bool,
     extras: bool,
@@ -307,14 +242,14 @@ def _fake(
         dropped=result(hidden, rows, filtered),
         keep_columns=result(hidden, (blocks, vocab_size), filtered, torch.bool),
         mean=result(hidden, (blocks, hidden.shape[1]), filtered),
-        logits=held_logits(hidden, rows[0], vocab_size, keep),
+        logits=held_logits(hidden, rows[0], columns_here(weight, vocab_size, first), keep),
     )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, scale, softcap, vocab_size, ctx.entropy, ctx.tail, _, _, _, _, _ = inputs
+    *tensors, scale, softcap, vocab_size, first, group, ctx.entropy, ctx.tail, _, _, _, _, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.head, o = (scale, softcap, vocab_size), Logp(*output)
+    ctx.head, o = (scale, softcap, vocab_size, first, group), Logp(*output)
     made = (o.logp, o.topk_logp, o.lse, o.lse_error, o.entropy, o.tail_logp, o.slope, o.keep_columns, o.mean, o.logits)
     ctx.save_for_backward(*Saved._make([*tensors, *made]))
 
@@ -324,7 +259,7 @@ def _backward(ctx: Any, g_logp: Tensor, g_lse: Tensor, g_entropy: Tensor, g_topk
     need = wanted(ctx, saved.bias)
     asked = (g_entropy if ctx.entropy else None, None if saved.topk_ids is None else g_topk, g_tail if ctx.tail else None)
     grads = logp_bwd_op(*saved[:7], *ctx.head, *saved[7:], g_logp, g_lse, *asked, *need)
-    return *given(grads, need), *[None] * 14
+    return *given(grads, need), *[None] * 16
 
 
 _ARGS = f"({HEAD}, Tensor target, Tensor? topk_ids, Tensor? mask, {CALL}, "

@@ -219,6 +219,8 @@ def linear_loss(
     logit_scale: float,
     softcap: float,
     vocab_size: int,
+    first: int,
+    group: str,
     row_weight: Tensor,
     filter_eps: float,
     caller: str,
@@ -232,7 +234,7 @@ def linear_loss(
     need_bias: bool,
 ) -> tuple[Tensor, ...]:
     """Implements ``rlad::linear_loss``, for ``torch.compile``; ``loss`` and ``numbers`` are a TokenLoss's own."""
-    call = Call(hidden, weight, bias, inv_temp, logit_scale, softcap, vocab_size)
+    call = Call(hidden, weight, bias, inv_temp, logit_scale, softcap, vocab_size, first, group)
     need = (need_hidden, need_weight, need_bias)
     chosen = revived(loss, numbers.tolist())
     out = run(caller, call, target, mask, row_weight, chosen, gathered(names, tensors), filter_eps, need)
@@ -269,14 +271,14 @@ def gathered(names: list[str], tensors: list[Tensor]) -> Tensors:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.dtype, ctx.need = inputs[0].dtype, tuple(inputs[-3:])
     # one None for each tensor of a list; an empty list counts as one of tensors and wants one back
-    ctx.lists = [None if names else [] for names in (inputs[14], inputs[16])]
-    ctx.tensors = len(inputs[15])
+    ctx.lists = [None if names else [] for names in (inputs[16], inputs[18])]
+    ctx.tensors = len(inputs[17])
     ctx.save_for_backward(*output[3:])
 
 
 def _backward_op(ctx: Any, g_loss: Tensor, *_: Tensor) -> Any:
     names, metrics = ctx.lists
-    return *scaled(ctx, g_loss, ctx.saved_tensors), *[None] * 11, names, [None] * ctx.tensors, metrics, *[None] * 3
+    return *scaled(ctx, g_loss, ctx.saved_tensors), *[None] * 13, names, [None] * ctx.tensors, metrics, *[None] * 3
 
 
 def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any) -> tuple[Tensor, ...]:

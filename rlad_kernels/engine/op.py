@@ -12,7 +12,7 @@ from rlad_kernels.core.dtypes import acc_dtype
 from rlad_kernels.core.modes import without_autocast
 
 # arguments of every sweep op, after HEAD
-CALL = "Tensor inv_temp, float logit_scale, float softcap, int vocab_size"
+CALL = "Tensor inv_temp, float logit_scale, float softcap, int vocab_size, int first, str group"
 NEED = "bool need_hidden, bool need_weight, bool need_bias"
 
 

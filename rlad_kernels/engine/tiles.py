@@ -10,6 +10,7 @@ from torch import Tensor
 from rlad_kernels.backends.contract import INTERPRET, has_bf16_mm
 from rlad_kernels.core.config import settings
 from rlad_kernels.core.dtypes import acc_dtype
+from rlad_kernels.engine.shards import Shard, columns_here
 from rlad_kernels.engine.statistics import Stats
 
 # Rows and columns of one tile of logits. On CPU, products of this size run at full speed and the row pass finds part of the
@@ -78,6 +79,8 @@ class Tiles:
     ``keep_logits`` sizes chunks for callers that hold all logits of their rows, in so many buffers of one budget together, a
     ``multiple`` of rows at a time; ``slab`` bounds a tile's columns for callers that hold their d_weight.
 
+    With a ``group`` the weight is this rank's part of the head, from row ``first``: ``vocab`` counts its columns, ``total`` all.
+
     On CUDA low-precision operands go to cuBLAS as they are, with float32 results; on a CPU with bfloat16 instructions,
     bfloat16 ones to ``bf16_mm_``. Otherwise a tile of the weight is widened first: bfloat16 products are exact in float32.
     """
@@ -91,6 +94,8 @@ class Tiles:
         logit_scale: float,
         softcap: float,
         vocab_size: int,
+        first: int = 0,
+        group: str = "",
         *,
         keep_logits: int = 0,
         multiple: int = 1,
@@ -100,16 +105,20 @@ class Tiles:
         self.bf16_mm = hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu" and has_bf16_mm()
         self.native = hidden.is_cuda or self.bf16_mm
         self.hidden = hidden if self.native else hidden.to(self.acc)
-        self.weight = weight[:vocab_size]
-        self.bias = None if bias is None else bias[:vocab_size].to(self.acc)
+        self.total, self.vocab = vocab_size, columns_here(weight, vocab_size, first)
+        self.shard = Shard(first, self.vocab, group)
+        self.weight = weight[: self.vocab]
+        self.bias = None if bias is None else bias[: self.vocab].to(self.acc)
         self.inv_temp = inv_temp.to(self.acc).expand(hidden.shape[0]).contiguous()
         self.logit_scale, self.softcap = logit_scale, softcap
         # dlogits are an operand too: in the operands' dtype where that is what the products read.
         self.grad_dtype = hidden.dtype if self.native or INTERPRET else self.acc
-        self.n, self.vocab = hidden.shape[0], vocab_size
+        self.n = hidden.shape[0]
         sizes = {"itemsize": self.acc.itemsize, "keep_logits": keep_logits, "multiple": multiple}
         sizes["slab"] = weight.shape[1] if (slab or not self.native) and weight.dtype != self.acc else 0
-        self.rows, self.cols = tile_sizes(hidden.device.type, self.n, vocab_size, **sizes)
+        part = -(-vocab_size // self.shard.world)  # chunks must have the same rows on every rank
+        self.rows, self.cols = tile_sizes(hidden.device.type, self.n, part, **sizes)
+        self.cols = max(min(self.cols, self.vocab), 1)
         self._buffers: dict[torch.dtype, Tensor] = {}
 
     def row_ranges(self, held: int = 0) -> Iterator[tuple[int, int]]:

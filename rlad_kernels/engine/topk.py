@@ -11,6 +11,7 @@ from rlad_kernels.backends.contract import HEAD
 from rlad_kernels.engine.op import CALL, define, result
 from rlad_kernels.engine.outputs import outputs, row_slots
 from rlad_kernels.engine.rows import Kept, checked_finite, kept_inv_temp, row_mask
+from rlad_kernels.engine.shards import Shard
 from rlad_kernels.engine.tiles import Tiles
 
 
@@ -35,6 +36,8 @@ def linear_topk(
     logit_scale: float,
     softcap: float,
     vocab_size: int,
+    first: int,
+    group: str,
     k: int,
     entropy: bool,
 ) -> Top:
@@ -46,7 +49,8 @@ def linear_topk(
     else:
         slots = row_slots("linear_topk", kept, target, None, vocab_size)
     inv_temp = kept_inv_temp("linear_topk", kept, inv_temp, hidden.shape[0])
-    tiles = Tiles(x, weight, bias, inv_temp, logit_scale, softcap, vocab_size)
+    tiles = Tiles(x, weight, bias, inv_temp, logit_scale, softcap, vocab_size, first, group)
+    own = tiles.shard.own(slots)
     stats, z = tiles.new_stats(slots.shape[1])
     top = tiles.inv_temp.new_full((tiles.n, k), -torch.inf)
     ids = torch.full((tiles.n, k), -1, dtype=torch.int32, device=x.device)
@@ -59,16 +63,20 @@ def linear_topk(
                 tiles.inv_temp[r0:r1],
                 logit_scale,
                 softcap,
-                slots[r0:r1],
+                own[r0:r1],
                 stats[:, r0:r1],
                 z[r0:r1],
                 top[r0:r1],
                 ids[r0:r1],
                 entropy,
             )
+    if group:
+        stats, z, top, ids = _candidates(tiles.shard, stats, z, top, ids)
     ids, by_id = ids.sort(dim=1)
     top, by_value = top.gather(1, by_id).sort(dim=1, descending=True, stable=True)
     ids = ids.gather(1, by_value)
+    if group:
+        stats, top, ids = _rest(stats, top[:, k:]), top[:, :k], ids[:, :k]
     done = outputs(stats, top, ids, vocab_size, target=False, entropy=entropy, tail=True)
     checked_finite("linear_topk", done.lse)
     target_logp = done.lse.new_empty(0)
@@ -82,6 +90,24 @@ def linear_topk(
     return Top(*(kept.put(x) if a else x.new_empty(0) for x, a in zip(found, asked, strict=True)))
 
 
+def _candidates(shard: Shard, stats: Tensor, z: Tensor, top: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Statistics, slot logits and the K·ranks candidates of all ranks, ids of the whole vocabulary."""
+    stats, z = shard.merged(stats, z)
+    ids = torch.where(ids < 0, ids, ids + shard.first)
+    top, ids = (shard.gathered(x).transpose(0, 1).flatten(1) for x in (top, ids))
+    return stats, z, top, ids
+
+
+def _rest(stats: Tensor, out: Tensor) -> Tensor:
+    """Statistics with the candidates ``out (n, …)``, tempered logits, put back among the columns that are not in the top K."""
+    m, rest, restz, *others = stats
+    top = torch.maximum(m, out.amax(1)) if out.shape[1] else m
+    ref = torch.where(top == -torch.inf, 0, top)
+    gap, down = (out - ref.unsqueeze(1)).clamp_min(-1e4), (m - ref).clamp_min(-1e4)
+    e = gap.exp()
+    return torch.stack([top, rest * down.exp() + e.sum(1), down.exp() * (restz + down * rest) + (e * gap).sum(1), *others])
+
+
 def _fake(
     hidden: Tensor,
     weight: Tensor,
@@ -92,6 +118,8 @@ def _fake(
     scale: float,
     softcap: float,
     vocab_size: int,
+    first: int,
+    group: str,
     k: int,
     entropy: bool,
 ) -> Top:

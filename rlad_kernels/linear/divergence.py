@@ -43,6 +43,8 @@ def _teachers(name: str, hidden: Tensor, student: Call, teacher_hidden: Tensors,
         who = f"{name} (teacher)" if len(heads) == 1 else f"{name} (teacher {i})"
         check_states(who, h, head)
         call = flat_call(who, h.detach(), head)
+        if call.group or student.group:
+            raise ValueError(f"{who}: a head with group=… is not supported here; wanted whole heads on each rank")
         if h.shape[:-1] != hidden.shape[:-1]:
             raise ValueError(f"{who}: teacher_hidden has shape {tuple(h.shape)}, wanted {(*hidden.shape[:-1], 'D')}")
         if h.device != hidden.device:

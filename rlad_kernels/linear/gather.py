@@ -42,7 +42,7 @@ def gather(name: str, hidden: Tensor, head: LMHead, ids: Tensor, *, mask: Tensor
     flat_ids = flat_rows(name, ids_name, ids, shape, hidden.device, ids=True, extra=1)
     check_k(name, flat_ids.shape[1], call.vocab_size, f"{ids_name} (…, K)")
     flat_mask = maybe_rows(name, "mask", mask, shape, hidden.device)
-    raw = gather_op(*call[:3], flat_ids, flat_mask, call.inv_temp, call.vocab_size, name)
+    raw = gather_op(*call[:3], flat_ids, flat_mask, call.inv_temp, *call[6:], name)
     z = raw * call.logit_scale
     if call.softcap:
         z = call.softcap * torch.tanh(z / call.softcap)

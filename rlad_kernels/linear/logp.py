@@ -110,8 +110,11 @@ def score(
     if ids is not None:
         check_k(name, ids.shape[1], call.vocab_size, f"{ids_name} (…, K)")
     need = needed_grad(*call[:3])
+    if filter_eps and call.group:
+        raise ValueError(f"{name}: filter_eps needs the whole head on each rank, got a head with group=…; wanted filter_eps=0.0")
     eps = float(filter_eps) if any(need) else 0.0
-    ahead = need == (True, False, False) and not (entropy or ids is not None or eps)  # frozen head, one direction per token
+    # frozen head, one direction per token; a group's would be summed over the ranks twice
+    ahead = need == (True, False, False) and not (entropy or ids is not None or eps or call.group)
     flat_target = flat_rows(name, "target", target, shape, hidden.device, ids=True)
     flat_mask = maybe_rows(name, "mask", mask, shape, hidden.device)
     memory = settings.keep if keep is None else byte_size(name, "keep", keep)

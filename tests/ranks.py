@@ -1,0 +1,57 @@
+"""Functions on several processes of one gloo group, with a watchdog: a rank that waits for another ends the test, not the suite."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SECONDS = 60  # of work; a process that is being started is not counted
+_RUN = f"""
+import datetime, pickle, sys
+import torch, torch.distributed as dist
+rank, world, folder, module, name = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+torch.set_num_threads(1)
+import importlib
+function = getattr(importlib.import_module(module), name)
+store = dist.FileStore(folder + "/store", world)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds={SECONDS}))
+result = function(rank, world)
+with open(folder + "/" + str(rank), "wb") as file:
+    pickle.dump(result, file)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def on_ranks(function: Callable[[int, int], Any], world: int) -> list[Any]:
+    """What ``function(rank, world)``, of a module's top level, returns on each rank.
+
+    Raises:
+        AssertionError: with what a rank wrote, where one fails or does not end.
+    """
+    root = Path(__file__).parents[1]
+    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with tempfile.TemporaryDirectory() as folder:
+        args = [str(world), folder, function.__module__, function.__name__]
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", _RUN, str(rank), *args], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            for rank in range(world)
+        ]
+        said = []
+        try:
+            for process in ranks:
+                said.append(process.communicate(timeout=4 * SECONDS)[0].decode())
+        finally:
+            for process in ranks:
+                process.kill()
+        failed = [text for process, text in zip(ranks, said, strict=True) if process.returncode]
+        assert not failed, failed[0]
+        return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world)]

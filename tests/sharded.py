@@ -1,0 +1,263 @@
+"""What the ranks of tests/test_shards.py do: each case on this rank's part of a head, and on the whole head, side by side."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+import rlad_kernels as rk
+from rlad_kernels.backends.contract import INTERPRET
+from tests.test_both_roads import LOSSES, World, same
+
+V, SIZE = 40, 37  # rows of the head, and those that are tokens: the rest is padding
+CUTS = {2: (0, 25, 40), 3: (0, 19, 19, 40), 4: (0, 1, 30, 38, 40)}  # uneven; one of three is empty, one of four all padding
+EXTRAS = ("mean_logits", "is_top1", "log_sum_sq_probs")
+
+
+class Heads:
+    """One head, whole and in parts."""
+
+    def __init__(self, rank: int, world: int, weight: Tensor, bias: Tensor | None = None, **options: Any) -> None:
+        self.rows = slice(*CUTS[world][rank : rank + 2])
+        self.whole = [x.clone().requires_grad_() for x in (weight, bias) if x is not None]
+        self.part = [x[self.rows].clone().requires_grad_() for x in (weight, bias) if x is not None]
+        self.options = options
+
+    def head(self, group: Any) -> rk.LMHead:
+        return rk.LMHead(*(self.whole if group is None else self.part), **self.options, group=group)
+
+    def gradients(self, loss: Tensor, hidden: Tensor, group: Any) -> list[Tensor]:
+        """By hidden and by this rank's rows."""
+        found = torch.autograd.grad(loss, [hidden, *(self.whole if group is None else self.part)])
+        return [found[0], *(x[self.rows] if group is None else x for x in found[1:])]
+
+
+def close(got: Any, want: Any, eps: float, what: str = "") -> None:
+    """The same shapes and dtypes, and values within ``eps`` of the largest."""
+    if isinstance(want, Tensor):
+        assert (got.shape, got.dtype) == (want.shape, want.dtype), (what, got.shape, want.shape)
+        if not want.is_floating_point():
+            assert torch.equal(got, want), what
+            return
+        far = torch.where(got == want, 0, got - want).abs()
+        finite = torch.where(want.isfinite(), want, 0).abs()
+        assert not want.numel() or far.max() <= eps * finite.max(), (what, far.max().item(), finite.max().item())
+    elif isinstance(want, dict):
+        assert set(got) == set(want)
+        for k in want:
+            close(got[k], want[k], eps, f"{what}.{k}")
+    elif isinstance(want, (tuple, list)):
+        for i, (x, y) in enumerate(zip(got, want, strict=True)):
+            close(x, y, eps, f"{what}[{i}]")
+    else:
+        assert got == want, what
+
+
+def scores(heads: Heads, hidden: Tensor, target: Tensor, ids: Tensor, group: Any, **options: Any) -> tuple[Any, list[Tensor]]:
+    """``linear_logp`` with all its results, and gradients through all of them."""
+    hidden = hidden.clone().requires_grad_()
+    s = rk.linear_logp(
+        hidden, heads.head(group), target, topk_ids=ids, entropy=True, tail=True, extras=EXTRAS, **options
+    )  # fmt: skip
+    assert s.entropy is not None and s.topk_logp is not None and s.tail_logp is not None
+    empty = s.topk_logp.isinf()
+    loss = (
+        ((s.logp * torch.linspace(-1, 1, s.logp.numel()).view_as(s.logp)).sum() + 0.3 * s.entropy.sum() + 0.1 * s.lse.sum())
+        + torch.where(empty, 0, s.topk_logp).sum() * 0.2
+        + 0.2 * s.tail_logp.sum()
+    )
+    return (*s[:5], s.extras), heads.gradients(loss, hidden, group)
+
+
+def problem(dtype: torch.dtype, n: int = 12, d: int = 16, k: int = 5) -> tuple[Tensor, ...]:
+    ids = torch.stack([torch.randperm(SIZE)[:k] for _ in range(n)])
+    ids[0, 1], ids[1, 2], ids[2, 3] = ids[0, 0], -1, ids[2, 0]
+    target = torch.randint(SIZE, (n,))
+    target[0] = ids[0, 0]
+    return torch.randn(n, d).to(dtype), (torch.randn(V, d) * 0.5).to(dtype), (torch.randn(V) * 0.1).to(dtype), target, ids
+
+
+# what the order of float32's sums can do to these, and a bfloat16's own last place
+EPS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+
+def logp_case(rank: int, world: int, dtype: torch.dtype, **options: Any) -> None:
+    hidden, weight, bias, target, ids = problem(dtype)
+    weight[20], bias[20], target[3] = hidden[3], bias[39], 20  # the largest logit of row 3 twice, here on the lower rank
+    weight[36], bias[36] = weight[20], bias[20]
+    temperature = torch.rand(len(hidden)) + 0.5
+    more = {"mask": (torch.rand(len(hidden)) > 0.3).index_fill(0, torch.tensor(3), True), **options}
+    for given in ({}, {"temperature": 0.7, "softcap": 5.0}, {"temperature": temperature, "logit_scale": 0.5}):
+        heads = Heads(rank, world, weight, bias, vocab_size=SIZE, **given)
+        got, want = (scores(heads, hidden, target, ids, group, **more) for group in (dist.group.WORLD, None))
+        close(got, want, EPS[dtype])
+        assert want[0][5]["is_top1"][3]
+        again = scores(heads, hidden, target, ids, dist.group.WORLD, **more)
+        close(again, got, 0.0)
+
+
+def frozen_case(rank: int, world: int) -> None:
+    """Of a head without gradient, and of log-probs alone."""
+    hidden, weight, _, target, _ = problem(torch.float32)
+    heads, found = Heads(rank, world, weight, vocab_size=SIZE), []
+    for group in (dist.group.WORLD, None):
+        x, head = hidden.clone().requires_grad_(), heads.head(group)
+        frozen = rk.LMHead(head.weight.detach(), vocab_size=SIZE, group=group)
+        logp = rk.linear_logp(x, frozen, target).logp
+        found.append((logp, *torch.autograd.grad(logp.square().sum(), x)))
+        with torch.no_grad():
+            found[-1] = (*found[-1], rk.linear_logp(x, frozen, target).logp)
+    close(*found, EPS[torch.float32])
+
+
+def topk_case(rank: int, world: int) -> None:
+    hidden, weight, bias, target, _ = problem(torch.float32)
+    weight[7], bias[7] = weight[30], bias[30]  # equal logits on two ranks: the lower id wins
+    heads = Heads(rank, world, weight, bias, vocab_size=SIZE, temperature=0.8)
+    for k in (1, 4, 30, SIZE):  # more than a rank has, and all
+        found = [rk.linear_topk(hidden, heads.head(g), k, target=target, entropy=True) for g in (dist.group.WORLD, None)]
+        close(tuple(found[0]), tuple(found[1]), EPS[torch.float32], str(k))
+    support = [rk.linear_support(hidden, heads.head(g), torch.randint(SIZE, (12, 3)), target=target) for g in (dist.group.WORLD,)]
+    assert support[0].logp.shape == (12, 3)
+
+
+def gather_case(rank: int, world: int) -> None:
+    hidden, weight, bias, _, ids = problem(torch.float32)
+    heads, found = Heads(rank, world, weight, bias, vocab_size=SIZE, softcap=4.0), []
+    for group in (dist.group.WORLD, None):
+        x = hidden.clone().requires_grad_()
+        z = rk.linear_gather(x, heads.head(group), ids, mask=torch.arange(12) != 3)
+        found.append((z, heads.gradients(torch.where(z.isinf(), 0, z).square().sum(), x, group)))
+    close(*found, EPS[torch.float32])
+
+
+def method_case(rank: int, world: int, name: str) -> None:
+    """Both roads."""
+    loss, given = LOSSES[name], World()
+    given.weight = (torch.randn(V, given.weight.shape[1]) * 0.4).requires_grad_()
+    heads = Heads(rank, world, given.weight.detach())
+
+    def road(group: Any, sweep: bool) -> tuple[Any, list[Tensor]]:
+        hidden, head = given.hidden.detach().clone().requires_grad_(), heads.head(group)
+        tensors, reduction = given.given(loss), rk.Reduction(denominator=7.0)
+        if sweep:
+            out = rk.linear_loss(hidden, head, given.target, loss, mask=given.mask, reduction=reduction, **tensors)
+        else:
+            ids = tensors["teacher"].ids if "topk_logp" in loss.read() else None
+            s = rk.linear_logp(hidden, head, given.target, topk_ids=ids, entropy=True, tail=ids is not None, mask=given.mask)
+            more = {"target": given.target} if "target" in loss.needs else {}
+            out = loss(s, mask=given.mask, reduction=reduction, **tensors, **more)
+        return out, heads.gradients(out.loss, hidden, group)
+
+    for sweep in (True, False):
+        got, want = road(dist.group.WORLD, sweep), road(None, sweep)
+        scale = [max(g.abs().max().item() if g.numel() else 0.0, 1e-30) for g in want[1]]
+        pairs = [(g, e) for g, e in zip(got[1], want[1], strict=True) if e.numel()]
+        assert all((g - e).abs().max() <= 4e-6 * max(scale) for g, e in pairs)
+        same((got[0], []), (want[0], []), loss)
+        assert set(got[0].metrics) == set(want[0].metrics)
+
+
+def dtensor_case(rank: int, world: int) -> None:
+    """A DTensor of sharded rows, its gradient one too; a replicated one; and what is refused."""
+    mesh = init_device_mesh("cpu", (world,))
+    weight, hidden, target = torch.randn(V, 16), torch.randn(6, 16, requires_grad=True), torch.arange(6)
+    whole = weight.clone().requires_grad_()
+    want = torch.autograd.grad(rk.linear_logp(hidden, rk.LMHead(whole), target).logp.sum(), (hidden, whole))
+    for placement, group in ((Shard(0), mesh.get_group()), (Replicate(), None)):
+        x = distribute_tensor(weight, mesh, [placement]).requires_grad_()
+        got = torch.autograd.grad(rk.linear_logp(hidden, rk.LMHead(x, group=group), target).logp.sum(), (hidden, x))
+        close((got[0], got[1].full_tensor()), want, EPS[torch.float32])
+    sharded = distribute_tensor(weight, mesh, [Shard(0)])
+    for bad, options in ((sharded, {}), (distribute_tensor(weight, mesh, [Shard(1)]), {"group": mesh.get_group()})):
+        with pytest.raises(ValueError, match=r"weight is a DTensor with placements .* group=mesh.get_group\(\)"):
+            rk.LMHead(bad, **options)
+
+
+def refused_case(rank: int, world: int) -> None:
+    hidden, weight, _, target, _ = problem(torch.float32)
+    head = Heads(rank, world, weight, vocab_size=SIZE).head(dist.group.WORLD)
+    whole = rk.LMHead(weight, vocab_size=SIZE)
+    calls: dict[str, Callable[[], Any]] = {
+        "filter_eps needs the whole head": lambda: rk.linear_logp(hidden, head, target, filter_eps=0.1),
+        "filter_eps needs the whole": lambda: rk.linear_loss(hidden, head, target, rk.losses.CrossEntropy(), filter_eps=0.1),
+        "a head with group": lambda: rk.linear_divergence(hidden, head, hidden, whole, rk.losses.ForwardKL()),
+        "must be in [0, vocab_size=37)": lambda: rk.linear_logp(hidden, head, target + 30),
+        "group must be a torch.distributed.ProcessGroup": lambda: rk.LMHead(weight, group="tp"),  # type: ignore[arg-type]
+    }
+    for message, call in calls.items():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call()
+
+
+def bytes_case(rank: int, world: int) -> None:
+    """What a rank sends: docs/scale.md's formulas."""
+    hidden, weight, bias, target, ids = problem(torch.float32)
+    (n, d), k = hidden.shape, ids.shape[1]
+    head = Heads(rank, world, weight, bias, vocab_size=SIZE).head(dist.group.WORLD)
+    sent: Counter[str] = Counter()
+    gather, reduce = dist.all_gather, dist.all_reduce
+
+    def count(kind: str, call: Callable[..., Any], at: int) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            sent[kind] += args[at].nbytes
+            return call(*args, **kwargs)
+
+        return counted
+
+    def sends(call: Callable[[], Any]) -> tuple[int, int]:
+        sent.clear()
+        call()
+        return sent["gather"], sent["reduce"]
+
+    x = hidden.clone().requires_grad_()
+    loss, given = rk.losses.GRPO(), {"old_logp": -torch.ones(n), "advantages": torch.ones(n)}
+    dist.all_gather, dist.all_reduce = count("gather", gather, 1), count("reduce", reduce, 0)
+    try:
+        assert sends(lambda: rk.linear_logp(hidden, head, target)) == (4 * n * 7, 0)
+        assert sends(lambda: rk.linear_logp(hidden, head, target, topk_ids=ids)) == (4 * n * (7 + k), 0)
+        assert sends(lambda: rk.linear_logp(x, head, target).logp.sum().backward()) == (4 * n * 7, 4 * n * d)
+        assert sends(lambda: rk.linear_loss(x, head, target, loss, **given)) == (4 * n * 7, 4 * n * d)
+        assert sends(lambda: rk.linear_topk(hidden, head, k)) == (4 * n * (6 + 2 * k), 0)
+        assert sends(lambda: rk.linear_gather(hidden, head, ids)) == (0, 4 * n * k)
+    finally:
+        dist.all_gather, dist.all_reduce = gather, reduce
+
+
+def named() -> Iterator[tuple[str, Callable[[int, int], None]]]:
+    dtypes = (torch.float32,) if INTERPRET else EPS
+    for dtype in dtypes:
+        yield f"logp {str(dtype).removeprefix('torch.')}", partial(logp_case, dtype=dtype)
+    yield "logp kept", partial(logp_case, dtype=torch.float32, keep=1 << 12)
+    for case in (frozen_case, topk_case, gather_case, dtensor_case, refused_case, bytes_case):
+        yield case.__name__.removesuffix("_case"), case
+    for name in ("grpo", "ema_pg") if INTERPRET else LOSSES:
+        yield f"method {name}", partial(method_case, name=name)
+
+
+CASES = dict(named())
+
+
+def work(rank: int, world: int) -> dict[str, str]:
+    """Each case that failed, with its traceback; the ranks stay together, as they fail together or wait for the watchdog."""
+    failed = {}
+    for name, case in CASES.items():
+        torch.manual_seed(0)
+        try:
+            case(rank, world)
+        except Exception:
+            failed[name] = traceback.format_exc()
+        flags = torch.tensor([float(name in failed)])
+        dist.all_reduce(flags)
+    return failed

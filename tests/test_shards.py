@@ -1,0 +1,15 @@
+"""Heads whose rows lie on several ranks: every op and method equals one rank's, and says no more than docs/scale.md allows."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlad_kernels.backends.contract import INTERPRET
+from tests.ranks import on_ranks
+from tests.sharded import CUTS, work
+
+
+@pytest.mark.parametrize("world", (2,) if INTERPRET else CUTS)
+def test_ranks_together_are_one(world: int) -> None:
+    for rank, failed in enumerate(on_ranks(work, world)):
+        assert not failed, "\n\n".join(f"rank {rank}, {case}: {text}" for case, text in failed.items())
