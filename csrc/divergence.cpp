@@ -19,6 +19,9 @@ struct DivergenceArgs {
   Family family;
   double numbers[3];  // what the family wants
   bool accumulate;    // add to value and out
+  // (4, R) data or null: RowSums of columns that are not all of the row's. Without out they are written, and nothing else; with it they
+  // are those of all columns, and value is left alone.
+  Mat<T> sums;
 };
 
 }  // namespace rlad
@@ -46,7 +49,7 @@ void run(const Checker& check, const Tensor& value, const std::optional<Tensor>&
          const std::optional<Tensor>& bias, const Tensor& inv_temp, double logit_scale, double softcap, const Tensor& norm,
          const Tensor& teacher, const std::optional<Tensor>& teacher_bias, const Tensor& teacher_inv_temp, double teacher_scale,
          double teacher_softcap, const Tensor& teacher_norm, const Tensor& rows, const std::string& family, double a, double b,
-         double c, bool accumulate) {
+         double c, bool accumulate, const std::optional<Tensor>& sums) {
   const int64_t n = logits.size(0), cols = logits.size(1);
   check.tensor("value", value, kAcc<T>, {n});
   DivergenceArgs<T> args{whole_rows<T>(check, "logits", logits, n, cols, bias, inv_temp, logit_scale, softcap),
@@ -59,8 +62,10 @@ void run(const Checker& check, const Tensor& value, const std::optional<Tensor>&
                          {nullptr, 0},
                          family_of(check, family),
                          {a, b, c},
-                         accumulate};
+                         accumulate,
+                         {nullptr, 0}};
   if (out) args.out = check.mat<T>("out", *out, kAcc<T>, n, cols);
+  if (sums) args.sums = check.mat<T>("sums", *sums, kAcc<T>, 4, n);
   for_rows(RLAD_PASS(divergence<T>), args, n, cols);
 }
 
@@ -68,12 +73,12 @@ void divergence_(const Tensor& value, const std::optional<Tensor>& out, const Te
                  const Tensor& inv_temp, double logit_scale, double softcap, const Tensor& norm, const Tensor& teacher,
                  const std::optional<Tensor>& teacher_bias, const Tensor& teacher_inv_temp, double teacher_scale,
                  double teacher_softcap, const Tensor& teacher_norm, const Tensor& rows, const std::string& family, double a,
-                 double b, double c, bool accumulate) {
+                 double b, double c, bool accumulate, const std::optional<Tensor>& sums) {
   const Checker check("divergence_");
   check.shape("logits", logits, {kAny, kAny});
   by_dtype(check, logits, [&](auto acc) {
     run<decltype(acc)>(check, value, out, logits, bias, inv_temp, logit_scale, softcap, norm, teacher, teacher_bias,
-                       teacher_inv_temp, teacher_scale, teacher_softcap, teacher_norm, rows, family, a, b, c, accumulate);
+                       teacher_inv_temp, teacher_scale, teacher_softcap, teacher_norm, rows, family, a, b, c, accumulate, sums);
   });
 }
 
@@ -191,7 +196,7 @@ RLAD_INLINE auto dominant(Vec<T> q) {
 template <class F, class T>
 void divergence_rows(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
   constexpr int64_t L = kLanes<T>;
-  const bool grad = a.out.data, capped = a.student.softcap > 0, over = grad && !capped && !a.accumulate;
+  const bool grad = a.out.data, part = a.sums.data && !grad, capped = a.student.softcap > 0, over = grad && !capped && !a.accumulate;
   const int64_t padded = round_up(a.student.cols, kBlock<T>);
   alignas(64) T zq[kScratch], zp[kScratch];
   // u and q of a row, kept from the sums for the gradient: q in the place of the gradient, unless more than q is wanted there
@@ -209,22 +214,25 @@ void divergence_rows(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
     if constexpr (std::is_same_v<F, Taid<T>>) exists = normalise(f, a, i, zq, zp);
     if (!exists) {
       sums.value = sums.u = kInf<double>;
-    } else if (value_weight != 0 || pull) {
+    } else if (value_weight != 0 || pull || part) {
       for_points(a, i, zq, zp, [&](int64_t j0, int64_t n, auto at) {
         Vec<T> value[kUnroll<T>], u[kUnroll<T>], other_u[kUnroll<T>], other_q[kUnroll<T>];
         for (int r = 0; r < kUnroll<T>; ++r) value[r] = u[r] = other_u[r] = other_q[r] = Vec<T>{};
         T *const u_row = us.data() + j0, *const q_row = q_at(i, j0, n);
         for (int64_t j = 0; j < n; j += kBlock<T>) {
           for (int r = 0; r < kUnroll<T>; ++r) {
-            const Part<T> part = f(at(j + r * L));
-            value[r] += part.value;
-            u[r] += part.u;
-            if (!pull) continue;
-            store<T>(u_row + j + r * L, part.u);
-            store<T>(q_row + j + r * L, part.q);
+            const Part<T> x = f(at(j + r * L));
+            value[r] += x.value;
+            u[r] += x.u;
+            if (pull) {
+              store<T>(u_row + j + r * L, x.u);
+              store<T>(q_row + j + r * L, x.q);
+            } else if (!part) {
+              continue;
+            }
             if (!peaked) continue;
-            other_u[r] += dominant<T>(part.q) ? Vec<T>{} : part.u;
-            other_q[r] += dominant<T>(part.q) ? Vec<T>{} : part.q;
+            other_u[r] += dominant<T>(x.q) ? Vec<T>{} : x.u;
+            other_q[r] += dominant<T>(x.q) ? Vec<T>{} : x.q;
           }
         }
         sums.value += sum_lanes<T>(value);
@@ -233,8 +241,17 @@ void divergence_rows(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
         sums.other_q += sum_lanes<T>(other_q);
       });
     }
-    const T term = value_weight == 0 ? T(0) : T(value_weight * sums.value);
-    a.value[i] = a.accumulate ? a.value[i] + term : term;
+    if (part) {
+      const double found[] = {sums.value, sums.u, sums.other_u, sums.other_q};
+      for (int k = 0; k < 4; ++k) a.sums.row(k)[i] = T(found[k]);
+      continue;
+    }
+    if (a.sums.data) {
+      sums = {a.sums.row(0)[i], a.sums.row(1)[i], a.sums.row(2)[i], a.sums.row(3)[i]};
+    } else {
+      const T term = value_weight == 0 ? T(0) : T(value_weight * sums.value);
+      a.value[i] = a.accumulate ? a.value[i] + term : term;
+    }
     const T total = T(sums.u), most = T(sums.u * sums.other_q - sums.other_u);
     // An infinite divergence without a finite gradient sends none; NaN logits still show.
     if (!std::isfinite(total) && !std::isnan(sums.value)) pull = false;

@@ -115,6 +115,40 @@ def test_value_and_gradient(isa: str, name: str, dtype: torch.dtype) -> None:
     assert relative(student.raw, grad) <= tolerance
 
 
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row[0] != "taid"])
+def test_columns_in_parts(isa: str, name: str) -> None:
+    """The sums of each part, added, and with them each part's gradient; in one row a column has nearly all of q."""
+    family, numbers, forward, reverse = row = ROWS[name]
+    x = torch.randn(3, 700) * 2
+    y = x * 1.2 + torch.randn_like(x)
+    x[1, 100] += 20
+    y[1, 100] += 18
+    student, teacher = Side(x, bias=True, temps=True), Side(y, scale=0.9)
+    weights = torch.tensor([[1.0, 0.3, 0.0], [0.7, -2.0, 0.0]])
+    value, grad = expected(student, teacher, row, weights)
+    rows = torch.cat([weights, weights.new_tensor([[forward], [reverse]]).expand_as(weights)])
+
+    def part(out: Tensor | None, sums: Tensor, c: slice) -> None:
+        sides = [
+            (raw[:, c], None if bias is None else bias[c].contiguous(), *rest) for raw, bias, *rest in (student.args, teacher.args)
+        ]
+        untouched = torch.full((3,), 7.0)
+        given = (*sides[0], sides[1][0].clone(), *sides[1][1:], rows, family, *numbers, False)
+        torch.ops.rlad.divergence_(untouched, out, *given, sums)
+        assert (untouched == 7).all()
+
+    cuts = [slice(0, 99), slice(99, 400), slice(400, 700)]
+    found = torch.zeros(len(cuts), 4, 3)
+    for sums, c in zip(found, cuts, strict=True):
+        part(None, sums, c)
+    total = found.sum(0)
+    assert relative(torch.where(weights[0] == 0, 0, weights[0] * total[0]), value) <= 3e-6 * max(1.0, sum(map(abs, numbers)))
+    out = torch.full_like(x, 7.0)
+    for c in cuts:
+        part(out[:, c], total, c)
+    assert relative(out, grad) <= 3e-6 * max(1.0, sum(map(abs, numbers)))
+
+
 @slow
 @pytest.mark.parametrize("name", ROWS)
 def test_softcaps(isa: str, name: str) -> None:

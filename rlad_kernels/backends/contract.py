@@ -34,7 +34,8 @@ ROW_OPS = {
     "int block) -> ()",
     "divergence_": "(Tensor(a!) value, Tensor(b!)? out, Tensor logits, Tensor? bias, Tensor inv_temp, float logit_scale, "
     "float softcap, Tensor norm, Tensor(c!) teacher, Tensor? teacher_bias, Tensor teacher_inv_temp, float teacher_scale, "
-    "float teacher_softcap, Tensor teacher_norm, Tensor rows, str family, float a, float b, float c, bool accumulate) -> ()",
+    "float teacher_softcap, Tensor teacher_norm, Tensor rows, str family, float a, float b, float c, bool accumulate, "
+    "Tensor(d!)? sums=None) -> ()",
     "gather_dot": "(Tensor hidden, Tensor weight, Tensor ids) -> Tensor",
     "gather_dhidden": "(Tensor grad, Tensor weight, Tensor ids) -> Tensor",
     "gather_dweight_": "(Tensor(a!) d_weight, Tensor grad, Tensor hidden, Tensor order, Tensor sorted_ids, bool add, int col0=0) "

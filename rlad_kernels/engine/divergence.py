@@ -24,6 +24,7 @@ from rlad_kernels.engine.gradients import Gradients, half_scale
 from rlad_kernels.engine.loss import Fused
 from rlad_kernels.engine.op import CALL, NEED, define, given, gradients, no_double_backward, result, scaled, wanted
 from rlad_kernels.engine.rows import Kept, checked_finite, kept_inv_temp
+from rlad_kernels.engine.shards import Shard
 from rlad_kernels.engine.tiles import Tiles
 
 _BLOCK_BYTES = 32 << 20  # logits that plain PyTorch, with all its temporaries, is given at a time
@@ -80,7 +81,7 @@ class _Model(Chunks):
 
     def chunk(self, at: slice) -> Chunk:
         tiles, x = self.tiles, self.logits(at)
-        top, rest = self.stats[:2, at]
+        top, rest = tiles.shard.merged(self.stats[:, at], self.slot_logits[at])[0][:2]
         log_total = rest.log()
         checked_finite(self.name, top + log_total)
         return Chunk(x, tiles.bias, tiles.inv_temp[at], tiles.logit_scale, tiles.softcap, torch.stack([top, log_total]))
@@ -119,7 +120,7 @@ def run(
             side = side if other.tiles.acc == tiles.acc else side.to(tiles.acc)
             rows = torch.stack([w, w * pull[0, at]])
             if kind is not None:
-                _apply(kind, values[at], g, chunk, side, rows, first)
+                _apply(kind, values[at], g, chunk, side, rows, first, tiles.shard)
             else:
                 _call(divergence, values[at], g, chunk, side, rows, first)
             first = False
@@ -133,15 +134,24 @@ def run(
     return Fused(loss, token, {}, d_hidden, d_weight, d_bias)
 
 
-def _apply(kind: Kind, values: Tensor, g: Tensor | None, student: Chunk, teacher: Chunk, rows: Tensor, first: bool) -> None:
+def _apply(
+    kind: Kind, values: Tensor, g: Tensor | None, student: Chunk, teacher: Chunk, rows: Tensor, first: bool, shard: Shard
+) -> None:  # fmt: skip
     """One chunk against one teacher by the row pass; ``rows`` holds the weights of value and gradient."""
     shares = torch.stack([torch.full_like(rows[0], kind.forward), torch.full_like(rows[0], kind.reverse)])
     if kind.coefficients is not None:
         found = [kind.coefficients(student.log_probs(b), teacher.log_probs(b)) for b in student.blocks()]
         shares = torch.cat(found, 1)
-    torch.ops.rlad.divergence_(
-        values, g, *student.args, *teacher.args, torch.cat([rows * kind.factor, shares]), kind.family, *kind.numbers, not first
-    )
+    rows = torch.cat([rows * kind.factor, shares])
+    given = (*student.args, *teacher.args, rows, kind.family, *kind.numbers, not first)
+    if shard.group is None:
+        torch.ops.rlad.divergence_(values, g, *given)
+        return
+    sums = rows.new_empty(4, len(values))  # a column's gradient has to wait for the sums over all of them
+    torch.ops.rlad.divergence_(values, None, *given, sums)
+    values += torch.where(rows[0] == 0, 0, rows[0] * shard.summed(sums)[0])
+    if g is not None:
+        torch.ops.rlad.divergence_(values, g, *given, sums)
 
 
 def _call(
@@ -192,7 +202,7 @@ def _calls(
     found = []
     for i in range(len(teachers) // 4):
         h, w, b, inv_temp = teachers[4 * i : 4 * i + 4]
-        found.append(Call(h, w, b if b.numel() else None, inv_temp, heads[2 * i], heads[2 * i + 1], student.vocab_size))
+        found.append(Call(h, w, b if b.numel() else None, inv_temp, heads[2 * i], heads[2 * i + 1], *student[6:]))
     return student, found
 
 

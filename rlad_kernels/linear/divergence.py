@@ -19,6 +19,7 @@ from rlad_kernels.core.types import LossOutput
 from rlad_kernels.engine.call import Call, check_states, flat_call
 from rlad_kernels.engine.divergence import divergence_loss_op, divergence_op, flat_teachers, run
 from rlad_kernels.engine.loss import Fused, FusedLoss
+from rlad_kernels.engine.shards import columns_here
 
 Heads = LMHead | Sequence[LMHead]
 Tensors = Tensor | Sequence[Tensor]
@@ -43,8 +44,6 @@ def _teachers(name: str, hidden: Tensor, student: Call, teacher_hidden: Tensors,
         who = f"{name} (teacher)" if len(heads) == 1 else f"{name} (teacher {i})"
         check_states(who, h, head)
         call = flat_call(who, h.detach(), head)
-        if call.group or student.group:
-            raise ValueError(f"{who}: a head with group=… is not supported here; wanted whole heads on each rank")
         if h.shape[:-1] != hidden.shape[:-1]:
             raise ValueError(f"{who}: teacher_hidden has shape {tuple(h.shape)}, wanted {(*hidden.shape[:-1], 'D')}")
         if h.device != hidden.device:
@@ -54,6 +53,10 @@ def _teachers(name: str, hidden: Tensor, student: Call, teacher_hidden: Tensors,
                 f"{who}: the student's head has {student.vocab_size} tokens, the teacher's {call.vocab_size}; "
                 "give both heads the tokenizer's size, LMHead(vocab_size=…)"
             )
+        here = [(c.first, columns_here(c.weight, c.vocab_size, c.first), c.group) for c in (call, student)]
+        if here[0] != here[1]:
+            told = (f"ids {f} to {f + n - 1} of group {g!r}" if g else "the whole head" for f, n, g in here)
+            raise ValueError("{}: this rank has {} of the teacher, {} of the student; they must be cut alike".format(who, *told))
         found.append(call._replace(weight=call.weight.detach(), bias=None if call.bias is None else call.bias.detach()))
     return found
 
@@ -78,10 +81,23 @@ def _weights(name: str, like: Tensor, teachers: int, teacher_weights: Weights, w
     return torch.stack([(token_rows(name, "teacher_weights", w, like).to(like.dtype) * factor).reshape(-1) for w in tensors])
 
 
+def _check_divergence(name: str, divergence: Any, head: LMHead) -> None:
+    """Raise a ValueError unless this is a :class:`Divergence` that the head allows."""
+    if not isinstance(divergence, Divergence):
+        raise ValueError(f"{name}: divergence must be a Divergence (rk.losses.ForwardKL(), rk.losses.JSD(0.5)), got {divergence!r}")
+    kind = divergence.kind()
+    if isinstance(head, LMHead) and head.group is not None and (kind is None or kind.coefficients or kind.family == "taid"):
+        raise ValueError(
+            f"{name}: {divergence.name} reads all logits of a row at once, of which a rank of a head with group=… has a part; "
+            "wanted another divergence, or whole heads"
+        )
+
+
 def _prepare(
-    name: str, hidden: Tensor, head: LMHead, teacher_hidden: Tensors, teacher_head: Heads, teacher_weights: Weights,
-    weights: Tensor | None, scale: float, mask: Tensor | None,
+    name: str, divergence: Any, hidden: Tensor, head: LMHead, teacher_hidden: Tensors, teacher_head: Heads,
+    teacher_weights: Weights, weights: Tensor | None, scale: float, mask: Tensor | None,
 ) -> _Prepared:  # fmt: skip
+    _check_divergence(name, divergence, head)
     student = flat_call(name, hidden, head)
     teachers = _teachers(name, hidden, student, teacher_hidden, teacher_head)
     like = torch.empty(hidden.shape[:-1], dtype=acc_dtype(student.hidden.dtype), device=hidden.device)
@@ -136,20 +152,13 @@ def linear_divergence(
         tensor([0.1109])
     """
     name = "linear_divergence"
-    check_divergence(name, divergence)
-    ready = _prepare(name, hidden, head, teacher_hidden, teacher_head, teacher_weights, None, scale, mask)
+    ready = _prepare(name, divergence, hidden, head, teacher_hidden, teacher_head, teacher_weights, None, scale, mask)
     ahead = needed_grad(*ready.student[:3]) == (True, False, False)
     value, _ = divergence_op(
         *ready.student[:3], ready.keep, *ready.student[3:], *flat_teachers(ready.teachers), ready.weights, divergence.key,
         numbers(*divergence.numbers), ahead, name,
     )  # fmt: skip
     return value.view(hidden.shape[:-1])
-
-
-def check_divergence(name: str, divergence: Any) -> None:
-    """Raise a ValueError unless this is a :class:`Divergence`."""
-    if not isinstance(divergence, Divergence):
-        raise ValueError(f"{name}: divergence must be a Divergence (rk.losses.ForwardKL(), rk.losses.JSD(0.5)), got {divergence!r}")
 
 
 def linear_divergence_loss(
@@ -180,8 +189,7 @@ def linear_divergence_loss(
         >>> rk.linear_divergence_loss(hidden, head, torch.ones(1, 1), teacher, rk.losses.JSD(0.5)).loss.backward()
     """
     name = "linear_divergence_loss"
-    check_divergence(name, divergence)
-    ready = _prepare(name, hidden, head, teacher_hidden, teacher_head, teacher_weights, weights, scale, mask)
+    ready = _prepare(name, divergence, hidden, head, teacher_hidden, teacher_head, teacher_weights, weights, scale, mask)
     shape = hidden.shape[:-1]
     chosen = Reduction.of(name, reduction, "token-mean")
     row_weight = token_weights(name, ready.mask, chosen, ready.weights.dtype).reshape(-1)

@@ -65,8 +65,9 @@ def _store_columns(p_row, b_x, o_c, cols, MASKED: tl.constexpr):
 
 @triton.jit
 def _sum_step(
-    student, teacher, term, o_c, sums, MASKED: tl.constexpr, FAMILY: tl.constexpr, SWAP: tl.constexpr, GRAD: tl.constexpr
-):
+    student, teacher, term, o_c, sums, MASKED: tl.constexpr, FAMILY: tl.constexpr, SWAP: tl.constexpr, GRAD: tl.constexpr,
+    OTHERS: tl.constexpr,
+):  # fmt: skip
     """Add one block of columns to the sums; with GRAD their u takes the place of the teacher's logits."""
     b_lq, _ = _log_probs(student, o_c, MASKED)
     b_lp, _ = _log_probs(teacher, o_c, MASKED)
@@ -74,6 +75,7 @@ def _sum_step(
     b_other_u, b_other_q = sums.other_u, sums.other_q
     if GRAD:
         _store_columns(teacher.row.logits, b_u, o_c, student.row.cols, MASKED)
+    if OTHERS:
         b_other_u = _add(b_other_u, tl.where(b_lq > DOMINANT, 0.0, b_u))
         b_other_q = _add(b_other_q, tl.where(b_lq > DOMINANT, 0.0, b_q))
     return Sums(_add(sums.value, b_v), _add(sums.u, b_u), b_other_u, b_other_q)
@@ -152,13 +154,19 @@ def divergence_kernel(
     n5,
     n6,
     n7,
+    sums_out,
+    stride_s,
     FAMILY: tl.constexpr,
     SWAP: tl.constexpr,
     GRAD: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """value = rows[0]·Σ term, and with GRAD out = rows[1]·(u − q·Σu)·dz/draw, which may take the logits' place."""
+    """value = rows[0]·Σ term, and with GRAD out = rows[1]·(u − q·Σu)·dz/draw, which may take the logits' place.
+
+    Of a part of the columns: without GRAD only `sums_out` is written, with it that holds the sums over all of them.
+    """
+    OTHERS: tl.constexpr = GRAD or sums_out is not None
     i_r = tl.program_id(0).to(tl.int64)
     own = Tempering(logit_scale, softcap, tl.load(inv_temp + i_r))
     its = Tempering(teacher_scale, teacher_softcap, tl.load(teacher_inv_temp + i_r))
@@ -178,24 +186,37 @@ def divergence_kernel(
     # full blocks without a mask: an odd C would otherwise cost every load its width
     full = C // BLOCK * BLOCK
     for c0 in range(0, full, BLOCK):
-        sums = _sum_step(q, p, term, c0 + o_b, sums, False, FAMILY, SWAP, GRAD)
+        sums = _sum_step(q, p, term, c0 + o_b, sums, False, FAMILY, SWAP, GRAD, OTHERS)
     if full < C:
-        sums = _sum_step(q, p, term, full + o_b, sums, True, FAMILY, SWAP, GRAD)
+        sums = _sum_step(q, p, term, full + o_b, sums, True, FAMILY, SWAP, GRAD, OTHERS)
     whole = tl.sum(sums.value, 0)
     total = tl.sum(sums.u, 0)
+    other_u = tl.sum(sums.other_u, 0)
+    other_q = tl.sum(sums.other_q, 0)
     if FAMILY == "taid":  # no column has mass on both sides: there is no p_τ
         whole = tl.where(n2 == -float("inf"), float("inf"), whole)
-    found = tl.where(weight == 0, 0.0, weight * whole)
-    if ACCUMULATE:
-        found += tl.load(value + i_r)
-    tl.store(value + i_r, found)
+    if sums_out is None:
+        found = tl.where(weight == 0, 0.0, weight * whole)
+        if ACCUMULATE:
+            found += tl.load(value + i_r)
+        tl.store(value + i_r, found)
+    else:
+        p_s = sums_out + i_r
+        if GRAD:
+            whole, total = tl.load(p_s), tl.load(p_s + stride_s)
+            other_u, other_q = tl.load(p_s + 2 * stride_s), tl.load(p_s + 3 * stride_s)
+        else:
+            tl.store(p_s, whole)
+            tl.store(p_s + stride_s, total)
+            tl.store(p_s + 2 * stride_s, other_u)
+            tl.store(p_s + 3 * stride_s, other_q)
 
     if GRAD:
         p_o = out + i_r * stride_o
         tl.debug_barrier()  # u may be another thread's
         # an infinite divergence without a finite gradient sends none; NaN logits still show
         pull = tl.where((whole == whole) & ~(tl.abs(total) < float("inf")), 0.0, tl.load(rows + stride_r + i_r))
-        most = total * tl.sum(sums.other_q, 0) - tl.sum(sums.other_u, 0)
+        most = total * other_q - other_u
         for c0 in range(0, full, BLOCK):
             _grad_step(p_o, q, p.row.logits, c0 + o_b, total, most, pull, False, ACCUMULATE)
         if full < C:
@@ -223,14 +244,17 @@ def divergence_(
     b: float,
     c: float,
     accumulate: bool,
+    sums: torch.Tensor | None = None,
 ) -> None:
     """Write (or add) each row's weighted divergence into `value (R,)` and its gradient into `out (R, V)`, which may be `logits`.
 
     `norm (2, R)` = (max z, lse − max); `rows (4, R)`: weight of the value, weight of the gradient, and the coefficients of
     forward and reverse KL in the family "sym". `a, b, c` are the family's numbers. With `out`, `teacher` is overwritten.
+    `sums (4, R)`: the logits are a part of the columns. Without `out` their Σ value, Σ u and Σ u, Σ q off the dominant column are
+    written there, and nothing else; with it, it holds those over all columns, and `value` is left alone.
     """
     require_dtype("divergence_", value=value, out=out, logits=logits, bias=bias, inv_temp=inv_temp, norm=norm)
-    require_dtype("divergence_", teacher=teacher, teacher_bias=teacher_bias, teacher_norm=teacher_norm, rows=rows)
+    require_dtype("divergence_", teacher=teacher, teacher_bias=teacher_bias, teacher_norm=teacher_norm, rows=rows, sums=sums)
     if family not in FAMILIES:
         raise ValueError(f"divergence_: family must be one of {FAMILIES}, got {family!r}")
     n_rows, cols = logits.shape
@@ -240,6 +264,7 @@ def divergence_(
         logits, logits.stride(0), cols, bias, inv_temp.contiguous(), logit_scale, softcap or None, norm, norm.stride(0),
         teacher, teacher.stride(0), teacher_bias, teacher_inv_temp.contiguous(), teacher_scale, teacher_softcap or None,
         teacher_norm, teacher_norm.stride(0), rows, rows.stride(0), *numbers(family, a, b, c),
+        sums, 0 if sums is None else sums.stride(0),
         FAMILY=family, SWAP=abs(b) < abs(a), GRAD=out is not None, ACCUMULATE=accumulate,
     )  # fmt: skip
 
@@ -257,6 +282,10 @@ def cases() -> Iterator[Case]:
                 rest = (meta(4, R), family, 0.8 if "softcap" in f else 0.2, 0.7, 0.3, "accumulate" in f)
                 args = (meta(R), tile if "grad" in f else None, *student, *teacher, *rest)
                 yield Case(f"{family} C={cols} {'+'.join(sorted(f))}", divergence_, args, cols > 1 and "grad" in f)
+                if tile is several[0] and f == {"grad"}:
+                    for out in (None, tile):
+                        part = (meta(R), out, *args[2:], meta(4, R))
+                        yield Case(f"{family} part{' grad' * (out is not None)}", divergence_, part, out is not None)
 
 
 add_kernel(divergence_kernel, divergence_, TABLE, cases, max_registers=80, wide=(WIDE_LOAD, WIDE_STORE), tempers=True)
