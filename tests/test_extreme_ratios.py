@@ -157,7 +157,8 @@ def test_ratios_of_the_top_k_methods(name: str) -> None:
     slope = torch.autograd.grad(out.loss, s)[0]
 
     def alone(x: Tensor, i: int) -> Tensor:
-        return surrogate(x, S - old[i].double().cpu(), advantages[i].double().cpu()).sum()
+        dual = METHODS[name].loss.dual_clip  # type: ignore[union-attr]
+        return surrogate(x, S - old[i].double().cpu(), advantages[i].double().cpu(), dual=dual).sum()
 
     value, want = exact(alone, s)
     hold(out.token_loss, value)

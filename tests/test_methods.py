@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import rlad_kernels as rk
+from rlad_kernels.core.reduction import REDUCTIONS
 from rlad_kernels.losses.methods import METHODS
 from tests.methods import FAMILIES, case
 from tests.oracles import hold
@@ -58,3 +60,30 @@ def test_trrd_at_alpha_1_is_grpo():
     trrd = replace(METHODS["trrd"].loss, alpha=1.0)(given["logp"], teacher_logp=given["teacher_logp"], **rest)
     assert torch.equal(trrd.loss, METHODS["grpo"](given["logp"], **rest).loss)
     assert not torch.allclose(trrd.loss, METHODS["bnpo"](given["logp"], **rest).loss)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("grpo", "seq-mean-token-mean"), ("icepop", "seq-mean-token-mean"), ("tis", "token-mean")]
+)
+def test_a_ragged_mask_tells_the_reductions_apart(name: str, kind: str):
+    call, _, given = case(name)
+    own, losses = call(**given).loss, {k: call(**given, reduction=k).loss for k in REDUCTIONS}
+    assert {k for k, x in losses.items() if torch.equal(x, own)} == {kind}
+
+
+@pytest.mark.parametrize("name", ["opd_clipped", "exopd"])
+def test_a_token_far_above_the_old_policy_pays_three_advantages(name: str):
+    """r = e² and Â < 0: the dual clip of 3, and no gradient."""
+    s = torch.tensor([-1.0], requires_grad=True)
+    given = {k: torch.tensor([-4.0]) for k in ("teacher_logp", "base_logp") if k in METHODS[name].needs}
+    out = METHODS[name](s, old_logp=torch.tensor([-3.0]), **given)
+    torch.testing.assert_close(out.loss, torch.tensor(3.0))
+    assert torch.autograd.grad(out.loss, s)[0] == 0
+
+
+def test_verls_top_k_advantage_has_its_dual_clip():
+    scores = rk.TokenScores(logp=torch.tensor([-1.0], requires_grad=True), topk_logp=torch.tensor([[-2.0]]))
+    teacher = rk.TopK(torch.tensor([[0]]), torch.tensor([[0.0]]))
+    out = METHODS["verl_topk_pg"](scores, old_logp=torch.tensor([-3.0]), teacher=teacher)
+    torch.testing.assert_close(out.loss, torch.tensor(3 * 2.0))
+    assert torch.autograd.grad(out.loss, scores.logp)[0] == 0

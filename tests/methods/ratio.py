@@ -56,7 +56,7 @@ def tis(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, rollou
 
 def icepop(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, rollout_logp: Tensor) -> Tensor:
     x = (old_logp - rollout_logp).exp()
-    return (x * ((x >= 0.5) & (x <= 5)) * surrogate(logp, old_logp, advantages))[mask].mean()
+    return reduced(x * ((x >= 0.5) & (x <= 5)) * surrogate(logp, old_logp, advantages), mask, "seq-mean-token-mean")
 
 
 def sequence_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def opd(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, mask: Tensor) -> T
 def opd_clipped(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, mask: Tensor, gamma: float) -> Tensor:
     reward = torch.where(mask, teacher_logp - old_logp, 0)
     total = [sum(gamma**j * reward[:, i + j] for j in range(LENGTH - i)) for i in range(LENGTH)]
-    return surrogate(logp, old_logp, torch.stack(total, 1).clamp(-5, 5))[mask].mean()
+    return surrogate(logp, old_logp, torch.stack(total, 1).clamp(-5, 5), dual=3.0)[mask].mean()
 
 
 def exopd(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, base_logp: Tensor, mask: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def rlsd(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tenso
 
 def sdar(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     gate = 1 / (1 + torch.exp(-5 * (teacher_logp - logp.detach())))
-    return (surrogate(logp, old_logp, advantages) + gate * (teacher_logp - logp))[mask].mean()
+    return (surrogate(logp, old_logp, advantages) + 0.01 * gate * (teacher_logp - logp))[mask].mean()
 
 
 OPTIONS: dict[str, Inputs] = {"dr_grpo": {"denominator": 4 * 16.0}, "opd_clipped": {"gamma": 0.9}}

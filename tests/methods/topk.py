@@ -102,7 +102,7 @@ def verl(topk_logp: Tensor, teacher: Any, mask: Tensor) -> Tensor:
 
 def verl_pg(logp: Tensor, old_logp: Tensor, topk_logp: Tensor, teacher: Any, mask: Tensor) -> Tensor:
     def f(lq: Tensor, lp: Tensor, s: Tensor, o: Tensor) -> Tensor:
-        return surrogate(s, o, -kl(lp.clamp_min(-10), lq.clamp_min(-10)).clamp(0, 10).detach())
+        return surrogate(s, o, -kl(lp.clamp_min(-10), lq.clamp_min(-10)).clamp(0, 10).detach(), dual=3.0)
 
     return rows(f, teacher, mask, topk_logp.to(logp.dtype), per_token=(logp, old_logp))
 

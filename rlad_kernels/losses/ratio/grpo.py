@@ -95,8 +95,8 @@ add_method(
 add_method(
     "icepop",
     "ratio",
-    GRPO(rollout=ICEPOP),
-    formula=f"π_old/μ·1[.5 ≤ π_old/μ ≤ 5]·({_FORMULA})",
-    paper="IcePop, Ring-1T",
-    confidence="B",
+    GRPO(reduction="seq-mean-token-mean", rollout=ICEPOP),
+    formula=f"π_old/μ·1[.5 ≤ π_old/μ ≤ 5]·({_FORMULA}); mean of the sequences' means",
+    paper="IcePop, Ring-1T (arXiv 2510.18855)",
+    confidence="A",
 )

@@ -117,8 +117,8 @@ add_method(
 add_method(
     "opd_clipped",
     "ratio",
-    OPD(clip=(0.2, 0.2), reward_clamp=5.0),
-    formula="−min(rA, clip(r)A), A = clamp(Σ_{t' ≥ t} γ^{t'−t}(t − o), ±5)",
+    OPD(clip=(0.2, 0.2), dual_clip=3.0, reward_clamp=5.0),
+    formula="−min(rA, clip(r)A) with dual clip 3, A = clamp(Σ_{t' ≥ t} γ^{t'−t}(t − o), ±5)",
     paper="arXiv 2603.25562",
     confidence="A",
     note="γ = 0 is the default; γ > 0 has a variance that grows faster with the length.",

@@ -1,4 +1,4 @@
-"""SDAR: GRPO plus a gated pull towards the teacher where it likes the sampled token better (ms-swift's port)."""
+"""SDAR: GRPO plus a gated pull towards the teacher where it likes the sampled token better (ZJU-REAL/SDAR, ms-swift's port)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from rlad_kernels.losses.ratio.sampled import ClippedLoss, teacher_gap
 
 @dataclass(frozen=True, kw_only=True)
 class SDAR(ClippedLoss):
-    """SDAR: −min(rÂ, clip(r)Â) + coef·sg[σ(gate·(t − s))]·(t − s) (as in ms-swift).
+    """SDAR: −min(rÂ, clip(r)Â) + coef·sg[σ(gate·(t − s))]·(t − s) (as in the authors' code).
 
     The second term always raises the sampled token, by coef·σ(gate·(t − s)): it is a gated imitation of the own samples, not a
     KL estimator, and its expected on-policy gradient is 0 where the gate is constant.
 
     Args:
-        kd_coef: factor on the pull; no published value is known to us.
+        kd_coef: factor on the pull.
         gate: slope of the gate.
         clip, dual_clip, reference, rollout: as of :class:`GRPO`.
 
@@ -39,10 +39,10 @@ class SDAR(ClippedLoss):
         >>> given = {"old_logp": torch.zeros(1), "advantages": torch.zeros(1), "teacher_logp": torch.zeros(1)}
         >>> rk.losses.SDAR()(logp, **given).loss.backward()
         >>> logp.grad
-        tensor([-0.5000])
+        tensor([-0.0050])
     """
 
-    kd_coef: float = 1.0
+    kd_coef: float = 0.01
     gate: float = 5.0
 
     needs = ("old_logp", "advantages", "teacher_logp")
@@ -62,4 +62,6 @@ class SDAR(ClippedLoss):
         return loss + self.kd_coef * torch.sigmoid(self.gate * gap) * pull, {**metrics, **found}
 
 
-add_method("sdar", "ratio", SDAR(), formula="grpo + sg[σ(5(t − s))]·(t − s)", paper="SDAR, ms-swift", confidence="A")
+add_method(
+    "sdar", "ratio", SDAR(), formula="bnpo + 0.01·sg[σ(5(t − s))]·(t − s)", paper="SDAR (ZJU-REAL/SDAR), ms-swift", confidence="A"
+)

@@ -146,8 +146,8 @@ add_method(
 add_method(
     "verl_topk_pg",
     "top-k",
-    TopKAdvantage(topk=TopKKL("forward", normalize="none", logp_floor=-10.0, loss_min=0.0, loss_max=10.0)),
-    formula="−min(rÂ, clip(r)Â), Â = −sg(clip(Σ_S p(log p − log q), 0, 10))",
+    TopKAdvantage(topk=TopKKL("forward", normalize="none", logp_floor=-10.0, loss_min=0.0, loss_max=10.0), dual_clip=3.0),
+    formula="−min(rÂ, clip(r)Â) with dual clip 3, Â = −sg(clip(Σ_S p(log p − log q), 0, 10))",
     paper="verl trainer/distillation, use_policy_gradient",
     confidence="A",
 )
