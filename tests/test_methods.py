@@ -57,7 +57,9 @@ def test_trrd_at_alpha_1_is_grpo():
     _, _, given = case("trrd")
     rest = {k: given[k] for k in ("old_logp", "advantages", "mask")}
     assert (~given["mask"]).any() and len(set(given["mask"].sum(1).tolist())) > 2  # on sequences of several lengths
-    trrd = replace(METHODS["trrd"].loss, alpha=1.0)(given["logp"], teacher_logp=given["teacher_logp"], **rest)
+    loss = METHODS["trrd"].loss
+    assert isinstance(loss, rk.TokenLoss)
+    trrd = replace(loss, alpha=1.0)(given["logp"], teacher_logp=given["teacher_logp"], **rest)
     assert torch.equal(trrd.loss, METHODS["grpo"](given["logp"], **rest).loss)
     assert not torch.allclose(trrd.loss, METHODS["bnpo"](given["logp"], **rest).loss)
 
