@@ -24,6 +24,12 @@ def test_every_method_has_an_oracle():
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_every_method_says_what_its_source_sets(name: str):
+    published = METHODS[name].published
+    assert published and "\n" not in published and "|" not in published  # a cell of a table
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_value_and_gradients(name):
     call, leaves, given = case(name)
     oracle = FAMILIES[METHODS[name].family].ORACLES[name]

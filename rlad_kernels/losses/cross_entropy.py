@@ -49,7 +49,16 @@ class CrossEntropy(TokenLoss):
 
 
 add_method(
-    "seq_kd", "other", CrossEntropy(), formula="−log π(y), y written by the teacher", paper="arXiv 1606.07947", confidence="B"
+    "seq_kd",
+    "other",
+    CrossEntropy(),
+    formula="−log π(y), y written by the teacher",
+    paper="arXiv 1606.07947",
+    confidence="B",
+    published=(
+        "The teacher's beam-search output (K = 5), in some runs mixed with the data's; log-likelihoods of whole sequences. Here "
+        "the mean over tokens."
+    ),
 )
 add_method(
     "cross_entropy_z_loss",
@@ -58,4 +67,5 @@ add_method(
     formula="−w·log π(y) + c·lse², c = 1e-4",
     paper="arXiv 2204.02311",
     confidence="B",
+    published="1e-4·log²Z beside the cross-entropy, no token weights; its reduction is not stated (the mean over tokens here).",
 )

@@ -66,4 +66,15 @@ class CISPO(SampledLoss):
         return self.reference.add(loss, {**clipped, **metrics, **found}, logp, ref_logp)
 
 
-add_method("cispo", "ratio", CISPO(), formula="−sg[clip(r, 1−ε_low, 1+ε_high)]·Â·s", paper="arXiv 2506.13585", confidence="B")
+add_method(
+    "cispo",
+    "ratio",
+    CISPO(),
+    formula="−sg[clip(r, 1−ε_low, 1+ε_high)]·Â·s",
+    paper="arXiv 2506.13585",
+    confidence="B",
+    published=(
+        "The mean over all tokens of the group; the clipped weight detached, no KL, no lower bound in effect, ε_high tuned and its "
+        "value not stated. Here weights up to 5, ScaleRL's ε_max, TRL's advice."
+    ),
+)

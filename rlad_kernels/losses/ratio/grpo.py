@@ -65,6 +65,10 @@ add_method(
     formula=f"{_FORMULA}; mean of the sequences' means",
     paper="arXiv 2402.03300",
     confidence="A",
+    published=(
+        "The mean of each sequence's tokens, then of the group's sequences; ε is not stated (0.2 here); k3 to the reference in the "
+        "loss, β = 0.04 (none here: Reference(0.04)); Â normalised in its group, detached."
+    ),
 )
 add_method(
     "dr_grpo",
@@ -74,6 +78,10 @@ add_method(
     paper="arXiv 2503.20783",
     confidence="B",
     required={"denominator": "B·L_max, a constant, in place of the number of sequences"},
+    published=(
+        "Sums over a sequence's tokens by one constant, the generation budget, then the mean over sequences; Â = R − mean, not "
+        "divided by the deviation; no KL; the value of ε was not read (0.2 here)."
+    ),
 )
 add_method(
     "dapo",
@@ -82,15 +90,31 @@ add_method(
     formula=f"{_FORMULA}; ε = (0.2, 0.28), mean over all tokens",
     paper="arXiv 2503.14476",
     confidence="B",
+    published=(
+        "The mean over all tokens of the group (Eq. 8), ε = (0.2, 0.28), no KL, no dual clip; its verl recipe has one of 10 "
+        "besides. Dynamic sampling and the overlong penalty belong to the data."
+    ),
 )
-add_method("bnpo", "ratio", GRPO(), formula=f"{_FORMULA}; mean over the local batch's tokens", paper="TRL", confidence="B")
+add_method(
+    "bnpo",
+    "ratio",
+    GRPO(),
+    formula=f"{_FORMULA}; mean over the local batch's tokens",
+    paper="TRL",
+    confidence="B",
+    published="TRL's loss_type='bnpo': the mean over the local batch's tokens, ε = 0.2 on both sides, β = 0. The same here.",
+)
 add_method(
     "tis",
     "ratio",
     GRPO(rollout=TIS),
     formula=f"min(π_old/μ, 2)·({_FORMULA})",
-    paper="truncated importance sampling",
-    confidence="B",
+    paper="Your Efficient RL Framework Secretly Brings You Off-Policy RL Training",
+    confidence="A",
+    published=(
+        "min(π_old/μ, C) outside PPO's clipped surrogate, detached; an expectation over tokens, no reduction stated, runs on "
+        "DAPO's recipe; C is a hyper-parameter, 2 in verl (and here)."
+    ),
 )
 add_method(
     "icepop",
@@ -99,4 +123,8 @@ add_method(
     formula=f"π_old/μ·1[.5 ≤ π_old/μ ≤ 5]·({_FORMULA}); mean of the sequences' means",
     paper="IcePop, Ring-1T (arXiv 2510.18855)",
     confidence="A",
+    published=(
+        "The mean of each sequence's tokens, then of the group's sequences; α = 0.5, β = 5 and a KL coefficient of 0 in Ring-1T's "
+        "run; the mask multiplies the clipped surrogate; ε is not stated (0.2 here)."
+    ),
 )

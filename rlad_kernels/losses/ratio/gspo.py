@@ -84,7 +84,11 @@ add_method(
     GSPO(),
     formula="−min(r_i Â, clip(r_i, 1−3e-4, 1+4e-4)Â), r_i = exp(mean_t(s − o))",
     paper="arXiv 2507.18071",
-    confidence="B",
+    confidence="A",
+    published=(
+        "One term a sequence, the mean over the group; clip 3e-4 below and 4e-4 above; the gradient through the ratio, neither "
+        "dual clip nor KL. The same here; verl, TRL and OpenRLHF clip at 0.2 unless told."
+    ),
 )
 add_method(
     "gspo_token",
@@ -92,5 +96,9 @@ add_method(
     GSPO(level="sequence-token"),
     formula="gspo with r_it = sg[r_i]·π/sg[π]",
     paper="arXiv 2507.18071",
-    confidence="B",
+    confidence="A",
+    published=(
+        "The mean of each sequence's tokens, then of the group's sequences; sg[r_i]·π/sg[π]; its clip is not stated apart from "
+        "gspo's. The same here."
+    ),
 )

@@ -127,9 +127,35 @@ add_method(
         "k2's gradient is the reverse KL's only on the policy's own samples: it is not importance-corrected over "
         "several updates. Backpropagating s − t itself (k1) would lose the teacher."
     ),
+    published=(
+        "Secondary sources: the mean over all tokens of the group, no clip shown, no KL to a reference; k2 added to the loss, β = "
+        "2e-3, or 5e-3 to 1e-3 in steps of 5e-5 (annealed_coef). The same here."
+    ),
 )
-add_method("kdrl_in_reward", "ratio", KDRL(form="in-reward"), formula="−r(Â + β·sg[t − s]), β = 2e-3", paper=_PAPER, confidence="B")
-add_method("kdrl_wrong", "ratio", KDRL(teach="wrong"), formula="kdrl, the KL only in wrong responses", paper=_PAPER, confidence="B")
+add_method(
+    "kdrl_in_reward",
+    "ratio",
+    KDRL(form="in-reward"),
+    formula="−r(Â + β·sg[t − s]), β = 2e-3",
+    paper=_PAPER,
+    confidence="B",
+    published=(
+        "Secondary sources: the mean over all tokens of the group, no clip shown, no KL to a reference; t − s detached into Â; a β "
+        "of its own was not seen (2e-3 here)."
+    ),
+)
+add_method(
+    "kdrl_wrong",
+    "ratio",
+    KDRL(teach="wrong"),
+    formula="kdrl, the KL only in wrong responses",
+    paper=_PAPER,
+    confidence="B",
+    published=(
+        "Secondary sources: the mean over all tokens of the group, no clip shown, no KL to a reference; response-level masking, "
+        "the KL on incorrect responses; β as kdrl's."
+    ),
+)
 add_method(
     "kdrl_wrong_groups",
     "ratio",
@@ -137,4 +163,8 @@ add_method(
     formula="kdrl, the KL only in groups that are all wrong",
     paper=_PAPER,
     confidence="B",
+    published=(
+        "Secondary sources: the mean over all tokens of the group, no clip shown, no KL to a reference; group-level masking, the "
+        "KL where the whole group is wrong; β as kdrl's."
+    ),
 )

@@ -76,5 +76,14 @@ class MOPD(SampledLoss):
 
 
 add_method(
-    "mopd", "ratio", MOPD(), formula="−w·sg[t − s]·s, w = sg[π/μ]·1[ε_lo ≤ π/μ ≤ ε_hi]", paper="MiMo-V2-Flash", confidence="B"
+    "mopd",
+    "ratio",
+    MOPD(),
+    formula="−w·sg[t − s]·s, w = sg[π/μ]·1[ε_lo ≤ π/μ ≤ ε_hi]",
+    paper="MiMo-V2-Flash",
+    confidence="B",
+    published=(
+        "1/length over each sequence's tokens, then the expectation over sequences; w and A detached, w of π_θ over μ; the bounds "
+        "and the outcome reward's α were not seen (0.5, 5 and 1 here)."
+    ),
 )

@@ -113,6 +113,10 @@ add_method(
     paper="Thinking Machines, On-Policy Distillation",
     confidence="A",
     note="t − o is detached: as a backpropagated loss s − t would have the expected gradient 0.",
+    published=(
+        "tinker-cookbook: importance_sampling, which sums over tokens (the mean here), o of the sampler, coefficient 1, γ = 0, no "
+        "clip, no normalisation; the reward is detached."
+    ),
 )
 add_method(
     "opd_clipped",
@@ -122,6 +126,10 @@ add_method(
     paper="arXiv 2603.25562",
     confidence="A",
     note="γ = 0 is the default; γ > 0 has a variance that grows faster with the length.",
+    published=(
+        "The code's estimator opd: the mean over tokens, clip 0.2 and dual clip 3 (verl's defaults), γ = 0, no normalisation, the "
+        "reward o − t detached; its clamp to ±5 is an option. The same here."
+    ),
 )
 add_method(
     "exopd",
@@ -132,5 +140,9 @@ add_method(
     confidence="A",
     note=(
         "λ = 1 is opd whatever b; λ = 1.5 can be unstable. The official code calls the teacher ref_log_prob and b base_log_prob."
+    ),
+    published=(
+        "The code: verl's vanilla loss, so token mean, clip 0.2, dual clip 3; λ = 1.25, the reward detached, token weights of the "
+        "rollout cut at 5, no KL. The same here, but weights are cut at 2 without rollout=Rollout(high=5.0)."
     ),
 )

@@ -63,4 +63,8 @@ add_method(
     formula="−min(rA, clip(r)A), A = Â·sg[clip(e^{sign(Â)(t − s)}, 1 ± .2)]",
     paper="arXiv 2609.04108",
     confidence="A",
+    published=(
+        "As compared there: PPO's clip of 0.2, no KL, the gap t − s detached, verl with no reduction named (token mean, its "
+        "default, here); λ = 1, ε_w = 0.2. ms-swift takes the gap to the old policy, t − o, which is the same at the first update."
+    ),
 )

@@ -74,5 +74,14 @@ class SAPO(SampledLoss):
 
 
 add_method(
-    "sapo", "ratio", SAPO(), formula="−(4/τ)·σ(τ(r − 1))·Â, τ = 1 where Â > 0, else 1.05", paper="arXiv 2511.20347", confidence="B"
+    "sapo",
+    "ratio",
+    SAPO(),
+    formula="−(4/τ)·σ(τ(r − 1))·Â, τ = 1 where Â > 0, else 1.05",
+    paper="arXiv 2511.20347",
+    confidence="B",
+    published=(
+        "The mean of each sequence's tokens, then of the group's sequences; τ_pos = 1, τ_neg = 1.05, no KL in the objective; the "
+        "gradient through the gate. The same here and in verl, whatever its loss_agg_mode."
+    ),
 )

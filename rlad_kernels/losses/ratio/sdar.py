@@ -63,5 +63,14 @@ class SDAR(ClippedLoss):
 
 
 add_method(
-    "sdar", "ratio", SDAR(), formula="bnpo + 0.01·sg[σ(5(t − s))]·(t − s)", paper="SDAR (ZJU-REAL/SDAR), ms-swift", confidence="A"
+    "sdar",
+    "ratio",
+    SDAR(),
+    formula="bnpo + 0.01·sg[σ(5(t − s))]·(t − s)",
+    paper="SDAR (ZJU-REAL/SDAR), ms-swift",
+    confidence="A",
+    published=(
+        "The code: token mean of the pull, gate 5, coefficient 0.01, beside verl's GRPO loss (token mean, clip 0.2, dual clip 3) "
+        "and 0.001 × k3 to the reference; gate and t detached. Here neither dual clip nor KL."
+    ),
 )

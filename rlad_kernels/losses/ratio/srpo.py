@@ -58,4 +58,8 @@ add_method(
     paper="arXiv 2609.04108",
     confidence="A",
     note="As the paper that compares it writes it; the method's own paper was not read.",
+    published=(
+        "As compared there: PPO's clip of 0.2, no KL, the gap t − s detached, verl with no reduction named (token mean, its "
+        "default, here); it comes from self-distillation, here the teacher is another model."
+    ),
 )

@@ -75,4 +75,9 @@ add_method(
         "0.446 (Â < 0). Â = 0: no teacher signal. Without teacher_clamp or dual_clip r is unbounded for Â < 0. α = "
         "1 is grpo."
     ),
+    published=(
+        "The mean of each sequence's tokens, then of the group's sequences (Eq. 4); α = 0.5; symmetric clip, its ε not seen (0.2 "
+        "in arXiv 2609.04108 and here); s − t clamped before mixing (App. B) and a KL to the reference, both values not seen, both "
+        "off here; o, t, Â detached."
+    ),
 )

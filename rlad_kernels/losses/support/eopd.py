@@ -85,4 +85,8 @@ add_method(
     paper="arXiv 2603.07079",
     confidence="A",
     note="q is not renormalised. The paper's Eq. 4 averages over sequences, its Algorithm 1 over tokens, as here.",
+    published=(
+        "Algorithm 1: the mean over the mini-batch's tokens, as here; Eq. 4: each sequence's mean first. τ = 0.8, k = 16, ε = 0.2, "
+        "both terms with factor 1; Â, p̃ and H_T detached."
+    ),
 )

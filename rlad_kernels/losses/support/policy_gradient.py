@@ -142,6 +142,10 @@ add_method(
     formula="Σ_S −min(r_v A_v, clip(r_v)A_v), A_v = −q̂_old,v(log q_old,v − log p_v)",
     paper="arXiv 2604.13016",
     confidence="A",
+    published=(
+        "The script: token mean, K = 16 of the student's top-K, weights student_p, no KL, temperature 1; rewards detached. Whether "
+        "verl's dual clip of 3 holds for candidates was not read (none here)."
+    ),
 )
 add_method(
     "verl_topk_pg",
@@ -150,4 +154,8 @@ add_method(
     formula="−min(rÂ, clip(r)Â) with dual clip 3, Â = −sg(clip(Σ_S p(log p − log q), 0, 10))",
     paper="verl trainer/distillation, use_policy_gradient",
     confidence="A",
+    published=(
+        "0.9.1: token mean, clip 0.2, dual clip 3, top 128, log-probs at least −10, the KL cut to [0, 10] and detached; the "
+        "divergence is of the current policy. The same here for any K."
+    ),
 )

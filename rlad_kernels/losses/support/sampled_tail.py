@@ -115,4 +115,5 @@ add_method(
     paper="EMA-PG (LunjunZhang/ema-pg)",
     confidence="A",
     note="As published the expected gradient also lowers the student's mass on S; unbiased=True does not.",
+    published="K = 32; 0.001 × this beside GRPO with clip (0.2, 0.28), e^{s−o} on the tail; token mean here, there not read.",
 )

@@ -181,8 +181,8 @@ def topk_kl_cpu(
 on_cpu("topk_kl", topk_kl_cpu)
 
 
-def _add(name: str, loss: TopKKL, formula: str, paper: str, confidence: str = "A", note: str = "") -> None:
-    add_method(name, "top-k", loss, formula=formula, paper=paper, confidence=confidence, note=note)
+def _add(name: str, loss: TopKKL, formula: str, paper: str, confidence: str = "A", **described: str) -> None:
+    add_method(name, "top-k", loss, formula=formula, paper=paper, confidence=confidence, **described)
 
 
 _add(
@@ -191,6 +191,10 @@ _add(
     "Σ_S q̂(log q̂ − log p̂), S = teacher's top-K, both renormalised",
     "arXiv 2603.25562",
     note="Nothing holds the mass outside S: its gradient there is exactly 0. y only sets the context.",
+    published=(
+        "Eq. 8: the mean over all tokens of the group, backpropagated without weights; K = 32 in the script (16 in another), no "
+        "clamp of the log-ratio, factor 1; whether the context was sampled with top-p does not enter. The same here."
+    ),
 )
 _add(
     "lsm_sampled",
@@ -198,6 +202,7 @@ _add(
     "Σ_S q̂(log q̂ − log p̂), S = teacher's top-K ∪ {y} (with_sampled)",
     "arXiv 2603.25562",
     note="Pass rk.supports.with_sampled(teacher, target). The mass outside S is not held either.",
+    published="The ablation that is best in the paper: as lsm, y appended where S lacks it. The same here.",
 )
 _add(
     "ta_opd",
@@ -206,6 +211,10 @@ _add(
     "arXiv 2608.14728",
     "C",
     note="Holds the mass outside S, as one bucket.",
+    published=(
+        "Secondary sources: reverse KL on the teacher's top-K and one tail class; K and the reduction were not read (token mean "
+        "here)."
+    ),
 )
 _add(
     "verl_forward_kl_topk",
@@ -213,6 +222,10 @@ _add(
     "clip(Σ_S p(log p − log q), 0, 10), log-probs ≥ −10",
     "verl trainer/distillation",
     note="The floor and the clip kill the gradient where they bind.",
+    published=(
+        "0.9.1: token mean, top 128, log-probs of both at least −10, the sum cut to [0, 10], factor 1 beside the task's loss; no "
+        "renormalising. The same here for any K."
+    ),
 )
 _add(
     "nemo_rl_mixed",
@@ -220,12 +233,20 @@ _add(
     "½KL(p̂‖q̂) + ½KL(q̂‖p̂) on S",
     "NeMo-RL DistillationLossFn",
     note="Nothing holds the mass outside S.",
+    published=(
+        "The config's defaults: kl_type mixed with weight 0.5, zero_outside_topk false, both sides log-softmaxed over the K "
+        "logits, token mean over all ranks. The same here."
+    ),
 )
 _add(
     "nemo_rl_zero_outside",
     TopKKL("mixed", normalize="teacher", outside_logp=-100.0),
     "½Σ_S p̂ log(p̂/q) + ½Σ_S q log(q/p̂) + ½Σ_{v∉S} q(log q + 100)",
     "NeMo-RL DistillationLossFn, zero_outside_topk",
+    published=(
+        "zero_outside_topk: the student's own log-probs, the teacher's over its K, −100 outside, no such term in the forward KL; "
+        "token mean over all ranks. The same here."
+    ),
 )
 _add(
     "ms_swift_topk",
@@ -233,10 +254,18 @@ _add(
     "½KL(p̂‖m) + ½KL(q̂‖m), m = ½p̂ + ½q̂",
     "ms-swift gkd_loss",
     note="Nothing holds the mass outside S.",
+    published=(
+        "β = 0.5, both sides renormalised over the teacher's top-K after the temperature; its reduction was not read again (token "
+        "mean here)."
+    ),
 )
 _add(
     "trl_server_distillation",
     TopKKL("forward", normalize="tail"),
     "Σ_S p log(p/q) + p_τ log(p_τ/q_τ), τ the tail as one bucket",
     "TRL server_distillation",
+    published=(
+        "The trainer with beta = 0, where its default of 1 is the reverse KL on y alone; loss_add_tail (its default), loss_top_k "
+        "from 1, token mean. The same here."
+    ),
 )

@@ -136,13 +136,72 @@ class SkewRKL(Divergence):
         return _mix(0, 1, 1 - self.lam) if self.lam else sym(0, 1)
 
 
-add_divergence("forward_kl", ForwardKL(), "Σp·log(p/q)", "arXiv 1503.02531", "A")
-add_divergence("reverse_kl", ReverseKL(), "Σq·log(q/p)", "arXiv 2306.08543", "A")
-add_divergence("jeffreys", Jeffreys(), "½KL(p‖q) + ½KL(q‖p)", "textbook", "D")
 add_divergence(
-    "gkd_jsd", JSD(0.5), "β·KL(p‖m) + (1−β)·KL(q‖m), m = βp + (1−β)q", "arXiv 2306.13649", "A",
+    "forward_kl",
+    ForwardKL(),
+    "Σp·log(p/q)",
+    "arXiv 1503.02531",
+    "A",
+    published=(
+        "Soft targets at temperature T, the loss times T², beside the data's cross-entropy; an example is a class, not a sequence. "
+        "Here T = 1 unless the heads have one, no factor, the mean over tokens."
+    ),
+)
+add_divergence(
+    "reverse_kl",
+    ReverseKL(),
+    "Σq·log(q/p)",
+    "arXiv 2306.08543",
+    "A",
+    published=(
+        "The KL of whole sequences by a policy gradient with teacher-mixed sampling (0.2) and length normalisation. Here its "
+        "single-step part, exact over the vocabulary, as in the code of DistiLLM and TRL; the mean over tokens."
+    ),
+)
+add_divergence(
+    "jeffreys",
+    Jeffreys(),
+    "½KL(p‖q) + ½KL(q‖p)",
+    "textbook",
+    "D",
+    published="No source of its own: the mean of the two KLs, over tokens.",
+)
+add_divergence(
+    "gkd_jsd",
+    JSD(0.5),
+    "β·KL(p‖m) + (1−β)·KL(q‖m), m = βp + (1−β)q",
+    "arXiv 2306.13649",
+    "A",
     note="β = 0 and 1 are the forward and the reverse KL, as in TRL and Liger; the formula itself tends to 0 there.",
-)  # fmt: skip
-add_divergence("skew_kl", SkewKL(0.1), "KL(p‖λp + (1−λ)q)", "arXiv 2402.03898", "A")
-add_divergence("skew_rkl", SkewRKL(0.1), "KL(q‖(1−λ)p + λq)", "arXiv 2402.03898", "A")
-add_divergence("multi_teacher_rkl", ReverseKL(), "Σ_i w_i·KL(q‖p_i)", "DeepSeek-V4 report", "C")
+    published=(
+        "The mean over a sequence's tokens, then over sequences; β from 0.1 to 0.9; no gradient through the sampling. Here the "
+        "mean over tokens, as in TRL, whose default β is 0.5."
+    ),
+)
+add_divergence(
+    "skew_kl",
+    SkewKL(0.1),
+    "KL(p‖λp + (1−λ)q)",
+    "arXiv 2402.03898",
+    "A",
+    published="λ = 0.1, the mean over the labelled tokens; the code drops Σp·log p, which has no gradient. The same gradient here.",
+)
+add_divergence(
+    "skew_rkl",
+    SkewRKL(0.1),
+    "KL(q‖(1−λ)p + λq)",
+    "arXiv 2402.03898",
+    "A",
+    published="λ = 0.1, the mean over the labelled tokens; the gradient through the mixture too. The same here.",
+)
+add_divergence(
+    "multi_teacher_rkl",
+    ReverseKL(),
+    "Σ_i w_i·KL(q‖p_i)",
+    "DeepSeek-V4 report",
+    "C",
+    published=(
+        "Secondary sources: exact over the vocabulary, weights w_i of the domains' teachers; the weights and the reduction were "
+        "not seen (token mean here)."
+    ),
+)

@@ -113,11 +113,44 @@ class TotalVariation(Divergence):
         return Kind("total_variation")
 
 
-add_divergence("abkd", AlphaBeta(0.2, 0.7), "−Σ[p^α q^β − α/(α+β)·p^(α+β) − β/(α+β)·q^(α+β)]/(αβ)", "arXiv 2505.04560", "A")
-add_divergence("alpha_divergence", AlphaDivergence(0.5), "(1 − Σp^α q^(1−α))/(α(1−α))", "textbook", "D")
 add_divergence(
-    "power_divergence", PowerDivergence(2 / 3), "Σp[(p/q)^λ − 1]/(λ(λ+1))", "Cressie and Read 1984", "B",
+    "abkd",
+    AlphaBeta(0.2, 0.7),
+    "−Σ[p^α q^β − α/(α+β)·p^(α+β) − β/(α+β)·q^(α+β)]/(αβ)",
+    "arXiv 2505.04560",
+    "A",
+    published="The code: α = 0.2, β = 0.7 for GPT-2, the mean over the labelled tokens, p detached. The same here.",
+)
+add_divergence(
+    "alpha_divergence",
+    AlphaDivergence(0.5),
+    "(1 − Σp^α q^(1−α))/(α(1−α))",
+    "textbook",
+    "D",
+    published="No source of its own: abkd's with β = 1 − α, the mean over tokens; α = 0.5 is four times hellinger.",
+)
+add_divergence(
+    "power_divergence",
+    PowerDivergence(2 / 3),
+    "Σp[(p/q)^λ − 1]/(λ(λ+1))",
+    "Cressie and Read 1984",
+    "B",
     note="REDistill's own equation was not read: this is the textbook direction, which weighs p > q up.",
-)  # fmt: skip
-add_divergence("hellinger", Hellinger(), "1 − Σ√(pq)", "textbook", "D")
-add_divergence("total_variation", TotalVariation(), "½Σ|p − q|", "arXiv 2604.00626", "A")
+    published="A goodness-of-fit statistic, λ = 2/3, twice this times the sample size; the mean over tokens here.",
+)
+add_divergence(
+    "hellinger",
+    Hellinger(),
+    "1 − Σ√(pq)",
+    "textbook",
+    "D",
+    published="No source of its own: the squared distance, the mean over tokens.",
+)
+add_divergence(
+    "total_variation",
+    TotalVariation(),
+    "½Σ|p − q|",
+    "arXiv 2604.00626",
+    "A",
+    published="The survey's D_f with f = ½·abs(u − 1); DistiLLM's code has the mean over the labelled tokens, as here.",
+)

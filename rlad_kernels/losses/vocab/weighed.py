@@ -109,14 +109,38 @@ class TAID(Divergence):
 
 
 add_divergence(
-    "todi", ToDi(1.0), "Σ[σ·p·w − (1−σ)·q·w], w = log p − log q, σ = sg sigmoid(w)", "arXiv 2505.16297", "A",
+    "todi",
+    ToDi(1.0),
+    "Σ[σ·p·w − (1−σ)·q·w], w = log p − log q, σ = sg sigmoid(w)",
+    "arXiv 2505.16297",
+    "A",
     note="The forward KL dominates where the student is below the teacher.",
-)  # fmt: skip
+    published=(
+        "The code: β = 1 (there is none in the paper's form), in float32, the weights detached; its reduction was not read again "
+        "(the mean over tokens here)."
+    ),
+)
 add_divergence(
-    "akl", AKL(0.5), "(g_head·KL(p‖q) + g_tail·KL(q‖p))/(g_head + g_tail), g = sg Σ|p − q|", "arXiv 2404.02657", "A",
+    "akl",
+    AKL(0.5),
+    "(g_head·KL(p‖q) + g_tail·KL(q‖p))/(g_head + g_tail), g = sg Σ|p − q|",
+    "arXiv 2404.02657",
+    "A",
     note="Sorts the vocabulary of each token.",
-)  # fmt: skip
+    published=(
+        "The code: μ = 0.5 and the top token in the head, gaps detached, the mean over the labelled tokens; what ties with the "
+        "head's last token is cut by the sort there, inside here."
+    ),
+)
 add_divergence(
-    "taid", TAID(0.4), "KL(p_τ‖q), p_τ = sg softmax((1−τ)·z_student + τ·z_teacher)", "arXiv 2501.16937", "A",
+    "taid",
+    TAID(0.4),
+    "KL(p_τ‖q), p_τ = sg softmax((1−τ)·z_student + τ·z_teacher)",
+    "arXiv 2501.16937",
+    "A",
     note="The mixture is of logits, not of probabilities; τ rises from 0.4 to 1 in training.",
-)  # fmt: skip
+    published=(
+        "The code: cross-entropy to p_τ, detached; τ from 0.4 to 1, moved by the loss (α = 5e-4, momentum 0.99); its reduction was "
+        "not read again. Here the KL, which has the same gradient, τ as given, the mean over tokens."
+    ),
+)
