@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.official import SEEDS, compare, openrlhf, present, trl, verl
-from tests.oracles import DTYPES
+from tests.official import SEEDS, compare, openrlhf, runs, trl, verl
 from tests.trl_runs import needs_trl
 
 ROOT = Path(__file__).parent.parent
@@ -28,15 +27,13 @@ def doubled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("doubled")
 @pytest.mark.skipif(openrlhf.MISSING, reason="openrlhf is not installed: see the Makefile")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", present(openrlhf.CASES))
+@pytest.mark.parametrize(("name", "dtype"), runs(openrlhf.CASES))
 def test_openrlhf(name: str, dtype: torch.dtype) -> None:
     assert sum(compare(openrlhf.CASES[name], seed, dtype) for seed in SEEDS)
 
 
 @needs_trl
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", present(trl.CASES))
+@pytest.mark.parametrize(("name", "dtype"), runs(trl.CASES))
 def test_trl(name: str, dtype: torch.dtype) -> None:
     assert sum(compare(trl.CASES[name], seed, dtype) for seed in SEEDS)
 
@@ -50,8 +47,7 @@ def failed_with_verl() -> dict[str, str]:
 
 
 @pytest.mark.skipif(verl.MISSING, reason="verl is not installed: see the Makefile")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", present(verl.CASES))
+@pytest.mark.parametrize(("name", "dtype"), runs(verl.CASES))
 def test_verl(name: str, dtype: torch.dtype) -> None:
     failed = failed_with_verl().get(f"{name}, {dtype}")
     assert failed is None, failed

@@ -32,6 +32,7 @@ class Case:
     leaf: str = "logp"
     per_sequence: bool = False  # one advantage a sequence
     guard: float = 0.0  # what they add to a divisor
+    selects: bool = False  # the roundings of a budget would change which tokens they choose: float64 alone has a budget
 
 
 def batch(seed: int, per_sequence: bool = False) -> Given:
@@ -112,6 +113,7 @@ def compare(case: Case, seed: int, dtype: torch.dtype) -> bool:
     return bool(grad.any())
 
 
-def present(cases: dict[str, Case]) -> dict[str, Case]:
-    """The cases whose method, the first word of their name, is registered."""
-    return {name: case for name, case in cases.items() if name.split(",")[0].split(" ")[0] in METHODS}
+def runs(cases: dict[str, Case]) -> list[tuple[str, torch.dtype]]:
+    """The cases whose method, the first word of their name, is registered, in each dtype."""
+    names = [name for name in cases if name.split(",")[0].split(" ")[0] in METHODS]
+    return [(n, dtype) for n in names for dtype in (torch.float32, torch.float64) if dtype.itemsize == 8 or not cases[n].selects]
