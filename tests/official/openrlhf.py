@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 from torch import Tensor
 
@@ -22,13 +21,17 @@ MISSING = find_spec("openrlhf") is None
 
 @cache
 def modules() -> tuple[ModuleType, ModuleType]:
-    """``openrlhf.models.loss`` and ``.utils`` without their package's ``__init__``; nothing of it stays in ``sys.modules``."""
+    """``openrlhf.models.loss`` and ``.utils`` without their package's ``__init__``; neither it nor deepspeed stays a module."""
     spec = find_spec("openrlhf")
     assert spec is not None and spec.submodule_search_locations is not None
     package, deepspeed = ModuleType("openrlhf.models"), ModuleType("deepspeed")
     package.__path__ = [str(Path(next(iter(spec.submodule_search_locations))) / "models")]
-    with patch.dict(sys.modules, {"openrlhf.models": package, "deepspeed": deepspeed}):
+    sys.modules |= {"openrlhf.models": package, "deepspeed": deepspeed}
+    try:
         return import_module("openrlhf.models.loss"), import_module("openrlhf.models.utils")
+    finally:  # what else they have imported stays: parts of torch cannot be imported twice
+        for name in [n for n in sys.modules if n.split(".")[0] in ("openrlhf", "deepspeed")]:
+            del sys.modules[name]
 
 
 def policy(x: Given, **options: Any) -> Tensor:
