@@ -262,7 +262,13 @@ def bytes_case(rank: int, world: int) -> None:
         assert sends(lambda: rk.linear_logp(x, head, target).logp.sum().backward()) == (4 * n * 7, 4 * n * d)
         assert sends(lambda: rk.linear_loss(x, head, target, loss, **given)) == (4 * n * 7, 4 * n * d)
         assert sends(lambda: rk.linear_topk(hidden, head, k)) == (4 * n * (6 + 2 * k), 0)
+        assert sends(lambda: rk.linear_topk(hidden, head, k, target=target)) == (4 * n * (7 + 2 * k), 0)
         assert sends(lambda: rk.linear_gather(hidden, head, ids)) == (0, 4 * n * k)
+        two = ([hidden, hidden], [head, head], rk.losses.JSD(0.5))
+        assert sends(lambda: rk.linear_divergence_loss(x, head, *two, teacher_weights=[0.5, 0.5])) == (
+            4 * n * (6 + 6 * 2),
+            4 * n * (4 * 2 + d),
+        )
     finally:
         dist.all_gather, dist.all_reduce = gather, reduce
 

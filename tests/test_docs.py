@@ -219,6 +219,19 @@ def test_the_examples_of_the_page_run() -> None:
 
 
 @pytest.mark.cpu
+def test_the_page_about_scale_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    head, model = blocks(ROOT / "docs" / "scale.md")
+    world: dict[str, Any] = {}
+    try:
+        exec(head, world)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert world["hidden"].grad.abs().sum() > 0 and world["weight"].grad.shape == (1000, 64)
+    exec(model, {})
+    assert capsys.readouterr().out.splitlines() == [x.removeprefix("# ") for x in model.splitlines() if x.startswith("# ")]
+
+
+@pytest.mark.cpu
 def test_the_sequence_level_gradient_varies_more_and_more(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     facts = loaded("examples/facts_variance.py")
     slopes = facts.main(["--samples", "400", "--longest", "32", "--out", str(tmp_path)])
