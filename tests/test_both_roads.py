@@ -104,6 +104,7 @@ def test_both_roads_compile_for_any_number_of_tokens(name: str) -> None:
         assert len(graphs) == 1
 
 
+@pytest.mark.slow_interpreted  # the same on every backend
 @pytest.mark.parametrize("name", LOSSES)
 def test_products_are_what_the_loss_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tile's logits are one product, its share of d_hidden or d_weight another: all columns of all rows together make one."""
