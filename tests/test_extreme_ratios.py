@@ -23,7 +23,7 @@ from tests.oracles import kl_estimate, straight_through, surrogate
 
 FAMILY = [name for name, method in METHODS.items() if method.family == "ratio"]
 SUM = rk.Reduction(denominator=1.0)
-WEIGHED = ("tis", "icepop")  # by e^{o − μ}, which may underflow beside an r that overflows
+WEIGHED = ("tis", "icepop", "seq_tis", "seq_mis")  # by e^{o − μ}, which may underflow beside an r that overflows
 
 
 @pytest.mark.parametrize("name", FAMILY)

@@ -63,6 +63,7 @@ class RLAD(TRRD):
         return ("logp", *self.topk.read()) if self.topk else self.reads
 
     def prepare(self, batch: Batch, tensors: Tensors) -> Tensors:
+        tensors = super().prepare(batch, tensors)
         rest, teacher = {k: x for k, x in tensors.items() if k != "teacher"}, tensors.get("teacher")
         if rest.get("teacher_logp") is None:
             if teacher is None or teacher.target_logp is None:

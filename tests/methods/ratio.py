@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlad_kernels.losses import Rollout
 from tests.oracles import kl_estimate, reduced, straight_through, surrogate
 
 Inputs = dict[str, Any]
@@ -57,6 +58,27 @@ def tis(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, rollou
 def icepop(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, rollout_logp: Tensor) -> Tensor:
     x = (old_logp - rollout_logp).exp()
     return reduced(x * ((x >= 0.5) & (x <= 5)) * surrogate(logp, old_logp, advantages), mask, "seq-mean-token-mean")
+
+
+def sequence_weight(old_logp: Tensor, rollout_logp: Tensor, mask: Tensor) -> Tensor:
+    """Π π_old/μ over each sequence's kept tokens, at each of its tokens."""
+    rows = [(o - m)[k].sum().exp() for o, m, k in zip(old_logp, rollout_logp, mask, strict=True)]
+    return torch.stack(rows)[:, None].expand_as(old_logp)
+
+
+def seq_tis(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, rollout_logp: Tensor) -> Tensor:
+    weight = sequence_weight(old_logp, rollout_logp, mask).clamp(max=2)
+    return (weight * surrogate(logp, old_logp, advantages))[mask].mean()
+
+
+def seq_mis(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, rollout_logp: Tensor) -> Tensor:
+    x = sequence_weight(old_logp, rollout_logp, mask)
+    return torch.where((x >= 0.5) & (x <= 2), x * surrogate(logp, old_logp, advantages), 0)[mask].mean()
+
+
+def geo_rs(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, rollout_logp: Tensor, rollout: Any) -> Tensor:
+    x = (sequence_weight(old_logp, rollout_logp, mask).log() / mask.sum(1, keepdim=True).clamp(min=1)).exp()
+    return torch.where((x >= rollout.low) & (x <= rollout.high), surrogate(logp, old_logp, advantages), 0)[mask].mean()
 
 
 def sequence_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
@@ -158,10 +180,12 @@ def sdar(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tenso
     return (surrogate(logp, old_logp, advantages) + 0.01 * gate * (teacher_logp - logp))[mask].mean()
 
 
-OPTIONS: dict[str, Inputs] = {"dr_grpo": {"denominator": 4 * 16.0}, "opd_clipped": {"gamma": 0.9}}
+GEO_RS = Rollout("reject", 0.7, 1.4, level="geometric")  # wide enough for random policies
+OPTIONS: dict[str, Inputs] = {"dr_grpo": {"denominator": 4 * 16.0}, "opd_clipped": {"gamma": 0.9}, "geo_rs": {"rollout": GEO_RS}}
 ORACLES = {
     "grpo": grpo, "dr_grpo": dr_grpo, "dapo": dapo, "bnpo": bnpo, "tis": tis, "icepop": icepop, "gspo": gspo, "gspo_token":
     gspo_token, "cispo": cispo, "sapo": sapo, "trrd": trrd, "opd": opd, "opd_clipped": opd_clipped, "exopd": exopd, "mopd":
     mopd, "kdrl": kdrl, "kdrl_in_reward": kdrl_in_reward, "kdrl_wrong": kdrl_wrong, "kdrl_wrong_groups": kdrl_wrong_groups,
     "srpo": srpo, "hdpo": hdpo, "rlsd": rlsd, "sdar": sdar,
+    "seq_tis": seq_tis, "seq_mis": seq_mis, "geo_rs": geo_rs,
 }  # fmt: skip

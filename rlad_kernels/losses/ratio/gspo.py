@@ -56,7 +56,7 @@ class GSPO(ClippedLoss):
         check_choice(self.name, "level", self.level, LEVELS)
 
     def prepare(self, batch: Batch, tensors: Tensors) -> Tensors:
-        return {**tensors, "keep": batch.keep, "sequence": batch.sequence("the ratio")}
+        return {**super().prepare(batch, tensors), "keep": batch.keep, "sequence": batch.sequence("the ratio")}
 
     def tokens(
         self,
@@ -70,7 +70,7 @@ class GSPO(ClippedLoss):
         rollout_logp: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
         logp = scores.logp
-        advantages, found = self.weighed(advantages, logp, old_logp, rollout_logp)
+        advantages, found = self.weighed(advantages, logp, old_logp, rollout_logp, (keep, sequence))
         log_ratio = sequence_mean(logp - old_logp, keep, sequence)
         if self.level == "sequence-token":
             log_ratio = log_ratio.detach() + (logp - logp.detach())

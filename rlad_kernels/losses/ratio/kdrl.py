@@ -75,7 +75,7 @@ class KDRL(ClippedLoss):
         return (*super().needed(), *TAUGHT[self.teach])
 
     def prepare(self, batch: Batch, tensors: Tensors) -> Tensors:
-        rest = {k: x for k, x in tensors.items() if k not in ("correct", "group_ids")}
+        rest = {k: x for k, x in super().prepare(batch, tensors).items() if k not in ("correct", "group_ids")}
         if self.teach == "all":
             return rest
         right = correct_tokens(batch, tensors["correct"])

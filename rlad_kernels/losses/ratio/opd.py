@@ -78,6 +78,7 @@ class OPD(ClippedLoss):
         return torch.where(invalid, 0, reward), invalid
 
     def prepare(self, batch: Batch, tensors: Tensors) -> Tensors:
+        tensors = super().prepare(batch, tensors)
         if not self.gamma:
             return tensors
         sequence = batch.sequence("gamma")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.token_loss import Metrics, TokenLoss
+from rlad_kernels.core.token_loss import Batch, Metrics, Tensors, TokenLoss
 from rlad_kernels.losses.ratio.kl import NO_KL, Reference
 from rlad_kernels.losses.ratio.rollout import TIS, Rollout
 from rlad_kernels.losses.ratio.surrogate import Anchor, check_clip, clipped_surrogate
@@ -32,20 +32,49 @@ class SampledLoss(TokenLoss):
         if not isinstance(self.reference, Reference):
             raise ValueError(f"{self.name}: reference must be a Reference(coef, estimator), got {self.reference!r}")
         if not isinstance(self.rollout, Rollout | None):
-            raise ValueError(f"{self.name}: rollout must be a Rollout(form, low, high, policy) or None, got {self.rollout!r}")
+            raise ValueError(
+                f"{self.name}: rollout must be a Rollout(form, low, high, policy, level) or None, got {self.rollout!r}"
+            )
         self.reference.check(self.name)
         if self.rollout is not None:
             self.rollout.check(self.name)
+            if self.rollout.policy == "current" and self.rollout.level != "token" and self.rowwise:
+                raise ValueError(
+                    f"{self.name}: rollout.level must be 'token' for the current policy, whose other tokens this loss does not "
+                    f"read, or rollout.policy 'old'; got {self.rollout!r}"
+                )
 
     def needed(self) -> tuple[str, ...]:
         asked = {"ref_logp": self.reference.coef != 0, "rollout_logp": self.rollout is not None}
         return (*self.needs, *(k for k, needed in asked.items() if needed and k not in self.needs))
 
-    def weighed(self, advantages: Tensor, logp: Tensor, old_logp: Tensor, rollout_logp: Tensor | None) -> tuple[Tensor, Metrics]:
-        """Advantages times the weights of ``rollout``, and its metrics."""
+    def prepare(self, batch: Batch, tensors: Tensors) -> Tensors:
+        """With the old policy's sequences in ``rollout`` log x takes the place of ``rollout_logp``: it is given as a whole."""
+        rollout, mu = self.rollout, tensors.get("rollout_logp")
+        if mu is None or rollout is None or rollout.level == "token" or rollout.policy == "current":
+            return tensors
+        log_x = rollout.log_ratio(tensors["old_logp"] - mu, batch.keep, batch.sequence("rollout.level"))
+        return {**tensors, "rollout_logp": log_x}
+
+    def weighed(
+        self,
+        advantages: Tensor,
+        logp: Tensor,
+        old_logp: Tensor,
+        rollout_logp: Tensor | None,
+        among: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Metrics]:
+        """Advantages times the weights of ``rollout``, and its metrics; ``among``: kept tokens and sequences of a whole batch."""
         if rollout_logp is None:
             return advantages, {}
-        return (self.rollout or TIS).weigh(advantages, logp, old_logp, rollout_logp)
+        rollout = self.rollout or TIS
+        if rollout.level != "token" and rollout.policy == "old":
+            return rollout.weigh(advantages, rollout_logp)
+        log_x = (old_logp if rollout.policy == "old" else logp) - rollout_logp
+        if rollout.level != "token":
+            assert among is not None
+            log_x = rollout.log_ratio(log_x, *among)
+        return rollout.weigh(advantages, log_x)
 
 
 @dataclass(frozen=True, kw_only=True)

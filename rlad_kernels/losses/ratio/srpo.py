@@ -40,7 +40,7 @@ class SRPO(ClippedLoss):
     needs = ("old_logp", "advantages", "teacher_logp", "correct")
 
     def prepare(self, batch: Batch, tensors: Tensors) -> Tensors:
-        return {**tensors, "correct": correct_tokens(batch, tensors["correct"])}
+        return {**super().prepare(batch, tensors), "correct": correct_tokens(batch, tensors["correct"])}
 
     def tokens(
         self, scores: TokenScores, *, old_logp: Tensor, advantages: Tensor, teacher_logp: Tensor, correct: Tensor, **shared: Any

@@ -63,7 +63,7 @@ class EOPD(ClippedLoss):
         for field in ("target_logp", "entropy"):
             if getattr(tensors["teacher"], field) is None:
                 raise ValueError(f"{self.name}: teacher.{field} is None; linear_topk(…, target=…, entropy=True) gives it")
-        return tensors
+        return super().prepare(batch, tensors)
 
     def tokens(self, scores: TokenScores, *, old_logp: Tensor, teacher: TopK, **shared: Any) -> tuple[Tensor, Metrics]:
         t, entropy = teacher.target_logp, teacher.entropy

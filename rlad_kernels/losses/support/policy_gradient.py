@@ -126,7 +126,7 @@ class TopKAdvantage(ClippedLoss):
         return ("logp", *self.topk.read())
 
     def prepare(self, batch: Batch, tensors: Tensors) -> Tensors:
-        return self.topk.prepare(batch, tensors)
+        return self.topk.prepare(batch, super().prepare(batch, tensors))
 
     def tokens(self, scores: TokenScores, *, old_logp: Tensor, teacher: TopK, **shared: Any) -> tuple[Tensor, Metrics]:
         with torch.no_grad():
