@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels.losses import GRPO, GSPO, MOPD, Rollout
+from rlad_kernels.losses import GRPO, GSPO, MOPD, VESPO, Rollout
 from rlad_kernels.losses.ratio.sampled import SampledLoss
 from tests.test_both_roads import World
 
@@ -95,7 +95,7 @@ def test_sequences_of_one_token_are_tokens(level: str) -> None:
     torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
 
 
-SAMPLED = {k: m.loss for k, m in rk.METHODS.items() if isinstance(m.loss, SampledLoss) and not isinstance(m.loss, MOPD)}
+SAMPLED = {k: m.loss for k, m in rk.METHODS.items() if isinstance(m.loss, SampledLoss) and not isinstance(m.loss, MOPD | VESPO)}
 
 
 @pytest.mark.parametrize("name", SAMPLED)

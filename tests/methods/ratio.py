@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -81,6 +82,10 @@ def geo_rs(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, rol
     return torch.where((x >= rollout.low) & (x <= rollout.high), surrogate(logp, old_logp, advantages), 0)[mask].mean()
 
 
+def reinforce(logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    return reduced(-advantages * logp, mask, "seq-mean-token-sum")
+
+
 def sequence_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
     """log r_i of each sequence, at each of its tokens."""
     means = [(s - o)[m].mean() if m.any() else s.sum() * 0 for s, o, m in zip(logp, old_logp, mask, strict=True)]
@@ -96,6 +101,21 @@ def gspo_token(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor)
     value = sequence_ratio(logp, old_logp, mask)
     log_r = straight_through(logp, value, torch.ones_like(value))
     return reduced(surrogate(log_r, log_r * 0, advantages, clip=(3e-4, 4e-4)), mask, "seq-mean-token-mean")
+
+
+def luspo(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """Each sequence's GSPO loss times its length, mean over the sequences."""
+    log_r = sequence_ratio(logp, old_logp, mask)
+    token = surrogate(log_r, log_r * 0, advantages, clip=(3e-4, 4e-4))
+    losses = [token[i][kept].mean() * kept.sum() for i, kept in enumerate(mask) if kept.any()]
+    return torch.stack(losses).mean()
+
+
+def vespo(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    gap = (logp.detach() - old_logp).clamp(-20, 20)
+    w = sequence_weight(gap, torch.zeros_like(gap), mask).clamp(1e-8, math.exp(20))
+    phi = torch.where(advantages >= 0, w**2 * (3 * (1 - w)).exp(), w**3 * (2 * (1 - w)).exp())
+    return (-phi * advantages * logp)[mask].mean()
 
 
 def cispo(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
@@ -187,5 +207,5 @@ ORACLES = {
     gspo_token, "cispo": cispo, "sapo": sapo, "trrd": trrd, "opd": opd, "opd_clipped": opd_clipped, "exopd": exopd, "mopd":
     mopd, "kdrl": kdrl, "kdrl_in_reward": kdrl_in_reward, "kdrl_wrong": kdrl_wrong, "kdrl_wrong_groups": kdrl_wrong_groups,
     "srpo": srpo, "hdpo": hdpo, "rlsd": rlsd, "sdar": sdar,
-    "seq_tis": seq_tis, "seq_mis": seq_mis, "geo_rs": geo_rs,
+    "reinforce": reinforce, "luspo": luspo, "vespo": vespo, "seq_tis": seq_tis, "seq_mis": seq_mis, "geo_rs": geo_rs,
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """The eight losses of Liger's and TRL's GRPO on log-probs ``(B, T)``, of the library's own parts and reductions.
 
 The clipped ones are its surrogate and not :class:`GRPO` or :class:`CISPO`, whose options are checked as those methods': here δ and
-the upper bound may be below 1. VESPO's weights and the bias-corrected KL are formulas of this file, as no method has them.
+the upper bound may be below 1. The bias-corrected KL is a formula of this file, as no method has it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rlad_kernels.losses.ratio.sapo import SAPO
 from rlad_kernels.losses.ratio.sequences import sequence_mean
 from rlad_kernels.losses.ratio.slopes import WithSlope, times, weighted_slope
 from rlad_kernels.losses.ratio.surrogate import clipped_surrogate
+from rlad_kernels.losses.ratio.vespo import LARGEST, LOWEST, gamma_weights
 
 NAME = "LigerFusedLinearGRPOLoss"
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -179,17 +180,14 @@ def corrected_kl(s: Tensor, ref: Tensor, old: Tensor, keep: Tensor, sequence: Te
 
 
 def vespo_weights(o: Options, log_ratio: Tensor, advantages: Tensor, is_ratio: Tensor | None) -> Tensor:
-    """φ(w) = e^λ·w^k·e^(−λw) of the sequence's ratio w, in log space, ``(B, T)``; constant in the loss."""
-    floor = math.log(1e-8)
+    """:class:`VESPO`'s weights, whose ratio takes vLLM's as a factor, ``(B, T)``; constant in the loss."""
     log_w = log_ratio.clamp(-20, 20).sum(1, keepdim=True)
     if is_ratio is not None:
-        log_w = log_w + is_ratio.log().clamp(floor, 20).sum(1, keepdim=True)
-    log_w = log_w.clamp(floor, 20)
-    up = advantages >= 0
-    k = torch.where(up, torch.full_like(log_ratio, o.vespo_k_pos), o.vespo_k_neg)
-    lam = torch.where(up, torch.full_like(log_ratio, o.vespo_lambda_pos), o.vespo_lambda_neg).clamp(min=1e-4)
-    phi = (lam + k * log_w - lam * log_w.exp()).exp()
-    return torch.where(phi == torch.inf, 0, phi)  # as in both
+        log_w = log_w + is_ratio.log().clamp(LOWEST, LARGEST).sum(1, keepdim=True)
+    positive, negative = (
+        (k, max(rate, 1e-4)) for k, rate in ((o.vespo_k_pos, o.vespo_lambda_pos), (o.vespo_k_neg, o.vespo_lambda_neg))
+    )
+    return gamma_weights(log_w.expand_as(log_ratio), advantages >= 0, positive, negative)
 
 
 def _divisor(o: Options, keep: Tensor, items: Tensor | float | None) -> Tensor | float | None:

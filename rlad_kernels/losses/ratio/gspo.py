@@ -1,4 +1,4 @@
-"""GSPO: the clipped surrogate on a sequence's length-normalised ratio, and its token form (arXiv 2507.18071)."""
+"""GSPO: the clipped surrogate on a sequence's length-normalised ratio; its token form, and LUSPO (arXiv 2507.18071, 2602.05261)."""
 
 from __future__ import annotations
 
@@ -100,5 +100,17 @@ add_method(
     published=(
         "The mean of each sequence's tokens, then of the group's sequences; sg[r_i]·π/sg[π]; its clip is not stated apart from "
         "gspo's. The same here."
+    ),
+)
+add_method(
+    "luspo",
+    "ratio",
+    GSPO(reduction="seq-mean-token-sum"),
+    formula="−|y_i|·min(r_i Â, clip(r_i, 1−3e-4, 1+4e-4)Â), r_i = exp(mean_t(s − o))",
+    paper="arXiv 2602.05261",
+    confidence="A",
+    published=(
+        "GSPO with each sequence's loss times its length, as TRL and Liger have it: the mean over sequences of sums over tokens. "
+        "The clip is GSPO's; the paper's own was not read."
     ),
 )
