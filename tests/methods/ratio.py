@@ -123,6 +123,20 @@ def cispo(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> T
     return (-weight * advantages * logp)[mask].mean()
 
 
+def dppo_tv(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    moved = logp.detach().exp() - old_logp.exp()
+    inside = torch.where(advantages > 0, moved <= 0.15, moved >= -0.15)
+    return torch.where(inside, -(logp.detach() - old_logp).exp() * advantages * logp, 0)[mask].mean()
+
+
+def dppo_kl(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    s = logp.detach()
+    p, old = s.exp(), old_logp.exp()
+    kl = old * (old_logp - s) + (1 - old) * ((1 - old) / (1 - p)).log()
+    inside = (kl <= 0.05) | torch.where(advantages > 0, p <= old, p >= old)
+    return torch.where(inside, -(s - old_logp).exp() * advantages * logp, 0)[mask].mean()
+
+
 def sapo(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     tau = torch.where(advantages > 0, 1.0, 1.05).to(logp.dtype)
     gate = 4 / tau / (1 + torch.exp(-tau * ((logp - old_logp).exp() - 1)))
@@ -139,7 +153,7 @@ def opd(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, mask: Tensor) -> T
 
 def opd_clipped(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, mask: Tensor, gamma: float) -> Tensor:
     reward = torch.where(mask, teacher_logp - old_logp, 0)
-    total = [sum(gamma**j * reward[:, i + j] for j in range(LENGTH - i)) for i in range(LENGTH)]
+    total = [sum((gamma**j * reward[:, i + j] for j in range(1, LENGTH - i)), reward[:, i]) for i in range(LENGTH)]
     return surrogate(logp, old_logp, torch.stack(total, 1).clamp(-5, 5), dual=3.0)[mask].mean()
 
 
@@ -206,6 +220,6 @@ ORACLES = {
     "grpo": grpo, "dr_grpo": dr_grpo, "dapo": dapo, "bnpo": bnpo, "tis": tis, "icepop": icepop, "gspo": gspo, "gspo_token":
     gspo_token, "cispo": cispo, "sapo": sapo, "trrd": trrd, "opd": opd, "opd_clipped": opd_clipped, "exopd": exopd, "mopd":
     mopd, "kdrl": kdrl, "kdrl_in_reward": kdrl_in_reward, "kdrl_wrong": kdrl_wrong, "kdrl_wrong_groups": kdrl_wrong_groups,
-    "srpo": srpo, "hdpo": hdpo, "rlsd": rlsd, "sdar": sdar,
-    "reinforce": reinforce, "luspo": luspo, "vespo": vespo, "seq_tis": seq_tis, "seq_mis": seq_mis, "geo_rs": geo_rs,
+    "srpo": srpo, "hdpo": hdpo, "rlsd": rlsd, "sdar": sdar, "seq_tis": seq_tis, "seq_mis": seq_mis, "geo_rs": geo_rs,
+    "reinforce": reinforce, "luspo": luspo, "vespo": vespo, "dppo_tv": dppo_tv, "dppo_kl": dppo_kl,
 }  # fmt: skip
