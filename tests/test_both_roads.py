@@ -130,7 +130,7 @@ def test_products_are_what_the_loss_says(name: str, monkeypatch: pytest.MonkeyPa
 
 def test_most_methods_are_three_products() -> None:
     products = {name: loss.products for name, loss in LOSSES.items()}
-    assert {k for k, n in products.items() if n == 4} == {"gspo", "gspo_token", "luspo", "vespo"}
+    assert {k for k, n in products.items() if n == 4} == {"gspo", "gspo_token", "luspo", "vespo", "gmpo", "clip_cov", "kl_cov"}
     assert {k for k, n in products.items() if n == 0} == {"lsm", "lsm_sampled", "nemo_rl_mixed", "ms_swift_topk"}
 
 

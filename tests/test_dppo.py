@@ -54,6 +54,8 @@ def test_at_the_ends_of_the_probabilities(divergence: str) -> None:
     logp, old = torch.tensor([0.0, 0.0, -1.0, -inf, -3.0]), torch.tensor([0.0, -1.0, 0.0, -3.0, -inf])
     apart = binary_divergence(logp, old, divergence)
     assert not apart.isnan().any() and apart[0] == 0 and (apart[1:4] > 0.04).all()
+    assert binary_divergence(torch.tensor([1e-7]), torch.tensor([0.0]), "kl").abs() < 1e-6
+    assert binary_divergence(torch.tensor([1e-7]), torch.tensor([-1.0]), "kl") == inf
     for sign in (1.0, -1.0):
         s = logp.clone().requires_grad_()
         out = DPPO(divergence=divergence)(s, old_logp=old, advantages=torch.full((5,), sign), reduction=SUM)

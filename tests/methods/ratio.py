@@ -118,6 +118,46 @@ def vespo(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> T
     return (-phi * advantages * logp)[mask].mean()
 
 
+def gmpo(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    x = logp - old_logp
+    sides = torch.where(advantages > 0, x.clamp(max=0.4), torch.where(advantages < 0, x.clamp(min=-0.4), 0))
+    r = sequence_ratio(sides, torch.zeros_like(sides), mask).exp()
+    return reduced(-advantages * r, mask, "seq-mean-token-mean")
+
+
+def pspo(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    smoothed = 0.9 * (logp - old_logp).exp() + 0.1
+    return reduced(-smoothed * advantages, mask, "seq-mean-token-mean")
+
+
+def covariance(logp: Tensor, advantages: Tensor, mask: Tensor) -> tuple[list[int], Tensor]:
+    """The kept tokens' places, and cov of each token."""
+    s, a = logp.detach(), advantages
+    return [i for i, kept in enumerate(mask.flatten().tolist()) if kept], ((s - s[mask].mean()) * (a - a[mask].mean())).flatten()
+
+
+def clip_cov(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, fraction: float, bounds: tuple[float, float]
+) -> Tensor:
+    kept, cov = covariance(logp, advantages, mask)
+    r, a = (logp - old_logp).flatten().exp(), advantages.flatten()
+    free = [i for i in kept if not (a[i] > 0 and r[i] > 1.2) and not (a[i] < 0 and r[i] < 0.8)]
+    able = [i for i in free if bounds[0] < cov[i] < bounds[1]]
+    wanted = min(max(int(fraction * len(kept)), 1), len(able))
+    taken = [i for j, i in enumerate(able) if (j + 1) * wanted // len(able) > j * wanted // len(able)]
+    assert len(taken) == wanted
+    live = torch.tensor([i not in taken for i in range(cov.numel())]).view_as(mask)
+    return torch.where(live, surrogate(logp, old_logp, advantages), 0)[mask].mean()
+
+
+def kl_cov(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, fraction: float, coef: float) -> Tensor:
+    kept, cov = covariance(logp, advantages, mask)
+    held = sorted(kept, key=lambda i: -cov[i].item())[: max(int(fraction * len(kept)), 1)]
+    where = torch.tensor([i in held for i in range(cov.numel())]).view_as(mask)
+    token = -(logp - old_logp).exp() * advantages + torch.where(where, coef * (logp - old_logp).abs(), 0)
+    return token[mask].mean()
+
+
 def cispo(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     weight = (logp - old_logp).exp().clamp(0, 5).detach()
     return (-weight * advantages * logp)[mask].mean()
@@ -215,11 +255,15 @@ def sdar(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tenso
 
 
 GEO_RS = Rollout("reject", 0.7, 1.4, level="geometric")  # wide enough for random policies
-OPTIONS: dict[str, Inputs] = {"dr_grpo": {"denominator": 4 * 16.0}, "opd_clipped": {"gamma": 0.9}, "geo_rs": {"rollout": GEO_RS}}
+OPTIONS: dict[str, Inputs] = {
+    "dr_grpo": {"denominator": 4 * 16.0}, "opd_clipped": {"gamma": 0.9}, "geo_rs": {"rollout": GEO_RS},
+    "clip_cov": {"fraction": 0.2, "bounds": (0.05, 5.0)}, "kl_cov": {"fraction": 0.2, "coef": 0.5},
+}  # fmt: skip
 ORACLES = {
     "grpo": grpo, "dr_grpo": dr_grpo, "dapo": dapo, "bnpo": bnpo, "tis": tis, "icepop": icepop, "gspo": gspo, "gspo_token":
     gspo_token, "cispo": cispo, "sapo": sapo, "trrd": trrd, "opd": opd, "opd_clipped": opd_clipped, "exopd": exopd, "mopd":
     mopd, "kdrl": kdrl, "kdrl_in_reward": kdrl_in_reward, "kdrl_wrong": kdrl_wrong, "kdrl_wrong_groups": kdrl_wrong_groups,
     "srpo": srpo, "hdpo": hdpo, "rlsd": rlsd, "sdar": sdar, "seq_tis": seq_tis, "seq_mis": seq_mis, "geo_rs": geo_rs,
-    "reinforce": reinforce, "luspo": luspo, "vespo": vespo, "dppo_tv": dppo_tv, "dppo_kl": dppo_kl,
+    "reinforce": reinforce, "luspo": luspo, "vespo": vespo, "dppo_tv": dppo_tv, "dppo_kl": dppo_kl, "gmpo": gmpo, "pspo": pspo,
+    "clip_cov": clip_cov, "kl_cov": kl_cov,
 }  # fmt: skip

@@ -23,7 +23,7 @@ def binary_divergence(logp: Tensor, old_logp: Tensor, divergence: str) -> Tensor
     p, old = logp.exp(), old_logp.exp()
     if divergence == "tv":
         return (p - old).abs()
-    rest, old_rest = -torch.expm1(logp), -torch.expm1(old_logp)
+    rest, old_rest = ((-torch.expm1(x)).clamp_min(0) for x in (logp, old_logp))  # a log-prob may round to above 0
     return times(old, old_logp - logp) + torch.where(old_rest == 0, 0, old_rest * (old_rest.log() - rest.log()))
 
 
