@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,10 +51,18 @@ def needed(method: Method, known: dict[str, Any]) -> dict[str, Any]:
     return {k: known[k] for k in method.needs}
 
 
+# What a panel is drawn with: a token that is a group of its own has no spread, and a sampler 0.1 below is outside of ±0.1 %.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "topd": {"normalize": False},
+    "geo_rs": {"rollout": rk.losses.Rollout("reject", 0.8, 1.25, level="geometric")},
+}
+
+
 def on_ratio(method: Method, x: Tensor, curve: int) -> tuple[Tensor, Tensor]:
     """Sampled tokens, each a sequence and a group of its own, whose log-ratio to the old policy is ``x``."""
     old, sign = torch.full_like(x, -2.0), 1 - 2 * curve
     logp = (old + x).requires_grad_()
+    method = replace(method, loss=replace(method.loss, **OPTIONS.get(method.name, {})))
     gap = 0.4 if "advantages" in method.needs else 0.4 * sign
     known = {
         "old_logp": old, "rollout_logp": old - 0.1, "teacher_logp": old + gap, "ref_logp": old - 0.2, "base_logp": old - 0.2,

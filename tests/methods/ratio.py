@@ -202,6 +202,42 @@ def exopd(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, base_logp: Tenso
     return surrogate(logp, old_logp, reward, dual=3.0)[mask].mean()
 
 
+def iw_opd(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, mask: Tensor) -> Tensor:
+    a = torch.where(mask, teacher_logp - old_logp, 0)
+    before = a.abs() @ torch.ones(LENGTH, LENGTH, dtype=a.dtype).triu(1)
+    weight = 1 + 0.5 * (1 - before / a.abs().sum(1, keepdim=True).clamp(min=1e-8))
+    return surrogate(logp, old_logp, weight * a, dual=3.0)[mask].mean()
+
+
+def power_opd(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, mask: Tensor) -> Tensor:
+    a = teacher_logp.exp() ** 0.1 - old_logp.exp() ** 0.1
+    return (-(logp - old_logp).exp() * a)[mask].mean()
+
+
+def proximal_reward(old_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+    return (0.2 * (teacher_logp - old_logp).exp() + 0.8).log()
+
+
+def topd(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, group_ids: Tensor, mask: Tensor) -> Tensor:
+    reward, returns = proximal_reward(old_logp, teacher_logp), torch.zeros_like(logp)
+    for row, kept in enumerate(mask):
+        places = kept.nonzero().flatten().tolist()
+        for i, t in enumerate(places):
+            later = places[i + 1 :]
+            returns[row, t] = reward[row, t] + (reward[row, later].mean() if later else 0)
+    a = torch.zeros_like(logp)
+    for group in group_ids.unique():
+        here = (group_ids == group)[:, None] & mask
+        if int(here.sum()) > 1:
+            centred = returns[here] - returns[here].mean()
+            a[here] = centred / (centred.square().sum() / (int(here.sum()) - 1)).sqrt().clamp(min=1e-6)
+    return surrogate(logp, old_logp, a)[mask].mean()
+
+
+def nemo_rl_tropd(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, mask: Tensor) -> Tensor:
+    return (-(logp - old_logp).exp() * proximal_reward(old_logp, teacher_logp))[mask].mean()
+
+
 def mopd(logp: Tensor, rollout_logp: Tensor, teacher_logp: Tensor, mask: Tensor) -> Tensor:
     s = logp.detach()
     x = (s - rollout_logp).exp()
@@ -265,5 +301,5 @@ ORACLES = {
     mopd, "kdrl": kdrl, "kdrl_in_reward": kdrl_in_reward, "kdrl_wrong": kdrl_wrong, "kdrl_wrong_groups": kdrl_wrong_groups,
     "srpo": srpo, "hdpo": hdpo, "rlsd": rlsd, "sdar": sdar, "seq_tis": seq_tis, "seq_mis": seq_mis, "geo_rs": geo_rs,
     "reinforce": reinforce, "luspo": luspo, "vespo": vespo, "dppo_tv": dppo_tv, "dppo_kl": dppo_kl, "gmpo": gmpo, "pspo": pspo,
-    "clip_cov": clip_cov, "kl_cov": kl_cov,
+    "clip_cov": clip_cov, "kl_cov": kl_cov, "topd": topd, "nemo_rl_tropd": nemo_rl_tropd, "iw_opd": iw_opd, "power_opd": power_opd,
 }  # fmt: skip

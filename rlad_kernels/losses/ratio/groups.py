@@ -1,4 +1,4 @@
-"""Which tokens a method teaches: flags of correct responses, and groups of responses to one prompt that are all wrong."""
+"""Groups of responses to one prompt: which are all wrong, and values standardised among their tokens."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rlad_kernels.core.token_loss import Batch
+from rlad_kernels.losses.ratio.sequences import totals
 
 
 def correct_tokens(batch: Batch, correct: Tensor) -> Tensor:
@@ -26,3 +27,14 @@ def wrong_groups(correct: Tensor, group_ids: Tensor) -> Tensor:
     place[1:] = (ids[1:] != ids[:-1]).cumsum(0)
     right = torch.zeros_like(place).scatter_add_(0, place, correct[order].long())  # integers: any order is the same
     return torch.zeros_like(correct).scatter(0, order, right[place] == 0)
+
+
+def standardized(x: Tensor, keep: Tensor, group_ids: Tensor) -> Tensor:
+    """(x − mean)/std over the kept tokens of each group, at each of them; 0 where they do not differ; all ``(N,)``."""
+    ids, order = group_ids.sort(stable=True)
+    kept = keep[order]
+    counts = totals(kept.to(x.dtype), ids)
+    centred = torch.where(kept, x[order], 0)
+    centred = torch.where(kept, centred - totals(centred, ids) / counts.clamp_min(1), 0)
+    std = (totals(centred.square(), ids) / (counts - 1).clamp_min(1)).sqrt()
+    return torch.zeros_like(x).scatter(0, order, torch.where(std > 1e-6, centred / std.clamp_min(1e-6), 0))
