@@ -21,4 +21,4 @@ def test_in_a_process_with_verl() -> None:
         [sys.executable, "-m", "tests.verl_losses"], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split()[-2:] == ["2", "passed"], done.stdout
+    assert done.stdout.split()[-2:] == ["3", "passed"], done.stdout

@@ -79,6 +79,17 @@ def check_rollout_weights() -> None:
         assert 0 < kept.sum() < mask.sum()
 
 
+def check_clamped_k3() -> None:
+    ref, gap = torch.zeros(9), torch.tensor([-30.0, -20.5, -3.0, -2.0, -0.5, 0.0, 1.0, 9.0, 30.0])
+    theirs: Any = core_algos.kl_penalty
+    want, slope, _ = value_and_gradient(lambda s: (theirs(s, ref, "low_var_kl").sum(), {}), gap)
+    loss = rk.losses.GRPO(reference=rk.losses.Reference(1.0, "k3", clamp=(20.0, 10.0)))
+    given: Any = {"old_logp": gap, "advantages": ref, "ref_logp": ref, "reduction": rk.Reduction(denominator=1.0)}
+    got, grad, _ = value_and_gradient(lambda s: loss(s, **given)[0::2], gap)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(grad, slope)
+
+
 def weights(rollout: Rollout, old: Tensor, mu: Tensor, mask: Tensor) -> Tensor:
     """As the loss of tokens with r = 1 and Â = −1."""
     loss = rk.losses.GRPO(rollout=rollout)

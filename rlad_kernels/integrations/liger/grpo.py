@@ -1,7 +1,7 @@
 """The eight losses of Liger's and TRL's GRPO on log-probs ``(B, T)``, of the library's own parts and reductions.
 
 The clipped ones are its surrogate and not :class:`GRPO` or :class:`CISPO`, whose options are checked as those methods': here δ and
-the upper bound may be below 1. The bias-corrected KL is a formula of this file, as no method has it.
+the upper bound may be below 1. Each formula is a loss's own.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from torch import Tensor
 from rlad_kernels.core.check import token_rows
 from rlad_kernels.core.reduction import Reduction, reduce, sequence_index, token_weights
 from rlad_kernels.core.types import LossOutput, TokenScores
-from rlad_kernels.losses.ratio.kl import Reference
+from rlad_kernels.losses.ratio.kl import Reference, weighted_kl
 from rlad_kernels.losses.ratio.sampled import ratio_metrics, reinforced
 from rlad_kernels.losses.ratio.sapo import SAPO
 from rlad_kernels.losses.ratio.sequences import sequence_mean
-from rlad_kernels.losses.ratio.slopes import WithSlope, times, weighted_slope
+from rlad_kernels.losses.ratio.slopes import times
 from rlad_kernels.losses.ratio.surrogate import clipped_surrogate
 from rlad_kernels.losses.ratio.vespo import LARGEST, LOWEST, gamma_weights
 
 NAME = "LigerFusedLinearGRPOLoss"
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 _REDUCTIONS = {"grpo": "seq-mean-token-mean", "sapo": "seq-mean-token-mean", "luspo": "seq-mean-token-sum"}
-_LARGE = 45.0  # from which on e^x + 1 − x is e^x in float64
 
 
 @dataclass(frozen=True)
@@ -160,23 +159,10 @@ def _tokens(
     if ref is not None:
         metrics = {"kl": found["kl_ref"], **metrics}
         if o.use_bias_correction_kl:
-            corrected = corrected_kl(s, ref, old_s, keep.flatten(), place)
+            log_r = s - old_s if place is None else sequence_mean(s - old_s, keep.flatten(), place)
+            corrected = weighted_kl(s, ref, log_r, sequence=place is not None)
             loss, metrics["kl"] = loss + o.beta * corrected, corrected.detach()
     return loss.view(shape), {k: x.view(shape) for k, x in metrics.items()}
-
-
-def corrected_kl(s: Tensor, ref: Tensor, old: Tensor, keep: Tensor, sequence: Tensor | None) -> Tensor:
-    """r·k3(s − ref) (DeepSeek-V3.2), r = e^{s − o} of the token or, length-normalised, of its ``sequence``; all ``(N,)``.
-
-    Of the token its derivative is r·(s − ref): added up from its two factors' it would be ∞ − ∞ where either overflows.
-    """
-    x = (s - ref).detach()
-    log_r = s - old if sequence is None else sequence_mean(s - old, keep, sequence)
-    log_k3 = torch.where(x < -_LARGE, -x, (torch.expm1(-x) + x).log())
-    value = (log_r.detach() + log_k3).exp()
-    if sequence is None:
-        return WithSlope.apply(s, value, times(log_r.detach().exp(), x))
-    return WithSlope.apply(s, value, weighted_slope(log_r.detach(), x)) + WithSlope.apply(log_r, torch.zeros_like(value), value)
 
 
 def vespo_weights(o: Options, log_ratio: Tensor, advantages: Tensor, is_ratio: Tensor | None) -> Tensor:

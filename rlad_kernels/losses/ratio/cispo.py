@@ -63,7 +63,7 @@ class CISPO(SampledLoss):
         live = advantages != 0
         loss = reinforced(logp, times(r.clamp(1 - low, 1 + high), advantages))
         clipped = {"clip_frac_low": (live & (r < 1 - low)).to(r.dtype), "clip_frac_high": (live & (r > 1 + high)).to(r.dtype)}
-        return self.reference.add(loss, {**clipped, **metrics, **found}, logp, ref_logp)
+        return self.reference.add(loss, {**clipped, **metrics, **found}, logp, ref_logp, old_logp)
 
 
 add_method(

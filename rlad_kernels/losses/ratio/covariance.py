@@ -156,7 +156,7 @@ class KLCov(SampledLoss):
         loss, metrics = clipped_surrogate(logp, old_logp, weighed, None)
         gap = torch.where(held, logp - torch.where(held, old_logp, 0), 0).abs()
         loss = loss + self.coef * torch.where(held, gap, 0)
-        return self.reference.add(loss, {**metrics, **found, "cov_frac": held.to(loss.dtype)}, logp, ref_logp)
+        return self.reference.add(loss, {**metrics, **found, "cov_frac": held.to(loss.dtype)}, logp, ref_logp, old_logp)
 
 
 _PAPER = "arXiv 2505.22617"

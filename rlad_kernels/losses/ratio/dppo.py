@@ -86,7 +86,7 @@ class DPPO(SampledLoss):
         r = metrics["ratio_mean"].clamp(max=math.inf if self.ratio_max is None else self.ratio_max)
         loss = reinforced(logp, times(torch.where(low | high, 0, r), advantages))
         clipped = {"clip_frac_low": low.to(r.dtype), "clip_frac_high": high.to(r.dtype)}
-        return self.reference.add(loss, {**clipped, **metrics, **found}, logp, ref_logp)
+        return self.reference.add(loss, {**clipped, **metrics, **found}, logp, ref_logp, old_logp)
 
 
 _PUBLISHED = (

@@ -78,7 +78,7 @@ class GMPO(SampledLoss):
         loss, metrics = clipped_surrogate(log_ratio, torch.zeros_like(log_ratio), advantages, None)
         gap = gap.detach()
         flags = {"clip_frac_low": (down & (gap < -low)).to(gap.dtype), "clip_frac_high": (up & (gap > high)).to(gap.dtype)}
-        return self.reference.add(loss, {**metrics, **flags, "kl_old": gap, **found}, logp, ref_logp)
+        return self.reference.add(loss, {**metrics, **flags, "kl_old": gap, **found}, logp, ref_logp, old_logp)
 
 
 add_method(

@@ -75,7 +75,7 @@ class GSPO(ClippedLoss):
         if self.level == "sequence-token":
             log_ratio = log_ratio.detach() + (logp - logp.detach())
         loss, metrics = clipped_surrogate(log_ratio, torch.zeros_like(log_ratio), advantages, self.clip, self.dual_clip)
-        return self.reference.add(loss, {**metrics, **found}, logp, ref_logp)
+        return self.reference.add(loss, {**metrics, **found}, logp, ref_logp, old_logp)
 
 
 add_method(

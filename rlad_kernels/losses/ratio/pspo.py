@@ -60,7 +60,7 @@ class PSPO(SampledLoss):
         advantages, found = self.weighed(advantages, logp, old_logp, rollout_logp)
         loss, metrics = clipped_surrogate(logp, old_logp, advantages, None)
         loss = (1 - self.smoothing) * loss - self.smoothing * advantages
-        return self.reference.add(loss, {**metrics, **found}, logp, ref_logp)
+        return self.reference.add(loss, {**metrics, **found}, logp, ref_logp, old_logp)
 
 
 add_method(

@@ -36,6 +36,8 @@ class SampledLoss(TokenLoss):
                 f"{self.name}: rollout must be a Rollout(form, low, high, policy, level) or None, got {self.rollout!r}"
             )
         self.reference.check(self.name)
+        if self.reference.weighted and "old_logp" not in self.needs:
+            raise ValueError(f"{self.name}: reference must not be weighted, this loss has no old policy; got {self.reference!r}")
         if self.rollout is not None:
             self.rollout.check(self.name)
             if self.rollout.policy == "current" and self.rollout.level != "token" and self.rowwise:

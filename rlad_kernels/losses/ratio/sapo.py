@@ -70,7 +70,7 @@ class SAPO(SampledLoss):
         most = torch.where(up, torch.full_like(logp, _saturated(tau_pos)), _saturated(tau_neg))
         r = torch.where(live, (logp - old_logp).clamp(max=most), 0).exp()
         loss = torch.where(live, -(4 / tau) * torch.sigmoid(tau * (r - 1)) * advantages, 0)
-        return self.reference.add(loss, {**ratio_metrics(logp, old_logp), **found}, logp, ref_logp)
+        return self.reference.add(loss, {**ratio_metrics(logp, old_logp), **found}, logp, ref_logp, old_logp)
 
 
 add_method(

@@ -105,16 +105,19 @@ def clipped_surrogate(
     """The per-token loss and its metrics, on whichever backend the tensors' device has; all tensors ``(N,)``."""
     teacher_logp, alpha, clamp = anchor or (None, 1.0, None)
     low, high = NO_CLIP if clip is None else clip
-    tensors = (logp, old_logp, teacher_logp, advantages.to(logp.dtype), ref_logp)
-    options = (alpha, low, high, math.inf if clamp is None else clamp, dual_clip or 0.0, reference.coef)
+    tensors = (logp, old_logp, teacher_logp, advantages.to(logp.dtype), ref_logp if reference.plain else None)
+    outside = ref_logp is not None and not reference.plain  # its KL is added to what the kernel gives
+    coef = 0.0 if outside else reference.coef
+    options = (alpha, low, high, math.inf if clamp is None else clamp, dual_clip or 0.0, coef)
     if transformed(*tensors):
         loss, rows = ratio_tokens(*tensors, *options, reference.estimator)
     else:
         loss, _, rows = torch.ops.rlad.clipped_ratio(*tensors, numbers(*options), reference.estimator)
     absent = {"kl_teacher", "invalid_teacher"} if teacher_logp is None else set()
-    absent |= {"kl_ref"} if ref_logp is None else set()
+    absent |= {"kl_ref"} if ref_logp is None or outside else set()
     metrics = {name: row for name, row in zip(RATIO_METRICS, rows, strict=True) if name not in absent}
-    return loss, {**metrics, "ratio_max": metrics["ratio_mean"]}
+    metrics = {**metrics, "ratio_max": metrics["ratio_mean"]}
+    return reference.add(loss, metrics, logp, ref_logp, old_logp) if outside else (loss, metrics)
 
 
 def check_clip(name: str, clip: tuple[float, float] | None, dual_clip: float | None = None) -> None:

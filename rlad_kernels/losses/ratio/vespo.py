@@ -94,7 +94,7 @@ class VESPO(SampledLoss):
         log_w = totals(torch.where(keep, log_w, 0), sequence).clamp(LOWEST, LARGEST)
         phi = gamma_weights(log_w, advantages >= 0, self.positive, self.negative)
         metrics = {**ratio_metrics(logp, old_logp), "ratio_mean": log_w.exp(), "ratio_max": log_w.exp(), **found}
-        return self.reference.add(reinforced(logp, times(phi, advantages)), metrics, logp, ref_logp)
+        return self.reference.add(reinforced(logp, times(phi, advantages)), metrics, logp, ref_logp, old_logp)
 
 
 add_method(
