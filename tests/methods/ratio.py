@@ -106,7 +106,7 @@ def gspo_token(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor)
 def luspo(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     """Each sequence's GSPO loss times its length, mean over the sequences."""
     log_r = sequence_ratio(logp, old_logp, mask)
-    token = surrogate(log_r, log_r * 0, advantages, clip=(3e-4, 4e-4))
+    token = surrogate(log_r, log_r * 0, advantages, clip=(2e-3, 2.5e-3))
     losses = [token[i][kept].mean() * kept.sum() for i, kept in enumerate(mask) if kept.any()]
     return torch.stack(losses).mean()
 

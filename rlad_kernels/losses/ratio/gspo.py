@@ -105,12 +105,12 @@ add_method(
 add_method(
     "luspo",
     "ratio",
-    GSPO(reduction="seq-mean-token-sum"),
-    formula="−|y_i|·min(r_i Â, clip(r_i, 1−3e-4, 1+4e-4)Â), r_i = exp(mean_t(s − o))",
+    GSPO(reduction="seq-mean-token-sum", clip=(2e-3, 2.5e-3)),
+    formula="−|y_i|·min(r_i Â, clip(r_i, 1−2e-3, 1+2.5e-3)Â), r_i = exp(mean_t(s − o))",
     paper="arXiv 2602.05261",
     confidence="A",
     published=(
         "GSPO with each sequence's loss times its length, as TRL and Liger have it: the mean over sequences of sums over tokens. "
-        "The clip is GSPO's; the paper's own was not read."
+        "The clip (2e-3, 2.5e-3) is the paper's section 5.1, as TRL's paper index quotes it; the paper was read in its abstract."
     ),
 )
