@@ -58,6 +58,7 @@ def test_a_weighted_estimate_is_its_formula(estimator: str, loss: type) -> None:
     torch.testing.assert_close(slope, torch.autograd.grad(want.sum(), leaf)[0].float(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_in_expectation_it_is_the_reverse_kl_on_anyones_samples(estimator: str) -> None:
     """Every token of a vocabulary, weighed by its probability under π_old: value and gradient, exactly; without the weight not."""
