@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels.losses import GRPO, GSPO, MOPD, VESPO, Rollout
+from rlad_kernels.losses import GMPO, GRPO, GSPO, MOPD, VESPO, ClipCov, Rollout
 from rlad_kernels.losses.ratio.sampled import SampledLoss
 from tests.test_both_roads import World
 
@@ -63,16 +63,17 @@ def test_weights_of_sequences_padded_and_packed(form: str, level: str, bounds: t
     torch.testing.assert_close(same.loss, out.loss, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("loss", [GSPO(clip=None), GMPO(log_clip=None)])
 @pytest.mark.parametrize("policy", ["old", "current"])
 @pytest.mark.parametrize("level", LEVELS)
-def test_gspo_weighs_by_either_policys_sequences(level: str, policy: str) -> None:
+def test_losses_of_sequences_weigh_by_either_policys(level: str, policy: str, loss: GSPO | GMPO) -> None:
     given, rollout = case(), Rollout("truncate", 0.5, 2.0, policy, level)
     logp = (given["old_logp"] + 0.3).requires_grad_()
-    plain = GSPO(clip=None)(logp, **{k: x for k, x in given.items() if k != "rollout_logp"}).token_loss
-    out = GSPO(clip=None, rollout=rollout)(logp, **given)
+    plain = loss(logp, **{k: x for k, x in given.items() if k != "rollout_logp"}).token_loss
+    out = replace(loss, rollout=rollout)(logp, **given)
     of = given if policy == "old" else {**given, "old_logp": logp.detach()}
     torch.testing.assert_close(out.token_loss, expected(of, rollout) * plain, rtol=1e-5, atol=1e-6)
-    scaled = GSPO(clip=None)(logp, **{k: x for k, x in given.items() if k not in ("rollout_logp", "advantages")},
+    scaled = loss(logp, **{k: x for k, x in given.items() if k not in ("rollout_logp", "advantages")},
                              advantages=given["advantages"] * expected(of, rollout))  # fmt: skip
     got, want = (torch.autograd.grad(x.loss, logp, retain_graph=True)[0] for x in (out, scaled))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)  # nothing flows through the weight
@@ -120,6 +121,8 @@ def test_what_is_refused() -> None:
     zero = torch.zeros(3)
     with pytest.raises(ValueError, match="GRPO: rollout\\.level must be 'token' for the current policy"):
         GRPO(rollout=Rollout(policy="current", level="sequence"))
+    with pytest.raises(ValueError, match="ClipCov: rollout\\.level must be 'token'"):  # it reads tokens, but no sequences
+        ClipCov(rollout=Rollout(policy="current", level="sequence"))
     with pytest.raises(ValueError, match="MOPD: rollout\\.level must be 'token'"):
         MOPD(rollout=Rollout("mask", 0.5, 5.0, "current", "geometric"))
     with pytest.raises(ValueError, match="GRPO: rollout\\.level must be one of"):

@@ -50,6 +50,7 @@ class GMPO(SampledLoss):
 
     needs = ("old_logp", "advantages")
     rowwise = False
+    reads_sequences = True
 
     def check(self) -> None:
         super().check()

@@ -50,6 +50,7 @@ class GSPO(ClippedLoss):
 
     needs = ("old_logp", "advantages")
     rowwise = False
+    reads_sequences = True
 
     def check(self) -> None:
         super().check()

@@ -19,7 +19,7 @@ class PSPO(SampledLoss):
     """PSPO: −((1 − a)r + a)Â, r = exp(s − o): the ratio of the policy mixed with a of the old one (arXiv 2509.21282).
 
     No token loses its gradient, and none but the constant a·Â is added: the gradient is (1 − a) times that of the surrogate
-    without a clip. To an optimiser that divides by the gradient's size, as Adam does, the two are one.
+    without a clip. To an optimiser that divides by the gradient's size, as Adam does, the two are one (beside no other term).
 
     Args:
         smoothing: a, in [0, 1).

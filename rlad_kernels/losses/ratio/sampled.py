@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,12 +22,14 @@ class SampledLoss(TokenLoss):
         reference: a KL to ``ref_logp``, by default a metric where that is given.
         rollout: how ``rollout_logp``, the log-probs μ of the engine that sampled, weighs tokens; where it is given and this is
             None, by min(π_old/μ, 2) (TIS).
+        reads_sequences: whether :meth:`tokens` has whole sequences before it, so that ``rollout`` may weigh the current policy's.
     """
 
     reference: Reference = field(default_factory=lambda: NO_KL)  # a function: torch.compile traces no object among defaults
     rollout: Rollout | None = None
 
     takes = ("ref_logp", "rollout_logp")
+    reads_sequences: ClassVar[bool] = False
 
     def check(self) -> None:
         if not isinstance(self.reference, Reference):
@@ -40,7 +43,7 @@ class SampledLoss(TokenLoss):
             raise ValueError(f"{self.name}: reference must not be weighted, this loss has no old policy; got {self.reference!r}")
         if self.rollout is not None:
             self.rollout.check(self.name)
-            if self.rollout.policy == "current" and self.rollout.level != "token" and self.rowwise:
+            if self.rollout.policy == "current" and self.rollout.level != "token" and not self.reads_sequences:
                 raise ValueError(
                     f"{self.name}: rollout.level must be 'token' for the current policy, whose other tokens this loss does not "
                     f"read, or rollout.policy 'old'; got {self.rollout!r}"
