@@ -114,6 +114,6 @@ def compare(case: Case, seed: int, dtype: torch.dtype) -> bool:
 
 
 def runs(cases: dict[str, Case]) -> list[tuple[str, torch.dtype]]:
-    """The cases whose method, the first word of their name, is registered, in each dtype."""
-    names = [name for name in cases if name.split(",")[0].split(" ")[0] in METHODS]
-    return [(n, dtype) for n in names for dtype in (torch.float32, torch.float64) if dtype.itemsize == 8 or not cases[n].selects]
+    """The cases, whose name begins with a method's, in each dtype."""
+    assert not (unknown := [name for name in cases if name.split(",")[0].split(" ")[0] not in METHODS]), unknown
+    return [(n, dtype) for n in cases for dtype in (torch.float32, torch.float64) if dtype.itemsize == 8 or not cases[n].selects]

@@ -97,7 +97,7 @@ CASES: dict[str, Case] = {
     ),
     "sapo": Case(ours("sapo"), lambda x: grpo_loss(x, "sapo"), guard=2.0**-23),  # its 1.05 is a float32
     "gspo": Case(ours("gspo"), lambda x: grpo_loss(x, "grpo", **CLIP_GSPO), per_sequence=True),
-    "luspo": Case(ours("luspo"), lambda x: grpo_loss(x, "luspo", **CLIP_GSPO), per_sequence=True),
+    "luspo": Case(ours("luspo", clip=(3e-4, 4e-4)), lambda x: grpo_loss(x, "luspo", **CLIP_GSPO), per_sequence=True),
     "vespo": Case(ours("vespo", denominator=COUNT), lambda x: grpo_loss(x, "vespo"), per_sequence=True),
     "gmpo": Case(ours("gmpo"), gmpo_loss, per_sequence=True),
     "gkd_jsd": Case(ours_divergence("gkd_jsd"), lambda x: jsd_loss(x, 0.5), "logits"),

@@ -142,7 +142,7 @@ CASES: dict[str, Case] = {
     ),
     "seq_tis": Case(ours("seq_tis"), lambda x: policy(x, weights=is_weights(x, 2.0, "sequence"))),
     "seq_mis": Case(ours("seq_mis"), lambda x: policy(x, weights=is_weights(x, "0.5_2.0", "sequence"))),
-    "luspo": Case(ours("luspo"), lambda x: policy(x, "gspo", "seq-mean-token-sum", **GSPO), per_sequence=True),
+    "luspo": Case(ours("luspo", clip=(3e-4, 4e-4)), lambda x: policy(x, "gspo", "seq-mean-token-sum", **GSPO), per_sequence=True),
     "dppo_tv": Case(ours("dppo_tv"), lambda x: policy(x, "dppo_tv", **DPPO_TV)),
     "dppo_kl": Case(ours("dppo_kl"), lambda x: policy(x, "dppo_kl", **DPPO_KL)),
     "gmpo": Case(ours("gmpo"), lambda x: policy(x, "geo_mean", **GMPO), per_sequence=True, guard=4 * GUARD),
