@@ -97,9 +97,10 @@ add_method(
     paper="arXiv 2607.04751",
     confidence="B",
     published=(
-        "prime-rl's TOP-D: rewards, returns, standardised over the group's tokens, std at least 1e-6, ratio to the sampler; its α "
-        "was not seen. α = .2 is NeMo-RL's example, the clip .2 and token-mean are ours. The paper itself was not read."
+        "α .1 or .2, clip .2, eight responses a prompt, token-mean over each prompt's responses (ours: over the batch), R and A as "
+        "here. Read in notes of the full text and in prime-rl's code, which keeps std at 1e-6 at least; the paper itself was not."
     ),
+    note="A sequence's last token has no later mean in its return, and is standardised with those that have.",
 )
 add_method(
     "nemo_rl_tropd",
