@@ -25,7 +25,7 @@ def test_in_a_process_with_verl() -> None:
         [sys.executable, "-m", "tests.verl_checks"], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split()[-2:] == ["9", "passed"], done.stdout
+    assert done.stdout.split()[-2:] == ["11", "passed"], done.stdout
 
 
 def test_without_verl_the_error_names_the_fix() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests import verl_world
 
@@ -16,10 +17,12 @@ verl_world.enter()
 
 from verl.models.transformers import dense_common  # noqa: E402
 from verl.trainer.distillation import losses  # noqa: E402
-from verl.trainer.ppo import core_algos  # noqa: E402
+from verl.trainer.ppo import core_algos, rollout_corr_helper  # noqa: E402
 from verl.utils.experimental import torch_functional  # noqa: E402
 
+import rlad_kernels as rk  # noqa: E402
 from rlad_kernels.integrations import verl as ours  # noqa: E402
+from rlad_kernels.losses import Rollout  # noqa: E402
 
 MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 B, T = 4, 7
@@ -203,6 +206,36 @@ def check_nothing_kept() -> None:
         lambda s: ours.rlad_grpo(noise, s, noise, torch.zeros(B, T), "token-mean", config(), noise), x["logp"]
     )
     assert loss == 0 and not grad.any() and not any(metrics.values())
+
+
+def check_rollout_weights() -> None:
+    x = batch()
+    old, mu, mask = x["old"], x["old"] + 0.4 * torch.randn(x["old"].shape), x["mask"]
+    for level in ("token", "sequence"):
+        for form, low, high, threshold in (("truncate", 0.0, 1.3, 1.3), ("mask", 0.5, 2.0, "0.5_2.0")):
+            want, _ = rollout_corr_helper.compute_rollout_correction_weights(old - mu, mask, level, threshold)
+            torch.testing.assert_close(weights(Rollout(form, low, high, level=level), old, mu, mask), want, rtol=1e-5, atol=1e-7)
+    for level, option, low in (("token", "token_k1", 0.8), ("sequence", "seq_sum_k1", 0.4), ("geometric", "seq_mean_k1", 0.9)):
+        kept, _ = rollout_corr_helper.compute_rollout_rejection_mask(old - mu, mask, option, f"{low}_{1 / low}")
+        torch.testing.assert_close(weights(Rollout("reject", low, 1 / low, level=level), old, mu, mask), kept.float())
+        assert 0 < kept.sum() < mask.sum()
+
+
+def check_clamped_k3() -> None:
+    ref, gap = torch.zeros(9), torch.tensor([-30.0, -20.5, -3.0, -2.0, -0.5, 0.0, 1.0, 9.0, 30.0])
+    theirs: Any = core_algos.kl_penalty
+    want, slope, _ = value_and_gradient(lambda s: (theirs(s, ref, "low_var_kl").sum(), {}), gap)
+    loss = rk.losses.GRPO(reference=rk.losses.Reference(1.0, "k3", clamp=(20.0, 10.0)))
+    given: Any = {"old_logp": gap, "advantages": ref, "ref_logp": ref, "reduction": rk.Reduction(denominator=1.0)}
+    got, grad, _ = value_and_gradient(lambda s: loss(s, **given)[0::2], gap)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(grad, slope)
+
+
+def weights(rollout: Rollout, old: Tensor, mu: Tensor, mask: Tensor) -> Tensor:
+    """As the loss of tokens with r = 1 and Â = −1."""
+    loss = rk.losses.GRPO(rollout=rollout)
+    return loss(old, old_logp=old, advantages=-torch.ones_like(old), rollout_logp=mu, mask=mask).token_loss
 
 
 def check_signatures_are_verls() -> None:

@@ -145,6 +145,10 @@ CASES: dict[str, Case] = {
     "luspo": Case(ours("luspo", clip=(3e-4, 4e-4)), lambda x: policy(x, "gspo", "seq-mean-token-sum", **GSPO), per_sequence=True),
     "dppo_tv": Case(ours("dppo_tv"), lambda x: policy(x, "dppo_tv", **DPPO_TV)),
     "dppo_kl": Case(ours("dppo_kl"), lambda x: policy(x, "dppo_kl", **DPPO_KL)),
+    "dppo_kl, cut": Case(
+        ours("dppo_kl", ratio_max=2.0, delta=(0.05, 0.1)),
+        lambda x: policy(x, "dppo_kl", clip_ratio_low=0.05, clip_ratio_high=0.1, clip_ratio_c=2.0),
+    ),
     "gmpo": Case(ours("gmpo"), lambda x: policy(x, "geo_mean", **GMPO), per_sequence=True, guard=4 * GUARD),
     "clip_cov": Case(ours("clip_cov", fraction=1.0), lambda x: policy(x, "clip_cov", clip_cov_ratio=1.0), selects=True),
     "kl_cov, a third": Case(ours("kl_cov", fraction=0.34), lambda x: policy(x, "kl_cov", kl_cov_ratio=0.34, ppo_kl_coef=1.0)),
