@@ -171,3 +171,9 @@ def test_the_denominator_receives_no_gradient() -> None:
     assert out.loss.item() == -0.75
     out.loss.backward()
     assert denominator.grad is None
+
+
+@pytest.mark.parametrize("options", [{"group": "world"}, {"group": object(), "denominator": 3.0}])
+def test_a_group_is_a_process_group_and_alone(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"GRPO: group must be a torch.distributed.ProcessGroup, without a denominator, got "):
+        values(torch.ones(2, 3), kind="token-mean", **options)

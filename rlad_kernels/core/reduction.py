@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rlad_kernels.core.check import check_tensor, integers, is_number
@@ -42,8 +43,11 @@ class Reduction(NamedTuple):
             ``seq-mean-token-sum``: 1/(sequences with a kept token). None: the loss's own.
         seq_ids: non-decreasing ints in the tokens' shape, a run of equal ones a sequence; needed for packed ``(N,)`` tokens by
             the ``seq-`` kinds and by losses that look at sequences. None: the rows of ``(B, T)``.
-        denominator: positive float or 0-dim tensor in place of the last divisor (tokens or sequences): of all ranks together, or
-            B·L_max, as in Dr. GRPO.
+        denominator: positive float or 0-dim tensor in place of the last divisor (tokens or sequences): of a whole accumulated
+            batch, or B·L_max, as in Dr. GRPO.
+        group: process group of the ranks over which the gradient will be averaged (DDP, FSDP), each with tokens of its own. The
+            last divisor is then the mean of theirs, so that the average is the gradient of all tokens in one process, whatever a
+            rank has, nothing too. One all-reduce of a number, on every rank, with every call.
 
     Example:
         >>> import torch, rlad_kernels as rk
@@ -56,6 +60,7 @@ class Reduction(NamedTuple):
     kind: str | None = None
     seq_ids: Tensor | None = None
     denominator: float | Tensor | None = None
+    group: dist.ProcessGroup | None = None
 
     @classmethod
     def of(cls, name: str, reduction: Any, default: str) -> Reduction:
@@ -73,7 +78,10 @@ class Reduction(NamedTuple):
 
 def token_weights(name: str, keep: Tensor, reduction: Reduction, dtype: torch.dtype) -> Tensor:
     """Weights in ``keep``'s shape with loss = Σ weight·token_loss; 0 at masked tokens."""
-    kind, seq_ids, denominator = reduction
+    kind, seq_ids, denominator, group = reduction
+    if group is not None and (denominator is not None or not isinstance(group, dist.ProcessGroup)):
+        got = f"denominator={denominator!r} besides" if denominator is not None else type(group).__name__
+        raise ValueError(f"{name}: group must be a torch.distributed.ProcessGroup, without a denominator, got {got}")
     if isinstance(denominator, Tensor):
         denominator = _scalar_denominator(name, denominator.detach())
     elif denominator is not None and not (is_number(denominator) and denominator > 0):
@@ -85,7 +93,11 @@ def token_weights(name: str, keep: Tensor, reduction: Reduction, dtype: torch.dt
         counts, sequences = _sequence_counts(name, keep, f"reduction {kind!r}", seq_ids)
         divisor = sequences.to(dtype)
         per_sequence = kept / counts.clamp_min(1) if kind == "seq-mean-token-mean" else kept
-    return per_sequence / (divisor.clamp_min(1) if denominator is None else denominator)
+    if group is not None:
+        divisor = divisor.clone()
+        dist.all_reduce(divisor, group=group)
+        divisor = divisor / group.size()
+    return per_sequence / (torch.where(divisor > 0, divisor, 1) if denominator is None else denominator)
 
 
 def _scalar_denominator(name: str, denominator: Tensor) -> Tensor:
