@@ -420,6 +420,7 @@ OPTIONS: dict[str, list[tuple[Any, ...]]] = {
     "loss_min": [("0", "number or None", "'0'"), (torch.nan, "number or None", "nan")],
     "loss_max": [("0", "number or None", "'0'")],
     "outside_logp": [(-100.0, "normalize='teacher'", "-100.0", "'both'"), ("-100", "finite", "'-100'")],
+    "label_smoothing": [(1.0, "[0, 1)", "1.0"), ("0", "[0, 1)", "'0'"), (torch.nan, "[0, 1)", "nan")],
     "weight": [("both", "student", "'both'")],
     "iw_clip": [(2.0, "(low, high)", "2.0"), ((2.0, 1.0), "low < high", "(2.0, 1.0)"), ([0.0, 2.0], "(low, high)", "[0.0, 2.0]")],
     "entropy_threshold": [("0.8", "number", "'0.8'"), (torch.nan, "number", "nan")],
@@ -466,7 +467,7 @@ def _refused(kind: type[rk.TokenLoss], options: dict[str, Any], fragments: Itera
 
 def test_every_option_of_every_loss_is_tried() -> None:
     options = {option for loss in RIGHT for option in names(loss)}
-    assert options - {"value", "scores", "unbiased", "renormalize"} == set(OPTIONS)
+    assert options - {"value", "scores", "unbiased", "renormalize", "normalize_weights"} == set(OPTIONS)
 
 
 @pytest.mark.parametrize(("name", "option", "i"), FIELDS)

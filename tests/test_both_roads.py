@@ -54,7 +54,8 @@ class World:
 def on_log_probs(loss: rk.TokenLoss, hidden: Tensor, weight: Tensor, target: Tensor, mask: Tensor, given: dict[str, Any]) -> Any:
     ids = given["teacher"].ids if "topk_logp" in loss.read() else None
     head = rk.LMHead(weight)
-    scores = rk.linear_logp(hidden, head, target, topk_ids=ids, entropy=True, tail=ids is not None, mask=mask)
+    mean = "mean_logits" in loss.read()
+    scores = rk.linear_logp(hidden, head, target, topk_ids=ids, entropy=True, tail=ids is not None, mean_logits=mean, mask=mask)
     more = {"target": target} if "target" in loss.needs else {}
     return loss(scores, mask=mask, reduction=rk.Reduction(denominator=7.0), **given, **more)
 

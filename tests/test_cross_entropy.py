@@ -93,6 +93,92 @@ def test_compiles_fullgraph() -> None:
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
 
 
+def both_roads(p: Any, loss: Any, target: torch.Tensor, **given: Any) -> list[Any]:
+    """The loss in the sweep, and on the sweep's scores."""
+    smooth = "mean_logits" in loss.read()
+    scores = rk.linear_logp(p.hidden, p.head, target, mean_logits=smooth, mask=given.get("mask"))
+    return [rk.linear_loss(p.hidden, p.head, target, loss, **given), loss(scores, **{"mask": target != -100, **given})]
+
+
+def exactly(out: Any, want: torch.Tensor, p: Any) -> None:
+    assert torch.allclose(out.loss, want, rtol=1e-12)
+    exact = torch.autograd.grad(want, p.leaves, retain_graph=True)
+    for got, full in zip(torch.autograd.grad(out.loss, p.leaves), exact, strict=True):
+        assert relative(got, full) <= 1e-11
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "logit_scale": -1.3, "vocab_size": 50}], ids=["plain", "tempered"])
+@pytest.mark.parametrize("eps", [0.1, 0.9])
+def test_label_smoothing_is_torchs(eps: float, options: dict[str, Any]) -> None:
+    p = problem(shape=(3, 7), **options).twin()
+    target = torch.where(torch.rand(3, 7) < 0.3, -100, p.target % 50)
+    want = cross_entropy(p.logits().flatten(0, 1), target.flatten(), label_smoothing=eps)
+    for out in both_roads(p, CrossEntropy(label_smoothing=eps), target):
+        exactly(out, want, p)
+
+
+@pytest.mark.cpu
+def test_class_weights_are_torchs_and_the_z_loss_is_a_mean_over_tokens() -> None:
+    p = problem(shape=(3, 7)).twin()
+    target = torch.where(torch.rand(3, 7) < 0.3, -100, p.target)
+    classes = torch.rand(p.weight.shape[0], dtype=torch.float64) * (torch.rand(p.weight.shape[0]) > 0.2)
+    weights = classes[target.clamp_min(0)]
+    z = p.logits().flatten(0, 1)
+    weighted = cross_entropy(z, target.flatten(), weight=classes)
+    for c in (0.0, 0.3):
+        want = weighted + c * z.logsumexp(-1).square()[target.flatten() != -100].mean()
+        for out in both_roads(p, CrossEntropy(normalize_weights=True, z_loss=c), target, weights=weights):
+            exactly(out, want, p)
+    for out in both_roads(p, CrossEntropy(normalize_weights=True), target, weights=torch.zeros(3, 7)):
+        assert out.loss == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_label_smoothing_in_half(dtype: torch.dtype) -> None:
+    """The even part goes to every row of the head, what waits in float32 and what is cast alike."""
+    p = problem(n=40)
+    low = [leaf(x.detach().to(dtype)) for x in p.leaves]
+    high = [leaf(x.detach().double()) for x in low]
+    out = rk.linear_loss(low[0], rk.LMHead(*low[1:]), p.target, CrossEntropy(label_smoothing=0.3))
+    want = cross_entropy(high[0] @ high[1].T + high[2], p.target, label_smoothing=0.3)
+    assert torch.allclose(out.loss.double(), want, rtol=2e-3)
+    for got, exact in zip(torch.autograd.grad(out.loss, low), torch.autograd.grad(want, high), strict=True):
+        assert relative(got.double(), exact) <= 2e-2
+
+
+def test_label_smoothing_with_masks_and_in_the_sparse_backward() -> None:
+    p = problem(n=9, v=101, sigma=6.0)
+    loss, mask = CrossEntropy(label_smoothing=0.2), torch.arange(9) % 3 > 0
+    want = rk.linear_loss(p.hidden[mask], p.head, p.target[mask], loss)
+    exact = torch.autograd.grad(want.loss, p.leaves)
+    dirty = leaf(torch.where(mask[:, None], p.hidden.detach(), torch.nan))
+    for compaction in (True, False):
+        with rk.set_compaction(compaction):
+            given = {"hidden": dirty, "head": p.head, "target": p.target, "mask": mask}
+            scores = rk.linear_logp(**given, mean_logits=True)
+            for out in (rk.linear_loss(**given, loss=loss), loss(scores, mask=mask)):
+                assert torch.allclose(out.loss, want.loss, rtol=1e-6)
+                for got, full in zip(torch.autograd.grad(out.loss, (dirty, *p.leaves[1:])), exact, strict=True):
+                    assert relative(got, full) <= 2e-6
+    out = rk.linear_loss(**given, loss=loss, filter_eps=1e-3)
+    for got, full in zip(torch.autograd.grad(out.loss, (dirty, *p.leaves[1:])), exact, strict=True):
+        assert relative(got, full) <= out.metrics["dropped_mass_max"] + 2e-6
+
+
+def test_the_mean_of_the_logits_needs_a_head_without_softcap() -> None:
+    p = problem(n=4)
+    head = rk.LMHead(p.weight, softcap=30.0)
+    for call in (
+        lambda: rk.linear_loss(p.hidden, head, p.target, CrossEntropy(label_smoothing=0.1)),
+        lambda: rk.linear_logp(p.hidden, head, p.target, mean_logits=True),
+    ):
+        with pytest.raises(ValueError, match=r"mean_logits \(label smoothing\) needs a head without softcap, got softcap=30.0"):
+            call()
+    with pytest.raises(ValueError, match=r"CrossEntropy: scores.mean_logits is None; linear_logp\(…, mean_logits=True\) gives it"):
+        CrossEntropy(label_smoothing=0.1)(rk.linear_logp(p.hidden, p.head, p.target))
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "weights": ({"weights": torch.ones(3)}, r"CrossEntropy: weights has shape \(3,\), wanted \(4,\)"),
     "target": ({"target": torch.zeros(3).long()}, r"linear_loss: target has shape \(3,\)"),

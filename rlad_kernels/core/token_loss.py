@@ -241,7 +241,10 @@ class TokenLoss(Options):
         return TokenScores(**found)
 
 
-ASKED = {"entropy": "…, entropy=True", "topk_logp": "…, topk_ids=teacher.ids", "tail_logp": "…, topk_ids=teacher.ids, tail=True"}
+ASKED = {
+    "entropy": "…, entropy=True", "topk_logp": "…, topk_ids=teacher.ids", "tail_logp": "…, topk_ids=teacher.ids, tail=True",
+    "mean_logits": "…, mean_logits=True",
+}  # fmt: skip
 
 
 def _like(name: str, scores: TokenScores) -> Tensor:

@@ -25,6 +25,7 @@ class TokenScores(NamedTuple):
     entropy: Tensor | Any = None  # (…) −Σ p log p
     topk_logp: Tensor | Any = None  # (…, K) log-probs at topk_ids, −inf in empty slots
     tail_logp: Tensor | Any = None  # (…) log-mass outside topk_ids
+    mean_logits: Tensor | Any = None  # (…) mean of the tempered logits over the vocabulary
     extras: dict[str, Tensor] | Any = None  # without gradient
 
 

@@ -266,6 +266,16 @@ class Gradients:
             into = self.bias[: self.tiles.vocab].unsqueeze(1)
             torch.ops.rlad.gather_dweight_(into, cot.lost, ones, order, sorted_ids, True)
 
+    def add_to_all(self, row: Tensor, bias: Tensor) -> None:
+        """Add the same to every row of d_weight and d_bias, all of whose dlogits are in."""
+        whole, vocab = self._whole, self.tiles.vocab
+        if self.weight is not None and whole is not None:
+            whole[:vocab] += row
+            if whole is not self.weight:
+                self.weight[:vocab] = whole[:vocab]
+        if self.bias is not None:
+            self.bias[:vocab] += bias
+
     def add_chunk(
         self, at: slice, rows: slice | Tensor, tile: Callable[[int, int], Tensor], unscale: Tensor | None, cot: Cotangents | None
     ) -> None:

@@ -24,6 +24,7 @@ from rlad_kernels.engine import sparse
 from rlad_kernels.engine.call import Call
 from rlad_kernels.engine.chunks import Chunks
 from rlad_kernels.engine.gradients import Cotangents, Gradients, backward_tile
+from rlad_kernels.engine.mean import MeanLogits
 from rlad_kernels.engine.op import CALL, NEED, define, gradients, result, scaled
 from rlad_kernels.engine.outputs import row_slots
 from rlad_kernels.engine.rows import Kept, checked_finite, kept_inv_temp
@@ -45,7 +46,7 @@ def metric_names(loss: TokenLoss, like: Tensor, tensors: Tensors) -> list[str]:
     """The metrics of ``loss`` on no tokens: which there are never depends on the data."""
     none, support = like.new_empty(0), support_of(loss, tensors)
     none_k = None if support is None else like.new_empty(0, support.shape[1])
-    scores = TokenScores(none, none, none, none_k, None if support is None else none)
+    scores = TokenScores(none, none, none, none_k, None if support is None else none, none if reads_mean(loss) else None)
     return [*loss.evaluate(scores, tree_map_only(Tensor, lambda x: x[:0], tensors))[1]]
 
 
@@ -65,6 +66,11 @@ def _known_metrics(loss: TokenLoss, like: Tensor, tensors: Tensors) -> list[str]
 def support_of(loss: TokenLoss, tensors: Tensors) -> Tensor | None:
     """The ids ``(N, K)`` at which the loss reads the student's log-probs."""
     return tensors["teacher"].ids if "topk_logp" in loss.read() else None
+
+
+def reads_mean(loss: TokenLoss) -> bool:
+    """Whether the loss reads the mean of a row's logits."""
+    return "mean_logits" in loss.read()
 
 
 @without_autocast
@@ -92,13 +98,15 @@ def run(
     grads = Gradients(tiles, call.weight, *need, whole=True, scattered=filter_eps > 0) if any(need) else None
     losses, sums = weight.new_zeros(tiles.n), MetricSums((*names, *made_metrics(grads is not None, filter_eps)), weight)
     chunks = Chunks(tiles, slots)
+    mean = MeanLogits(tiles) if reads_mean(loss) else None
     means = sparse.Means(tiles, sparse.blocks_of(weight, tiles.n)) if filter_eps else None
     for at in chunks:
         x = chunks.logits(at, entropy=True)
         out = chunks.outputs(at, entropy=True, tail=support is not None)
         checked_finite(name, out.lse)
-        leaves = [v.detach().requires_grad_(grads is not None) for v in out[:5]]
-        scores = TokenScores(*leaves[:3], *(leaves[3:] if support is not None else (None, None)))
+        read = out[:5] if mean is None else (*out[:5], mean.values[at])
+        leaves = [v.detach().requires_grad_(grads is not None) for v in read]
+        scores = TokenScores(*leaves[:3], *(leaves[3:5] if support is not None else (None, None)), *leaves[5:])
         cut = tree_map_only(Tensor, lambda v, at=at: v[at], tensors)
         with autograd_inside() if grads is not None else torch.no_grad():
             found, metrics = loss.evaluate(scores, cut)
@@ -107,11 +115,13 @@ def run(
                 raise ValueError(f"{loss.name}: tokens gave the metrics {got}; which there are must not depend on data")
             losses[at] = found.detach()
             if grads is not None:
-                made = _backward(grads, x, at, slots[at], leaves, out.lse_error, found, weight[at], means, filter_eps)
+                made = _backward(grads, x, at, slots[at], leaves, out.lse_error, found, weight[at], means, mean, filter_eps)
                 metrics = {**metrics, **made}
         sums.add(metrics, None if kept.dense is None else kept.dense[at])
     if means is not None and grads is not None:
         sparse.add_means(grads, means.finish())
+    if mean is not None and grads is not None:
+        mean.finish(grads)
     count = keep.sum() if kept.index is None else torch.tensor(tiles.n, device=keep.device)
     token = kept.put(losses)
     d_hidden, d_weight, d_bias = grads.finish() if grads else (call.weight.new_empty(0) for _ in need)
@@ -129,6 +139,7 @@ def _backward(
     loss: Tensor,
     weight: Tensor,
     means: sparse.Means | None,
+    mean: MeanLogits | None,
     filter_eps: float,
 ) -> dict[str, Tensor]:
     """Send the gradient of the rows ``at`` back through their logits ``x``; all else of these rows. Returns metrics, per row."""
@@ -137,9 +148,11 @@ def _backward(
     if total.requires_grad:
         found = torch.autograd.grad(total, leaves, allow_unused=True)
     with torch.no_grad():
-        logp, lse, entropy, topk_logp, tail_logp = (v.detach() for v in leaves)
+        logp, lse, entropy, topk_logp, tail_logp = (v.detach() for v in leaves[:5])
         sends = (weight != 0).unsqueeze(1)  # a masked row that is computed sends nothing, whatever the loss made of it
-        a, l, b, c, t = (None if g is None else torch.where(sends, g.view(len(x), -1), 0).view_as(g) for g in found)
+        a, l, b, c, t, *m = (None if g is None else torch.where(sends, g.view(len(x), -1), 0).view_as(g) for g in found)
+        if mean is not None and m[0] is not None:
+            mean.send(at, m[0])
         cot = Cotangents.of(slots, logp, topk_logp, lse, lse_error, a, l, b, c, t, entropy, tail_logp)
         dead = (cot.rows[[1, 2, 4]] == 0).all(0) & (cot.slot_dz == 0).all(1)
         rows: slice | Tensor = at

@@ -9,10 +9,14 @@ from torch import Tensor
 from rlad_kernels.core.check import check_eps, check_k, needed_grad
 from rlad_kernels.core.config import settings
 from rlad_kernels.core.head import LMHead
+from rlad_kernels.core.reduction import keep_mask
 from rlad_kernels.core.sizes import byte_size
 from rlad_kernels.core.types import TokenScores
-from rlad_kernels.engine.call import flat_call, flat_rows, maybe_rows, target_shape
+from rlad_kernels.engine.call import Call, flat_call, flat_rows, maybe_rows, target_shape
 from rlad_kernels.engine.logp import Logp, logp_op
+from rlad_kernels.engine.mean import check_no_softcap
+from rlad_kernels.engine.mean import mean_logits as mean_of
+from rlad_kernels.engine.rows import IGNORE
 
 EXTRAS = ("mean_logits", "is_top1", "log_sum_sq_probs")
 
@@ -25,6 +29,7 @@ def linear_logp(
     topk_ids: Tensor | None = None,
     entropy: bool = False,
     tail: bool = False,
+    mean_logits: bool = False,
     extras: Iterable[str] = (),
     mask: Tensor | None = None,
     filter_eps: float = 0.0,
@@ -40,6 +45,7 @@ def linear_logp(
             independent slots; K ≤ 1,024.
         entropy: also −Σ p log p, differentiable.
         tail: also the log-mass outside ``topk_ids``, differentiable, to 1e-3 relative down to a mass of 1e-7.
+        mean_logits: also the mean of the logits over the vocabulary, differentiable, for a head without softcap (label smoothing).
         extras: any of ``mean_logits``, ``is_top1``, ``log_sum_sq_probs``; no gradient.
         mask: bool or 0/1 ``(…)``; masked rows are never computed and exactly 0 in outputs and gradients.
         filter_eps: 0.0 is the exact backward. Above it, each block of 128 tokens sends gradient only through the columns to
@@ -75,6 +81,7 @@ def linear_logp(
         topk_ids=topk_ids,
         entropy=entropy,
         tail=tail,
+        mean_logits=mean_logits,
         extras=extras,
         mask=mask,
         filter_eps=filter_eps,
@@ -91,6 +98,7 @@ def score(
     topk_ids: Tensor | None = None,
     entropy: bool = False,
     tail: bool = False,
+    mean_logits: bool = False,
     extras: tuple[str, ...] = (),
     mask: Tensor | None = None,
     filter_eps: float = 0.0,
@@ -106,6 +114,8 @@ def score(
         raise ValueError(f"{name}: extras must be among {EXTRAS}, got {unknown[0]!r}")
     if tail and topk_ids is None:
         raise ValueError(f"{name}: tail=True needs topk_ids, got None")
+    if mean_logits:
+        check_no_softcap(name, call)
     ids = maybe_rows(name, ids_name, topk_ids, shape, hidden.device, ids=True, extra=1)
     if ids is not None:
         check_k(name, ids.shape[1], call.vocab_size, f"{ids_name} (…, K)")
@@ -130,5 +140,10 @@ def score(
         out.entropy.view(shape) if entropy else None,
         None if ids is None else out.topk_logp.view(*shape, ids.shape[1]),
         out.tail_logp.view(shape) if tail else None,
+        _mean(name, call, target, mask).view(shape) if mean_logits else None,
         found,
     )
+
+
+def _mean(name: str, call: Call, target: Tensor, mask: Tensor | None) -> Tensor:
+    return mean_of(call, (keep_mask(name, mask, target) & (target != IGNORE)).reshape(-1))

@@ -15,7 +15,18 @@ from rlad_kernels.core.reduction import Reduction, keep_mask
 from rlad_kernels.core.token_loss import Tensors, TokenLoss
 from rlad_kernels.core.types import LossOutput, TokenScores
 from rlad_kernels.engine.call import Call, flat_call, flat_rows, target_shape
-from rlad_kernels.engine.loss import Fused, FusedLoss, flattened, loss_op, made_metrics, metric_names, run, support_of
+from rlad_kernels.engine.loss import (
+    Fused,
+    FusedLoss,
+    flattened,
+    loss_op,
+    made_metrics,
+    metric_names,
+    reads_mean,
+    run,
+    support_of,
+)
+from rlad_kernels.engine.mean import check_no_softcap
 from rlad_kernels.engine.rows import IGNORE
 from rlad_kernels.linear.gather import gather
 from rlad_kernels.linear.logp import score
@@ -79,6 +90,8 @@ def linear_loss(
         raise ValueError(f"{loss.name}: teacher is None, wanted a TopK, on whose ids topk_logp is read")
     if support is not None:
         check_k(name, support.ids.shape[-1], call.vocab_size, "teacher.ids (…, K)")
+    if reads_mean(loss):
+        check_no_softcap(name, call)
     if loss.products == 0:
         z = gather(name, hidden, head, tensors["teacher"].ids, mask=keep, ids_name="teacher.ids")
         return loss.reduced(TokenScores(topk_logp=z), arranged)
@@ -92,6 +105,7 @@ def linear_loss(
             topk_ids=topk,
             entropy=True,
             tail=topk is not None,
+            mean_logits=reads_mean(loss),
             mask=keep,
             filter_eps=filter_eps,
             ids_name="teacher.ids",

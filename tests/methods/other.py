@@ -24,7 +24,7 @@ def inputs(needs: tuple[str, ...], weighted: bool = False) -> tuple[list[str], I
     return ["hidden", "weight"], {**given, **pool}
 
 
-INPUTS = {"cross_entropy_z_loss": partial(inputs, weighted=True)}
+INPUTS = {name: partial(inputs, weighted=True) for name in ("cross_entropy_z_loss", "label_smoothing")}
 
 
 def call(method: Any, *, hidden: Tensor, weight: Tensor, target: Tensor, **rest: Any) -> Any:
@@ -42,4 +42,12 @@ def cross_entropy_z_loss(hidden: Tensor, weight: Tensor, target: Tensor, weights
     return reduced(weights * nll + 1e-4 * z.logsumexp(-1) ** 2, mask, "token-mean")
 
 
-ORACLES = {"seq_kd": seq_kd, "cross_entropy_z_loss": cross_entropy_z_loss}
+def label_smoothing(hidden: Tensor, weight: Tensor, target: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy to the label with a tenth of its mass spread over the vocabulary."""
+    logp = (hidden @ weight.T).log_softmax(-1)
+    label = torch.full_like(logp, 0.1 / logp.shape[-1])
+    label = label.scatter_add(-1, target[..., None], torch.full_like(logp[..., :1], 0.9))
+    return reduced(-weights * (label * logp).sum(-1), mask, "token-mean")
+
+
+ORACLES = {"seq_kd": seq_kd, "cross_entropy_z_loss": cross_entropy_z_loss, "label_smoothing": label_smoothing}
