@@ -422,3 +422,12 @@ def test_the_reference_agrees_with_the_papers() -> None:
             continue
         found = kind.factor * reference.divergence(lq, lp, kind.family, kind.numbers, kind.forward, kind.reverse)
         assert torch.allclose(found, VALUES[name](lq, lp), rtol=1e-10), name
+
+
+@pytest.mark.parametrize("lam", [2 / 3, 0.5, 3.0])
+def test_power_divergence_with_the_teacher_and_the_student_exchanged(lam: float) -> None:
+    p, t = problem(n=7, bias=False), problem(n=7, bias=False)
+    mine, other = (PowerDivergence(x) for x in (-1 - lam, lam))
+    found = rk.linear_divergence(p.hidden.detach(), p.head, t.hidden.detach(), t.head, mine)
+    want = rk.linear_divergence(t.hidden.detach(), t.head, p.hidden.detach(), p.head, other)
+    assert torch.allclose(found, want, rtol=1e-4)

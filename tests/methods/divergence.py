@@ -85,6 +85,7 @@ VALUES = {
     "abkd": abkd,
     "alpha_divergence": lambda lq, lp, alpha=0.5: (1 - (alpha * lp + (1 - alpha) * lq).exp().sum(-1)) / (alpha * (1 - alpha)),
     "power_divergence": power,
+    "redistill": power,
     "hellinger": lambda lq, lp: 1 - ((lp + lq) / 2).exp().sum(-1),
     "total_variation": lambda lq, lp: (lp.exp() - lq.exp()).abs().sum(-1) / 2,
     "todi": todi,
@@ -104,5 +105,5 @@ def _oracle(name: str) -> Any:
 
 
 ORACLES = {name: _oracle(name) for name in VALUES}
-_LOSSES = {name: rk.METHODS[name].loss for name in VALUES if name != "multi_teacher_rkl"}
+_LOSSES = {name: rk.METHODS[name].loss for name in VALUES if name not in ("multi_teacher_rkl", "redistill")}
 DIVERGENCES = {name: loss for name, loss in _LOSSES.items() if isinstance(loss, Divergence)}  # each formula with one teacher

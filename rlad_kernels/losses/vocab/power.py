@@ -62,7 +62,7 @@ class AlphaDivergence(Divergence):
 
 @dataclass(frozen=True)
 class PowerDivergence(Divergence):
-    """Σp[(p/q)^λ − 1]/(λ(λ+1)) (Cressie and Read 1984); λ→0 is the forward KL, λ→−1 the reverse KL.
+    """Σp[(p/q)^λ − 1]/(λ(λ+1)) (Cressie and Read 1984); λ→0 is the forward KL, λ→−1 the reverse KL; −1−λ exchanges p and q.
 
     Args:
         lam: λ, finite.
@@ -135,8 +135,19 @@ add_divergence(
     "Σp[(p/q)^λ − 1]/(λ(λ+1))",
     "Cressie and Read 1984",
     "B",
-    note="REDistill's own equation was not read: this is the textbook direction, which weighs p > q up.",
+    note="The textbook direction, which weighs p > q up.",
     published="A goodness-of-fit statistic, λ = 2/3, twice this times the sample size; the mean over tokens here.",
+)
+add_divergence(
+    "redistill",
+    PowerDivergence(2 / 3),
+    "Σp[(p/q)^λ − 1]/(λ(λ+1)), λ = 2/3",
+    "arXiv 2602.04677",
+    "B",
+    note="Its equation was not read, nor which of p and q is divided: this is Cressie and Read's direction, the teacher as what is "
+    "observed. PowerDivergence(-5/3) is the other one, Σq[(q/p)^λ − 1]/(λ(λ+1)).",
+    published="λ = 2/3 in the place of distillation's KL, for image classifiers. Temperature, weight and T²: not stated in what "
+    "was read, the abstract and a summary.",
 )
 add_divergence(
     "hellinger",
