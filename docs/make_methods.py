@@ -92,18 +92,20 @@ def students(x: Tensor, curve: int) -> tuple[Tensor, Tensor, rk.LMHead]:
 
 def on_logits(method: Method, x: Tensor, curve: int, sampled: int | None = None) -> tuple[Tensor, Tensor]:
     """A loss in the sweep. The sampled token is the one drawn, or ``sampled``."""
-    hidden, teacher_hidden, head = students(x, curve)
-    target = torch.full(x.shape, TOKENS[curve] if sampled is None else sampled)
+    leaf, teacher_hidden, head = students(x, curve)
+    places = (len(x), 2) if "spans" in method.needs else x.shape  # a span of two tokens alike
+    hidden, teacher_hidden = (h.expand(*places, -1) for h in (leaf, teacher_hidden))
+    target = torch.full(places, TOKENS[curve] if sampled is None else sampled)
     teacher = rk.linear_topk(teacher_hidden, head, K, target=target, entropy=True)
     if method.name in WITH_SAMPLED:
         teacher = rk.supports.with_sampled(teacher, target)
     old = rk.linear_logp(hidden.detach(), head, target, topk_ids=teacher.ids)
     known = {
         "old_logp": old.logp, "old_topk_logp": old.topk_logp, "ref_logp": old.logp - 0.2, "teacher_logp": teacher.target_logp,
-        "teacher": teacher, "advantages": torch.ones_like(x), "target": target,
+        "teacher": teacher, "advantages": torch.ones(places), "target": target, "spans": torch.zeros_like(target),
     }  # fmt: skip
     given = {k: v for k, v in needed(method, known).items() if k != "target"}
-    return hidden, rk.linear_loss(hidden, head, target, method.loss, **given, reduction=SUMMED).loss
+    return leaf, rk.linear_loss(hidden, head, target, method.loss, **given, reduction=SUMMED).loss
 
 
 def on_two_heads(method: Method, x: Tensor, curve: int) -> tuple[Tensor, Tensor]:

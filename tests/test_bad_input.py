@@ -24,12 +24,14 @@ from rlad_kernels.losses import (
     RLSD,
     SAPO,
     SDAR,
+    SDPO,
     SRPO,
     TRRD,
     CrossEntropy,
     Reference,
     Rollout,
     SampledTailKL,
+    SpanCorrelation,
     TopKAdvantage,
     TopKKL,
     TopKPG,
@@ -41,7 +43,8 @@ pytestmark = pytest.mark.slow_interpreted  # what is refused is the same on ever
 B, T, D, V, K = 2, 3, 8, 16, 4
 RIGHT: tuple[rk.TokenLoss, ...] = (
     GRPO(), TRRD(), RLAD(topk=TopKKL(), topk_coef=0.5), CISPO(), SAPO(), GSPO(), OPD(), MOPD(), KDRL(), SRPO(), HDPO(), RLSD(),
-    SDAR(), CrossEntropy(z_loss=0.1), TopKKL(), TopKPG(), TopKAdvantage(), SampledTailKL(), EOPD(), Own(lambda s: -s.logp),
+    SDAR(), CrossEntropy(z_loss=0.1), TopKKL(), TopKPG(), TopKAdvantage(), SampledTailKL(), EOPD(), SDPO(), SpanCorrelation(),
+    Own(lambda s: -s.logp),
 )  # fmt: skip
 LOSSES = {loss.name: loss for loss in RIGHT}
 
@@ -56,6 +59,7 @@ def world() -> SimpleNamespace:
     pool = {
         "old_logp": o, "ref_logp": o, "rollout_logp": o, "base_logp": o, "teacher_logp": t, "advantages": a, "correct": a > 0,
         "group_ids": g, "weights": s.abs(), "w": s, "target": target, "teacher": teacher, "old_topk_logp": lq,
+        "spans": g.unsqueeze(1).expand(B, T),
     }  # fmt: skip
     return SimpleNamespace(
         hidden=torch.randn(B, T, D), weight=weight, head=rk.LMHead(weight), target=target, ids=ids, s=s, o=o, t=t, a=a, g=g, lq=lq,
@@ -420,6 +424,7 @@ OPTIONS: dict[str, list[tuple[Any, ...]]] = {
     "loss_min": [("0", "number or None", "'0'"), (torch.nan, "number or None", "nan")],
     "loss_max": [("0", "number or None", "'0'")],
     "outside_logp": [(-100.0, "normalize='teacher'", "-100.0", "'both'"), ("-100", "finite", "'-100'")],
+    "ratio_clip": [(0.0, "positive", "0.0"), ("2", "positive", "'2'")],
     "label_smoothing": [(1.0, "[0, 1)", "1.0"), ("0", "[0, 1)", "'0'"), (torch.nan, "[0, 1)", "nan")],
     "weight": [("both", "student", "'both'")],
     "iw_clip": [(2.0, "(low, high)", "2.0"), ((2.0, 1.0), "low < high", "(2.0, 1.0)"), ([0.0, 2.0], "(low, high)", "[0.0, 2.0]")],

@@ -37,6 +37,7 @@ class World:
             "base_logp": here.logp + noise[3], "teacher_logp": teacher.target_logp, "advantages": torch.tensor([1.0, -0.5, 0.3]),
             "correct": torch.tensor([True, False, False]), "group_ids": torch.tensor([0, 1, 1]), "teacher": teacher,
             "old_topk_logp": here.topk_logp + 0.1, "weights": torch.rand(B, tokens),
+            "spans": torch.arange(tokens).expand(B, tokens) // 4,
         }  # fmt: skip
 
     @property
@@ -131,7 +132,8 @@ def test_products_are_what_the_loss_says(name: str, monkeypatch: pytest.MonkeyPa
 
 def test_most_methods_are_three_products() -> None:
     products = {name: loss.products for name, loss in LOSSES.items()}
-    assert {k for k, n in products.items() if n == 4} == {"gspo", "gspo_token", "luspo", "vespo", "gmpo", "clip_cov", "kl_cov"}
+    reading = {"gspo", "gspo_token", "luspo", "vespo", "gmpo", "clip_cov", "kl_cov", "dac_kl_span"}
+    assert {k for k, n in products.items() if n == 4} == reading
     assert {k for k, n in products.items() if n == 0} == {"lsm", "lsm_sampled", "nemo_rl_mixed", "ms_swift_topk"}
 
 

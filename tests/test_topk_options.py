@@ -199,7 +199,7 @@ def test_inside_the_sweep_is_the_same_as_from_scores(name: str):
     hidden, head, target, teacher, mask, old, old_topk = everything()
     method = METHODS[name]
     teacher = rk.supports.with_sampled(teacher, target) if name == "lsm_sampled" else teacher
-    given = {"teacher": teacher, "old_logp": old, "old_topk_logp": old_topk}
+    given = {"teacher": teacher, "old_logp": old, "old_topk_logp": old_topk, "spans": torch.zeros_like(target)}
     given = {k: x for k, x in given.items() if k in method.needs}
     scores = rk.linear_logp(hidden, head, target, topk_ids=teacher.ids, tail=True, entropy=True, mask=mask)
     same = method(scores, mask=mask, **given, **({"target": target} if "target" in method.needs else {}))

@@ -14,9 +14,12 @@ from tests.oracles import reduced, straight_through, surrogate
 
 Inputs = dict[str, Any]
 B, T, V, K = 4, 7, 12, 4
+BAND = (0.1, 0.6)
 
 
-def inputs(needs: tuple[str, ...], leaves: tuple[str, ...] = ("topk_logp",), sampled: bool = False) -> tuple[list[str], Inputs]:
+def inputs(
+    needs: tuple[str, ...], leaves: tuple[str, ...] = ("topk_logp",), sampled: bool = False, band: bool = False
+) -> tuple[list[str], Inputs]:
     """The arguments that receive gradient, and all arguments, float32: 4 sequences of 7 tokens, one of them fully masked."""
     z, t = 2 * torch.randn(B, T, V), torch.linspace(0.5, 4, T).unsqueeze(1) * torch.randn(B, T, V)
     lq, lp = z.log_softmax(-1), t.log_softmax(-1)
@@ -29,8 +32,10 @@ def inputs(needs: tuple[str, ...], leaves: tuple[str, ...] = ("topk_logp",), sam
         ids.int(), lp.gather(-1, ids.clamp_min(0)), tail_logp=torch.where(outside, lp, -torch.inf).logsumexp(-1),
         target_logp=_at(lp, target), entropy=-(lp.exp() * lp).sum(-1),
     )  # fmt: skip
-    if sampled:
+    if sampled or band:
         teacher = rk.supports.with_sampled(teacher, target)
+    if band:
+        teacher = rk.supports.probability_band(teacher, *BAND, target=target)
     topk_logp = lq.gather(-1, teacher.ids.long().clamp_min(0))
     mask = torch.rand(B, T) > 0.2
     mask[2] = False
@@ -38,8 +43,9 @@ def inputs(needs: tuple[str, ...], leaves: tuple[str, ...] = ("topk_logp",), sam
         "topk_logp": topk_logp, "logp": _at(lq, target), "tail_logp": torch.where(outside, lq, -torch.inf).logsumexp(-1),
         "entropy": -(lq.exp() * lq).sum(-1), "target": target, "old_logp": _at(lq, target) + 0.2 * torch.randn(B, T),
         "old_topk_logp": topk_logp + 0.2 * torch.randn(topk_logp.shape), "teacher": teacher,
+        "spans": torch.tensor([0, 0, 0, 1, 1, -1, -1]).expand(B, T),
     }  # fmt: skip
-    given = {k: pool[k] for k in dict.fromkeys((*leaves, *needs, *(("topk_logp",) if "old_logp" in needs else ())))}
+    given = {k: pool[k] for k in dict.fromkeys((*leaves, *needs, *(("topk_logp", "logp") if "old_logp" in needs else ())))}
     return list(leaves), {**given, "mask": mask}
 
 
@@ -51,6 +57,8 @@ INPUTS = {
     "eopd": partial(inputs, leaves=("logp", "topk_logp")),
     "ema_pg": partial(inputs, leaves=("logp", "topk_logp")),
     "verl_topk_pg": partial(inputs, leaves=("logp",)),
+    "dac_kl": partial(inputs, band=True),
+    "sdpo": partial(inputs, leaves=("topk_logp", "tail_logp")),
 }
 
 
@@ -150,6 +158,36 @@ def thunlp(topk_logp: Tensor, old_topk_logp: Tensor, teacher: Any, mask: Tensor)
     return rows(f, teacher, mask, topk_logp, old_topk_logp)
 
 
+def band(topk_logp: Tensor, teacher: Any, mask: Tensor) -> Tensor:
+    return rows(lambda lq, lp: kl(lp, lq), teacher, mask, topk_logp)
+
+
+def span(topk_logp: Tensor, teacher: Any, spans: Tensor, mask: Tensor) -> Tensor:
+    """Over the whole vocabulary: squared gaps between products of neighbours, where both supports have the id."""
+
+    def dense(logp: Tensor, i: int, j: int) -> Tensor:
+        ids = teacher.ids[i, j].tolist()
+        use = [k for k, v in enumerate(ids) if v >= 0 and v not in ids[:k]]
+        return torch.zeros(V, dtype=logp.dtype).index_put((torch.tensor([ids[k] for k in use]),), logp[i, j, use].exp())
+
+    token, lp = torch.zeros_like(topk_logp[..., 0]), teacher.logp.to(topk_logp.dtype)
+    for i in range(B):
+        for j in range(T - 1):
+            if spans[i, j] == spans[i, j + 1] >= 0 and mask[i, j] and mask[i, j + 1]:
+                p, q = (dense(x, i, j) * dense(x, i, j + 1) for x in (lp, topk_logp))
+                token = token.index_put((torch.tensor(i), torch.tensor(j)), (p - q).square().sum())
+    return reduced(token, mask, "token-mean")
+
+
+def sdpo(topk_logp: Tensor, tail_logp: Tensor, logp: Tensor, old_logp: Tensor, teacher: Any, mask: Tensor) -> Tensor:
+    def f(lq: Tensor, lp: Tensor, tail_q: Tensor, tail_p: Tensor, s: Tensor, o: Tensor) -> Tensor:
+        q, p = torch.cat([lq, tail_q.view(1)]), torch.cat([lp, tail_p.view(1)])
+        m = ((q.exp() + p.exp()) / 2).log()
+        return (s - o).exp().clamp(max=2).detach() * (kl(p, m) + kl(q, m)) / 2
+
+    return rows(f, teacher, mask, topk_logp, per_token=(tail_logp, teacher.tail_logp.to(logp.dtype), logp, old_logp))
+
+
 ORACLES = {
     "lsm": lsm,
     "lsm_sampled": lsm,
@@ -163,4 +201,7 @@ ORACLES = {
     "ema_pg": ema_pg,
     "eopd": eopd,
     "thunlp_opd": thunlp,
+    "dac_kl": band,
+    "dac_kl_span": span,
+    "sdpo": sdpo,
 }
