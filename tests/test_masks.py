@@ -108,3 +108,31 @@ def test_masks_combine_into_a_loss():
     keep = mask & masks.top_entropy_mask(torch.rand(B, T), 0.5, mask) & wrong
     out = rk.losses.TopKKL()(lq, teacher=teacher, mask=keep)
     assert not out.token_loss[~keep].any()
+
+
+@pytest.mark.parametrize("differ", [False, True])
+@pytest.mark.parametrize("threshold", [None, 2.0, 9.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_stands_before_the_stray_token(masked: bool, threshold: float | None, differ: bool):
+    kl, mask = torch.randint(5, (B, T)).float(), torch.rand(B, T) > 0.4 if masked else None
+    differs = torch.rand(B, T) > 0.3 if differ else None
+    kl[0, 3], kl[1] = torch.nan, torch.nan
+
+    def call(x: Tensor, m: Tensor | None, s: Tensor | None) -> Tensor:
+        flat = differs if differs is None or s is None else differs.flatten()
+        return masks.before_stray_mask(x, m, threshold=threshold, differs=flat, seq_ids=s)
+
+    out = both(call, kl, mask)
+    for b in range(B):
+        may = [t for t in range(T) if (mask is None or mask[b, t]) and (differs is None or differs[b, t]) and kl[b, t] == kl[b, t]]
+        most = max([kl[b, t] for t in may], default=torch.inf)
+        stray = [t for t in may if (kl[b, t] == most if threshold is None else kl[b, t] > threshold)]
+        assert out[b].tolist() == [t < min(stray, default=T) for t in range(T)]
+
+
+def test_before_stray_mask_refuses():
+    kl = torch.rand(2, 3)
+    with pytest.raises(ValueError, match=r"^before_stray_mask: threshold must be a finite number, got '1'"):
+        masks.before_stray_mask(kl, threshold="1")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"^before_stray_mask: differs has shape \(2,\), wanted \(2, 3\)"):
+        masks.before_stray_mask(kl, differs=torch.ones(2))

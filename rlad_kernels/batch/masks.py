@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.check import check_tensor, integers, is_integer, is_number, may_read, token_rows
+from rlad_kernels.core.check import check_numbers, check_tensor, integers, is_integer, is_number, may_read, token_rows
 from rlad_kernels.core.reduction import keep_mask, sequence_index
 from rlad_kernels.losses.ratio.groups import wrong_groups
 
@@ -108,6 +108,49 @@ def top_entropy_mask(entropy: Tensor, fraction: float, mask: Tensor | None = Non
     return (keep & (rank < count)).view(entropy.shape)
 
 
+def before_stray_mask(
+    kl: Tensor,
+    mask: Tensor | None = None,
+    *,
+    threshold: float | None = None,
+    differs: Tensor | None = None,
+    seq_ids: Tensor | None = None,
+) -> Tensor:
+    """True before the token at which each response strays from the teacher, everywhere where none does (after arXiv 2407.10068).
+
+    The token where the two differ most, which that paper corrects and writes on from; or with a threshold the first beyond it.
+    ``mask & ~before`` are the tokens from there on.
+
+    Args:
+        kl: a KL per token ``(B, T)``, or packed ``(N,)``; NaN strays from nothing.
+        mask: the response; tokens outside it do not stray.
+        threshold: in nats; None takes the largest KL of the response, the first of equal ones.
+        differs: bool or 0/1, the tokens that may stray: the paper's, where the student's token is not the teacher's. None is all.
+        seq_ids: as in :func:`special_token_mask`.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> rk.masks.before_stray_mask(torch.tensor([[0.1, 0.4, 0.9, 0.2]]))
+        tensor([[ True,  True, False, False]])
+        >>> rk.masks.before_stray_mask(torch.tensor([[0.1, 0.4, 0.9, 0.2]]), threshold=0.3)
+        tensor([[ True, False, False, False]])
+    """
+    name = "before_stray_mask"
+    check_tensor(name, "kl", kl)
+    if threshold is not None:
+        check_numbers(name, threshold=threshold)
+    place, kl = _places(name, kl, seq_ids), kl.detach()
+    may = keep_mask(name, mask, kl) & keep_mask(name, differs, kl, "differs") & ~kl.isnan()
+    if threshold is None:
+        value = torch.where(may, kl, -torch.inf).flatten()
+        most = value.new_full((kl.numel() + 1,), -torch.inf).scatter_reduce_(0, place.flatten(), value, "amax")
+        may &= kl == most[place]
+    else:
+        may &= kl > threshold
+    number = torch.arange(kl.numel(), device=kl.device)
+    return (number < _ends(may, place, last=False)[place.flatten()]).view(kl.shape)
+
+
 def reward_mask(correct: Tensor, group_ids: Tensor | None = None, level: str = "response") -> Tensor:
     """Responses that are distilled by their reward (KDRL, arXiv 2506.02208): the incorrect ones, or those of all-wrong groups.
 
@@ -178,7 +221,12 @@ def _places(name: str, tokens: Tensor, seq_ids: Tensor | None) -> Tensor:
 
 def _nth(where: Tensor, place: Tensor, *, last: bool) -> Tensor:
     """The first, or last, True of each response."""
-    flat, number = where.flatten(), torch.arange(where.numel(), device=where.device)
+    number = torch.arange(where.numel(), device=where.device)
+    return where & (_ends(where, place, last=last)[place.flatten()] == number).view(where.shape)
+
+
+def _ends(where: Tensor, place: Tensor, *, last: bool) -> Tensor:
+    """The number of the first, or last, True of each response; beyond all tokens where there is none."""
+    number = torch.arange(where.numel(), device=where.device)
     best = number.new_full((where.numel() + 1,), -1 if last else where.numel())
-    best.scatter_reduce_(0, place.flatten(), torch.where(flat, number, best[0]), "amax" if last else "amin")
-    return (flat & (best[place.flatten()] == number)).view(where.shape)
+    return best.scatter_reduce_(0, place.flatten(), torch.where(where.flatten(), number, best[0]), "amax" if last else "amin")
