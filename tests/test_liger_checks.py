@@ -93,7 +93,7 @@ def topk_inputs() -> dict[str, Any]:
         ({"teacher_topk_ids": torch.full((2, 5, 3), V)}, r"teacher_topk_ids must be in \[0, vocab_size=61\) or -1 .*, got 61"),
         (
             {"teacher_topk_ids": torch.zeros(2, 5, V + 1).long(), "teacher_topk_log_probs": torch.zeros(2, 5, V + 1)},
-            "teacher_topk_ids .* must have 1 <= K <= min.1024, vocab_size=61., got K=62",
+            "teacher_topk_ids .* must have 1 <= K <= min.4096, vocab_size=61., got K=62",
         ),
         ({"labels": torch.zeros(5).long()}, r"labels has shape \(5,\), wanted \(2, 5\)"),
         ({"labels": torch.zeros(2, 5)}, "labels must be integers"),

@@ -14,7 +14,8 @@ from torch import Tensor
 from rlad_kernels.core.config import settings
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-K_MAX = 1024
+TOPK_MAX = 1024  # of a top-K that is searched for
+SUPPORT_MAX = 4096  # of a support that is given: its slots lie in one block of a kernel
 
 
 def check_tensor(name: str, argument: str, x: Any) -> None:
@@ -81,12 +82,12 @@ def check_eps(name: str, filter_eps: float) -> None:
         raise ValueError(f"{name}: filter_eps must be a probability in [0, 1), 0.0 for the exact backward; got {filter_eps!r}")
 
 
-def check_k(name: str, k: int, vocab_size: int | None, argument: str = "k") -> None:
-    """Raise a ValueError unless 1 ≤ K ≤ min(1024, vocab_size)."""
+def check_k(name: str, k: int, vocab_size: int | None, argument: str = "k", *, most: int = SUPPORT_MAX) -> None:
+    """Raise a ValueError unless 1 ≤ K ≤ min(most, vocab_size)."""
     if not is_integer(k):
         raise ValueError(f"{name}: {argument} must be an int, got {k!r}")
-    if not 1 <= k <= min(K_MAX, vocab_size or K_MAX):
-        bound = f"min({K_MAX}, vocab_size={vocab_size})" if vocab_size else f"{K_MAX}"
+    if not 1 <= k <= min(most, vocab_size or most):
+        bound = f"min({most}, vocab_size={vocab_size})" if vocab_size else f"{most}"
         raise ValueError(f"{name}: {argument} must have 1 <= K <= {bound}, got K={k}")
 
 

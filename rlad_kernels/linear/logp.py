@@ -42,7 +42,7 @@ def linear_logp(
         head: :class:`LMHead`.
         target: ``(…)`` ints; −100 is masked.
         topk_ids: ``(…, K)`` ints whose log-probs to return, differentiable; −1 is an empty slot, duplicates are
-            independent slots; K ≤ 1,024.
+            independent slots; K ≤ 4,096.
         entropy: also −Σ p log p, differentiable.
         tail: also the log-mass outside ``topk_ids``, differentiable, to 1e-3 relative down to a mass of 1e-7.
         mean_logits: also the mean of the logits over the vocabulary, differentiable, for a head without softcap (label smoothing).

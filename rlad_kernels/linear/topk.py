@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlad_kernels.core.check import check_k, integers
+from rlad_kernels.core.check import TOPK_MAX, check_k, integers
 from rlad_kernels.core.head import LMHead
 from rlad_kernels.core.types import TopK
 from rlad_kernels.engine.call import check_states, flat_call, maybe_rows, target_shape
@@ -43,7 +43,7 @@ def linear_topk(
     with torch.no_grad():
         call = flat_call(name, hidden, head)
         shape = hidden.shape[:-1] if target is None else target_shape(name, hidden, target)
-        check_k(name, k, call.vocab_size)
+        check_k(name, k, call.vocab_size, most=TOPK_MAX)
         flat_target = maybe_rows(name, "target", target, shape, hidden.device, ids=True)
         flat_mask = maybe_rows(name, "mask", mask, shape, hidden.device)
         out = Top._make(topk_op(*call[:3], flat_target, flat_mask, *call[3:], k, entropy))

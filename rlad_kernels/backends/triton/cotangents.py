@@ -48,25 +48,27 @@ def row_cotangents_kernel(
     o_j = tl.arange(0, BLOCK_J)
     o_s = o_r[:, None] * (K + 1) + o_j[None, :]
     m_s = m_r[:, None] & (o_j < K + 1)[None, :]
-    m_k = m_s & (o_j > 0)[None, :]
-    o_k = o_r[:, None] * K + (o_j - 1)[None, :]
     b_id = tl.load(slots + o_s, mask=m_s, other=-1)
     b_g = _load(g_logp, o_r, m_r)[:, None] + tl.zeros(o_s.shape, tl.float32)
-    b_lp = tl.load(logp + o_r, mask=m_r, other=0.0)[:, None] + tl.zeros(o_s.shape, tl.float32)
-    m_own = b_id >= 0
-    m_inside = b_id < -1  # none
-    if BLOCK_J > 1:  # an id's first slot takes the sum of all, in their order
-        b_lp = tl.where(m_k, tl.load(topk_logp + o_k, mask=m_k, other=0.0), b_lp)
+    b_inside = tl.zeros([BLOCK_N], tl.int32)  # whether the target is of the support
+    if BLOCK_J > 1:  # an id's first slot takes the sum of all, in their order; the others lose their id
         m_same = b_id == tl.load(slots + o_r * (K + 1), mask=m_r, other=-1)[:, None]
         b_g = tl.where(m_same, b_g, 0.0)
-        m_first = m_own & ~(m_same & (o_j > 0)[None, :])
+        m_later = m_same & (o_j > 0)[None, :]
+        b_id = tl.where(m_later, -1, b_id)
+        b_inside = tl.max(m_later.to(tl.int32), 1)
         for i in range(1, K + 1):
-            m_same = m_own & (b_id == tl.load(slots + o_r * (K + 1) + i, mask=m_r, other=-1)[:, None])
+            b_i = tl.load(slots + o_r * (K + 1) + i, mask=m_r, other=-1)[:, None]
+            m_same = (b_id == b_i) & (b_i >= 0)
             b_g += tl.where(m_same, _load(g_topk, o_r * K + i - 1, m_r)[:, None], 0.0)
-            m_inside = m_inside | m_same
-            m_first = m_first & ~(m_same & (o_j > i)[None, :])
-        m_own = m_first
-    tl.store(own + o_s, tl.where(m_own, b_id, -1), mask=m_s)
+            b_id = tl.where(m_same & (o_j > i)[None, :], -1, b_id)
+    m_own = b_id >= 0
+    b_lp = tl.load(logp + o_r, mask=m_r, other=0.0)[:, None] + tl.zeros(o_s.shape, tl.float32)
+    if BLOCK_J > 1:
+        m_k = m_s & (o_j > 0)[None, :]
+        o_k = o_r[:, None] * K + (o_j - 1)[None, :]
+        b_lp = tl.where(m_k, tl.load(topk_logp + o_k, mask=m_k, other=0.0), b_lp)
+    tl.store(own + o_s, b_id, mask=m_s)
     b_g = tl.where(m_own, b_g, 0.0)
 
     b_lse = tl.load(lse + o_r, mask=m_r, other=0.0)
@@ -91,7 +93,8 @@ def row_cotangents_kernel(
         b_g + tl.where(m_some, b_all * exp(b_lp), 0.0),
     )
     if g_tail is not None:
-        b_share = tl.where(m_some & ~m_inside, b_lp - b_tau[:, None], -float("inf"))
+        m_outside = (o_j == 0)[None, :] & (b_inside == 0)[:, None]  # all other slots that are kept are of the support
+        b_share = tl.where(m_some & m_outside, b_lp - b_tau[:, None], -float("inf"))
         b_dz += b_t[:, None] * tl.where(m_top, expm1(b_share), exp(b_share))
     if g_entropy is not None:
         b_dz -= tl.where(m_some, b_b[:, None] * exp(b_lp) * (b_lp + b_h[:, None]), 0.0)
@@ -154,7 +157,7 @@ def row_cotangents(
 def cases() -> Iterator[Case]:
     for j in sizes(TABLE, J):
         for f in flag_sets("entropy", "topk", "tail", single=j == 128):
-            if j == 1 and f & {"topk", "tail"}:
+            if (j > 1) != bool(f & {"topk", "tail"}):  # only what a support gets has its slots
                 continue
             k = j - 1
             cots = (meta(R), meta(R) if f else None, meta(R) if "entropy" in f else None, meta(R, k) if "topk" in f else None)

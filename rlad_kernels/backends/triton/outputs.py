@@ -14,21 +14,23 @@ from ._launch import Config, config, launch, pick, require_dtype
 from ._math import bounded, exp, log1p
 
 # By J. A row's slots lie in one block, a thread a slot where there are few; some 60 bytes a row and 12 a slot, less than a
-# microsecond of memory time: what it saves is 60 launches.
+# microsecond of memory time: what it saves is 60 launches. From 512 slots on the comparisons of all with all, J²/threads a row,
+# cost more than that; sixteen warps hold 4,097 slots without a spill.
 TABLE = (
     config(1, 4, BLOCK_N=128, BLOCK_J=1),
     config(8, 2, BLOCK_N=8, BLOCK_J=8),
     config(32, 2, BLOCK_N=2, BLOCK_J=32),
     config(128, 4, BLOCK_N=1, BLOCK_J=128),
     config(512, 4, BLOCK_N=1, BLOCK_J=512),
-    config(2048, 8, BLOCK_N=1, BLOCK_J=2048),
+    config(2048, 16, BLOCK_N=1, BLOCK_J=2048),
+    config(8192, 16, BLOCK_N=1, BLOCK_J=8192),
 )
 
 
 def row_of(table: tuple[Config, ...], j: int) -> Config:
     """The table's row for J slots; interpreted, where a program costs what its steps do, whatever its width, it takes many rows."""
     row = pick(table, j)
-    return replace(row, blocks=tuple((dict(row.blocks) | {"BLOCK_N": 64}).items())) if INTERPRET else row
+    return replace(row, blocks=tuple((dict(row.blocks) | {"BLOCK_N": 64 if j <= 2048 else 1}).items())) if INTERPRET else row
 
 
 @triton.jit
@@ -76,14 +78,26 @@ def row_outputs_kernel(
     o_j = tl.arange(0, BLOCK_J)
     o_s = o_r[:, None] * J + o_j[None, :]
     m_s = m_r[:, None] & (o_j < J)[None, :]
-    b_z = tl.load(slot_logits + o_s, mask=m_s, other=-float("inf"))
     b_id = tl.load(slots + o_s, mask=m_s, other=-1)
     m_first = b_id >= 0
     if BLOCK_J > 1:
         m_first = m_first & ~_later(slots, o_r, m_r, b_id, o_j, J)
+    b_z = tl.load(slot_logits + o_s, mask=m_s, other=-float("inf"))
     p_s = stats + o_r
     b_m = tl.load(p_s, mask=m_r, other=0.0)
     b_rest = tl.load(p_s + stride_s, mask=m_r, other=1.0)
+    # what is asked of the slots comes before what is made of them, which takes their registers
+    if logp is not None:
+        m_y = (o_j == 0)[None, :]
+        b_y = tl.sum(tl.where(m_y, b_id, 0), 1)
+        b_zy = tl.sum(tl.where(m_y, b_z, 0.0), 1)
+        m_inside = tl.max(((b_id == b_y[:, None]) & ~m_y).to(tl.int32), 1) > 0
+        if is_top1 is not None:
+            b_first = tl.load(p_s + 5 * stride_s, mask=m_r, other=0.0)
+            m_beaten = (b_m > b_zy) | ((b_m == b_zy) & (b_first < b_y.to(tl.float32)))
+            m_slot = (b_id >= 0) & ((b_z > b_zy[:, None]) | ((b_z == b_zy[:, None]) & (b_id < b_y[:, None])))
+            m_beaten = m_beaten | (tl.max(m_slot.to(tl.int32), 1) > 0) | (b_zy != b_zy)
+            tl.store(is_top1 + o_r, ~m_beaten, mask=m_r)
 
     b_high = tl.max(b_z, 1)
     b_peak = tl.where(b_high > b_m, b_high, b_m)
@@ -96,6 +110,13 @@ def row_outputs_kernel(
     b_e = tl.where(m_first, exp(b_shift), 0.0)
     b_total = b_other + tl.sum(b_e, 1)
     b_log_total = tl.log(b_total)
+    # what else sums over slots comes here: later it would keep their values in registers
+    b_weighted = b_total
+    if entropy is not None:
+        b_weighted = tl.sum(tl.where(b_e > 0, b_e * b_shift, 0.0), 1)
+    b_squares = b_total
+    if mean_logits is not None:
+        b_squares = tl.sum(b_e * b_e, 1)
     b_largest = tl.max(b_e, 1)
     b_top = tl.min(tl.where(m_first & (b_e == b_largest[:, None]), o_j[None, :], BLOCK_J), 1)
     m_top = o_j[None, :] == b_top[:, None]
@@ -115,18 +136,8 @@ def row_outputs_kernel(
     m_support = m_first
     if logp is not None:
         target = 1
-        m_y = (o_j == 0)[None, :]
-        b_y = tl.sum(tl.where(m_y, b_id, 0), 1)
-        b_zy = tl.sum(tl.where(m_y, b_z, 0.0), 1)
         tl.store(logp + o_r, tl.sum(tl.where(m_y, b_lp, 0.0), 1) + b_bad, mask=m_r)
-        m_inside = tl.max(((b_id == b_y[:, None]) & ~m_y).to(tl.int32), 1) > 0
         m_support = m_first & (~m_y | m_inside[:, None])
-        if is_top1 is not None:
-            b_first = tl.load(p_s + 5 * stride_s, mask=m_r, other=0.0)
-            m_beaten = (b_m > b_zy) | ((b_m == b_zy) & (b_first < b_y.to(tl.float32)))
-            m_slot = (b_id >= 0) & ((b_z > b_zy[:, None]) | ((b_z == b_zy[:, None]) & (b_id < b_y[:, None])))
-            m_beaten = m_beaten | (tl.max(m_slot.to(tl.int32), 1) > 0) | (b_zy != b_zy)
-            tl.store(is_top1 + o_r, ~m_beaten, mask=m_r)
     if topk_logp is not None:
         b_kept = tl.where(b_id < 0, -float("inf"), b_lp) + b_bad[:, None]
         tl.store(topk_logp + o_r[:, None] * (J - target) + (o_j - target)[None, :], b_kept, mask=m_s & (o_j >= target)[None, :])
@@ -139,11 +150,10 @@ def row_outputs_kernel(
         tl.store(tail_logp + o_r, b_tail + b_bad, mask=m_r)
     if entropy is not None:
         b_restz = b_down * (tl.load(p_s + 2 * stride_s, mask=m_r, other=0.0) + b_gap * b_rest)
-        b_weighted = b_restz + tl.sum(tl.where(b_e > 0, b_e * b_shift, 0.0), 1)
-        b_h = b_log_total - b_weighted / b_total
+        b_h = b_log_total - (b_restz + b_weighted) / b_total
         tl.store(entropy + o_r, tl.where(b_h < 0, 0.0, b_h) + b_bad, mask=m_r)
     if mean_logits is not None:
-        b_sq = tl.load(p_s + 3 * stride_s, mask=m_r, other=0.0) * b_down * b_down + tl.sum(b_e * b_e, 1)
+        b_sq = tl.load(p_s + 3 * stride_s, mask=m_r, other=0.0) * b_down * b_down + b_squares
         tl.store(log_sum_sq + o_r, tl.log(b_sq) - 2.0 * b_log_total + b_bad, mask=m_r)
         tl.store(mean_logits + o_r, tl.load(p_s + 4 * stride_s, mask=m_r, other=0.0) / V + b_bad, mask=m_r)
 

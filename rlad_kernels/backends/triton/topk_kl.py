@@ -11,11 +11,12 @@ from ._launch import config, launch, pick, require_dtype
 from ._math import excess, exp, expm1, log1p
 
 # By K. One row of slots per program; a warp handles the usual supports alone, without barriers. BLOCK_E earlier ids are
-# compared at a time: BLOCK_K × BLOCK_E comparisons must fit in registers.
+# compared at a time: BLOCK_K × BLOCK_E comparisons must fit in registers, beside what a wide block holds anyway.
 TABLE = (
     config(32, 1, BLOCK_K=32, BLOCK_E=16),
     config(128, 1, BLOCK_K=128, BLOCK_E=8),
     config(1024, 8, BLOCK_K=1024, BLOCK_E=8),
+    config(4096, 16, BLOCK_K=4096, BLOCK_E=2),
 )
 
 DIRECTIONS = ("reverse", "forward")

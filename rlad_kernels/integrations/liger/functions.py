@@ -223,7 +223,7 @@ def chunk_topk_distill_function(
         hidden_states: ``(B, L, H)`` or ``(L, H)``.
         weights: ``(V, H)``.
         labels: ``(B, L)`` or ``(L,)``; ``ignore_index`` makes every output of its position 0.
-        teacher_topk_ids: ``(…, L, K)`` ints, aligned with the labels; −1 is an empty slot; K ≤ 1,024 and ≤ V.
+        teacher_topk_ids: ``(…, L, K)`` ints, aligned with the labels; −1 is an empty slot; K ≤ 4,096 and ≤ V.
         teacher_topk_log_probs: ``(…, L, K)``.
         shift_labels: labels that are already the next tokens; then nothing is shifted. Otherwise hidden state t scores
             label t + 1, and the last position is 0. (Sequence parallelism must pass it; VeOmni asks its own global state.)
