@@ -147,6 +147,18 @@ def test_label_smoothing_in_half(dtype: torch.dtype) -> None:
         assert relative(got.double(), exact) <= 2e-2
 
 
+def test_label_smoothing_under_autocast() -> None:
+    p = problem(n=12)
+    want = cross_entropy(p.logits(), p.target, label_smoothing=0.2)
+    with torch.autocast(p.hidden.device.type, torch.bfloat16):
+        outs = both_roads(p, CrossEntropy(label_smoothing=0.2), p.target)
+    for out in outs:
+        assert torch.allclose(out.loss, want, rtol=1e-2)
+        exact = torch.autograd.grad(want, p.leaves, retain_graph=True)
+        for got, full in zip(torch.autograd.grad(out.loss, p.leaves), exact, strict=True):
+            assert relative(got, full) <= 2e-2
+
+
 def test_label_smoothing_with_masks_and_in_the_sparse_backward() -> None:
     p = problem(n=9, v=101, sigma=6.0)
     loss, mask = CrossEntropy(label_smoothing=0.2), torch.arange(9) % 3 > 0

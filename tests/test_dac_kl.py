@@ -60,3 +60,17 @@ def test_a_student_that_is_the_teacher_has_none() -> None:
     teacher = rk.linear_topk(z.detach(), EYE, 4)
     out = rk.linear_loss(z, EYE, torch.zeros(B, T).long(), SpanCorrelation(), teacher=teacher, spans=torch.zeros(B, T).long())
     assert out.loss <= 1e-12
+
+
+def test_a_slot_that_one_side_lacks_or_that_is_not_finite() -> None:
+    ids = torch.tensor([[4, 9, -1, 6], [9, 4, 4, 7]])
+    lp = torch.tensor([[0.5, 0.25, 0.9, 0.1], [0.5, 0.25, 0.9, 0.1]]).log()
+    lp[0, 3] = torch.nan
+    lq = torch.tensor([[0.2, 0.0, 0.9, 0.1], [0.4, 0.3, 0.9, 0.1]]).log().requires_grad_()
+    out = SpanCorrelation()(lq, teacher=rk.TopK(ids, lp), spans=torch.tensor([5, 5]))
+    want = (0.5 * 0.25 - 0.2 * 0.3) ** 2 + (0.25 * 0.5 - 0.0 * 0.4) ** 2  # of id 4, and of 9
+    assert torch.allclose(out.token_loss, torch.tensor([want, 0.0]))
+    assert out.metrics["invalid_teacher"] == 0.5
+    gradient = torch.autograd.grad(out.loss, lq)[0]
+    assert gradient.isfinite().all()
+    assert not gradient[0, 2:].any() and not gradient[1, 2:].any()

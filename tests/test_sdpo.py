@@ -69,3 +69,17 @@ def test_message() -> None:
     del given["old_logp"]
     with pytest.raises(ValueError, match=r"^SDPO: old_logp is None, wanted a tensor in logp's shape"):
         rk.linear_loss(z, rk.LMHead(torch.eye(V)), loss=SDPO(), **given)
+
+
+def test_what_is_impossible_stays_finite() -> None:
+    """A slot without mass on one side, a teacher without a slot, and a token that the policy has since ruled out."""
+    ids = torch.arange(3).expand(4, 3).int()
+    lq = torch.tensor([[-torch.inf, -1.0, -1.0], [-1.0, -1.0, -2.0], [-1.0, -1.0, -2.0], [-1.0, -1.0, -2.0]]).requires_grad_()
+    lp = torch.tensor([[-1.0, -1.0, -2.0], [-torch.inf, -1.0, -1.0], [torch.nan] * 3, [-1.0, -2.0, -2.0]])
+    tail = torch.full((4,), -3.0)
+    scores = rk.TokenScores(logp=torch.tensor([-1.0, -1.0, -1.0, -torch.inf]), topk_logp=lq, tail_logp=tail)
+    teacher = rk.TopK(ids, lp, tail_logp=torch.tensor([-3.0, -3.0, -3.0, -torch.inf]))
+    out = SDPO()(scores, old_logp=torch.full((4,), -1.0), teacher=teacher)
+    assert out.token_loss.isfinite().all() and (out.token_loss[:2] > 0).all() and out.token_loss[2] == 0
+    assert out.token_loss[3] < 1e-8
+    assert torch.autograd.grad(out.loss, lq)[0].isfinite().all()

@@ -77,6 +77,7 @@ TAIL = rk.losses.TopKKL(normalize="tail")
 # name → function, the tensors it gets, options
 CALLS: dict[str, tuple[Callable[..., Any], tuple[str, ...], Arguments]] = {
     "logp": (rk.linear_logp, (*LINEAR, "topk_ids"), {"entropy": True, "tail": True, "extras": ("mean_logits", "is_top1")}),
+    "logp and mean": (rk.linear_logp, LINEAR, {"mean_logits": True}),
     "logp sparse": (rk.linear_logp, LINEAR, {"filter_eps": 0.01}),
     "topk": (rk.linear_topk, LINEAR, {"k": 3, "entropy": True}),
     "gather": (rk.linear_gather, ("hidden", "head", "ids", "mask"), {}),
@@ -89,6 +90,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[str, ...], Arguments]] = {
     "special_token_mask": (rk.masks.special_token_mask, ("tokens", "mask", "seq_ids"), {"special_ids": [3]}),
     "final_eos_mask": (rk.masks.final_eos_mask, ("tokens", "mask", "seq_ids"), {"eos_ids": list(range(V))}),
     "top_entropy_mask": (rk.masks.top_entropy_mask, ("entropy", "mask"), {"fraction": 1.0}),
+    "before_stray_mask": (lambda entropy, **more: rk.masks.before_stray_mask(entropy, **more), ("entropy", "mask", "seq_ids"), {}),
 }  # fmt: skip
 # name → loss, the tensors that it gets from hidden states
 IN_SWEEP: dict[str, tuple[rk.TokenLoss, tuple[str, ...]]] = {
@@ -96,6 +98,8 @@ IN_SWEEP: dict[str, tuple[rk.TokenLoss, tuple[str, ...]]] = {
     "fused sequences": (Weighted(**SEQ), ("advantages", "topk_weights", "teacher", "seq_ids")),
     "rlad": (rk.losses.RLAD(topk=TAIL, topk_coef=0.5), ("old_logp", "advantages", "teacher", "seq_ids")),
     "cross entropy": (rk.losses.CrossEntropy(z_loss=0.1), ("weights",)),
+    "label smoothing": (rk.losses.CrossEntropy(label_smoothing=0.1, normalize_weights=True), ("weights",)),
+    "sdpo": (rk.losses.SDPO(), ("old_logp", "teacher")),
     "linear top-K": (rk.losses.TopKKL(), ("teacher",)),
     "linear top-K tail": (TAIL, ("teacher",)),
     "linear gspo": (rk.losses.GSPO(clip=(0.2, 0.2)), ("old_logp", "advantages", "seq_ids")),

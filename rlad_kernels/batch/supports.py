@@ -186,11 +186,16 @@ def _first(ids: Tensor) -> Tensor:
 
 
 def _member(ids: Tensor, of: Tensor) -> Tensor:
-    """Whether each real id stands in ``of``; by slot, so that no ``(…, K, J)`` tensor is made."""
-    found = torch.zeros_like(ids, dtype=torch.bool)
-    for j in range(of.shape[-1]):
-        found |= ids == of[..., j : j + 1]
-    return found & (ids >= 0)
+    """Whether each real id stands in ``of``."""
+    return _found(ids, of)[0]
+
+
+def _found(ids: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether each real id stands in ``of (…, J)``, and its first place there; by sorting: no ``(…, K, J)`` tensor is made."""
+    wide = torch.promote_types(ids.dtype, of.dtype)
+    ordered, order = of.to(wide).sort(dim=-1, stable=True)
+    at = torch.searchsorted(ordered, ids.to(wide).contiguous()).clamp(max=of.shape[-1] - 1)
+    return (ordered.gather(-1, at) == ids) & (ids >= 0), order.gather(-1, at)
 
 
 def _pair(name: str, teacher: TopK, other: TopK) -> tuple[TopK, TopK]:
@@ -203,15 +208,15 @@ def _pair(name: str, teacher: TopK, other: TopK) -> tuple[TopK, TopK]:
 def _agree(name: str, teacher: TopK, other: TopK) -> None:
     if not may_read(teacher.ids) or torch.compiler.is_compiling():
         return
-    for j in range(other.ids.shape[-1]):
-        gap = (teacher.logp - other.logp[..., j : j + 1]).abs()
-        wrong = (teacher.ids == other.ids[..., j : j + 1]) & (teacher.ids >= 0) & (gap > SAME)
-        if bool(wrong.any()):
-            at = tuple(wrong.nonzero()[0].tolist())
-            raise ValueError(
-                f"{name}: log-probs of id {teacher.ids[at].item()} differ, {teacher.logp[at].item():.4g} in teacher and "
-                f"{other.logp[(*at[:-1], j)].item():.4g} in other: both must be the teacher's, as linear_support gives them"
-            )
+    both, place = _found(teacher.ids, other.ids)
+    theirs = other.logp.gather(-1, place)
+    wrong = both & ((teacher.logp - theirs).abs() > SAME)
+    if bool(wrong.any()):
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"{name}: log-probs of id {teacher.ids[at].item()} differ, {teacher.logp[at].item():.4g} in teacher and "
+            f"{theirs[at].item():.4g} in other: both must be the teacher's, as linear_support gives them"
+        )
 
 
 def combine_teachers(logps: Tensor | Sequence[Tensor], weights: Tensor) -> Tensor:
