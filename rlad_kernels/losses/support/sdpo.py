@@ -13,7 +13,7 @@ from rlad_kernels.core.types import TokenScores, TopK
 from rlad_kernels.losses.methods import add_method
 from rlad_kernels.losses.support.topk_kl import TopKKL
 
-JSD = TopKKL("jsd", normalize="tail")
+_JSD = TopKKL("jsd", normalize="tail")
 FAR = 20.0  # nats: beyond it the log of the weight is clamped
 
 
@@ -49,7 +49,7 @@ class SDPO(TokenLoss):
         tensor(0.0849)
     """
 
-    topk: TopKKL = field(default_factory=lambda: JSD)
+    topk: TopKKL = field(default_factory=lambda: _JSD)
     ratio_clip: float | None = 2.0
 
     needs = ("teacher",)
