@@ -159,7 +159,8 @@ def method_case(rank: int, world: int, name: str) -> None:
             out = rk.linear_loss(hidden, head, given.target, loss, mask=given.mask, reduction=reduction, **tensors)
         else:
             ids = tensors["teacher"].ids if "topk_logp" in loss.read() else None
-            s = rk.linear_logp(hidden, head, given.target, topk_ids=ids, entropy=True, tail=ids is not None, mask=given.mask)
+            asked = {"entropy": True, "tail": ids is not None, "mean_logits": "mean_logits" in loss.read()}
+            s = rk.linear_logp(hidden, head, given.target, topk_ids=ids, mask=given.mask, **asked)
             more = {"target": given.target} if "target" in loss.needs else {}
             out = loss(s, mask=given.mask, reduction=reduction, **tensors, **more)
         return out, heads.gradients(out.loss, hidden, group)
@@ -261,6 +262,8 @@ def bytes_case(rank: int, world: int) -> None:
         assert sends(lambda: rk.linear_logp(hidden, head, target, topk_ids=ids)) == (4 * n * (7 + k), 0)
         assert sends(lambda: rk.linear_logp(x, head, target).logp.sum().backward()) == (4 * n * 7, 4 * n * d)
         assert sends(lambda: rk.linear_loss(x, head, target, loss, **given)) == (4 * n * 7, 4 * n * d)
+        smooth = rk.losses.CrossEntropy(label_smoothing=0.1)
+        assert sends(lambda: rk.linear_loss(hidden, head, target, smooth)) == (4 * n * 7, 4 * d + 4)
         assert sends(lambda: rk.linear_topk(hidden, head, k)) == (4 * n * (6 + 2 * k), 0)
         assert sends(lambda: rk.linear_topk(hidden, head, k, target=target)) == (4 * n * (7 + 2 * k), 0)
         assert sends(lambda: rk.linear_gather(hidden, head, ids)) == (0, 4 * n * k)
