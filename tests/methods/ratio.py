@@ -245,6 +245,12 @@ def mopd(logp: Tensor, rollout_logp: Tensor, teacher_logp: Tensor, mask: Tensor)
     return reduced(token, mask, "seq-mean-token-mean")
 
 
+def sdpo_sampled(logp: Tensor, rollout_logp: Tensor, teacher_logp: Tensor, mask: Tensor) -> Tensor:
+    """lasgroup/SDPO's: log_ratio.detach()·s, times the ratio to the policy that sampled, at most 2."""
+    weight = (logp - rollout_logp).exp().clamp(max=2).detach()
+    return (weight * (logp - teacher_logp).detach() * logp)[mask].mean()
+
+
 def kdrl(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, mask: Tensor, taught: Any = 1.0) -> Tensor:
     token = -(logp - old_logp).exp() * advantages + 2e-3 * taught * kl_estimate(logp, teacher_logp, "k2")
     return token[mask].mean()
@@ -302,4 +308,5 @@ ORACLES = {
     "srpo": srpo, "hdpo": hdpo, "rlsd": rlsd, "sdar": sdar, "seq_tis": seq_tis, "seq_mis": seq_mis, "geo_rs": geo_rs,
     "reinforce": reinforce, "luspo": luspo, "vespo": vespo, "dppo_tv": dppo_tv, "dppo_kl": dppo_kl, "gmpo": gmpo, "pspo": pspo,
     "clip_cov": clip_cov, "kl_cov": kl_cov, "topd": topd, "nemo_rl_tropd": nemo_rl_tropd, "iw_opd": iw_opd, "power_opd": power_opd,
+    "sdpo_sampled": sdpo_sampled,
 }  # fmt: skip

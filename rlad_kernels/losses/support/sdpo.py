@@ -11,6 +11,8 @@ from rlad_kernels.core.check import check_positive
 from rlad_kernels.core.token_loss import Batch, Metrics, Tensors, TokenLoss
 from rlad_kernels.core.types import TokenScores, TopK
 from rlad_kernels.losses.methods import add_method
+from rlad_kernels.losses.ratio.mopd import MOPD
+from rlad_kernels.losses.ratio.rollout import Rollout
 from rlad_kernels.losses.support.topk_kl import TopKKL
 
 _JSD = TopKKL("jsd", normalize="tail")
@@ -22,8 +24,8 @@ class SDPO(TokenLoss):
     """min(e^{s−o}, c)·D(p, q) on K tokens and their tail, the weight without gradient (SDPO, arXiv 2601.20802).
 
     q is the policy, p the same model (or its moving average) with feedback, or an answer that succeeded, in its prompt: what it
-    says of the tokens that the policy sampled without. ``METHODS["gkd_jsd"]`` with the weight as ``weights`` is the variant over
-    the whole vocabulary.
+    says of the tokens that the policy sampled without. The variant over the whole vocabulary is ``METHODS["gkd_jsd"]``, with the
+    weight as ``weights``; that on the sampled token alone ``METHODS["sdpo_sampled"]``.
 
     Args:
         topk: D. SDPO's α is ``beta``: the JSD with m = αp + (1−α)q inside (0, 1), ``forward`` at 0, ``reverse`` at 1;
@@ -88,4 +90,15 @@ add_method(
     note="The teacher is linear_support of the student's top-K, behind the prompt with feedback, weights averaged in the paper.",
     published="lasgroup/SDPO's defaults: K 100, α ½, tail, weight ≤ 2, token-mean, weights averaged at 0.05; its script for rich "
     "feedback: K 20, α 1, 0.01. Teacher and weight detached, as here. It clamps S's mass at 1 − 1e-7; our tail is the sweep's.",
+)
+add_method(
+    "sdpo_sampled",
+    "ratio",
+    MOPD(reduction="token-mean", rollout=Rollout("truncate", high=2.0, policy="current")),
+    formula="min(sg[π/π_old], 2)·sg[s − t]·s, t of the policy under feedback",
+    paper="arXiv 2601.20802",
+    confidence="A",
+    note="`rollout_logp` is the old policy's log-prob. The value is no objective, only its gradient is meant.",
+    published="lasgroup/SDPO without full_logit_distillation, reverse KL only; TRL's default mode. Weight ≤ 2, token-mean; the "
+    "weight's log-ratio is clamped at ±20 there, not here.",
 )
