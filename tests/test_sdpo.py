@@ -83,3 +83,23 @@ def test_what_is_impossible_stays_finite() -> None:
     assert out.token_loss.isfinite().all() and (out.token_loss[:2] > 0).all() and out.token_loss[2] == 0
     assert out.token_loss[3] < 1e-8
     assert torch.autograd.grad(out.loss, lq)[0].isfinite().all()
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_it_is_trls(alpha: float, tail: bool) -> None:
+    peer = pytest.importorskip("trl.experimental.sdpo.loss_utils")
+    z, t, given = world(4)
+    normalize = "tail" if tail else "both"
+    ends = {0.0: "forward", 1.0: "reverse"}
+    topk = TopKKL(ends[alpha], normalize=normalize) if alpha in ends else TopKKL("jsd", normalize=normalize, beta=alpha)
+    given["old_logp"] = given["old_logp"] - torch.tensor([0.0, 0.3, 0.9, -0.4, 2.0, 0.1])
+    out = rk.linear_loss(z, rk.LMHead(torch.eye(V)), loss=SDPO(topk=topk), **given)
+    options = {"distillation_topk": 4, "distillation_alpha": alpha, "distillation_add_tail": tail}
+    want = peer.compute_topk_self_distillation_loss(z, t, **options)
+    s = z.log_softmax(1).gather(1, given["target"][:, None])[:, 0]
+    want = peer.apply_importance_sampling_clipping(want, s, given["old_logp"], 2.0).mean()
+    assert torch.allclose(out.loss, want, rtol=1e-5)
+    got, exact = (torch.autograd.grad(x, z)[0] for x in (out.loss, want))
+    assert torch.allclose(got, exact, atol=1e-6)
