@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import rlad_kernels as rk
-from rlad_kernels.backends.contract import INTERPRET
 from tests.test_both_roads import LOSSES, World, same
 
 V, SIZE = 40, 37  # rows of the head, and those that are tokens: the rest is padding
@@ -277,13 +276,12 @@ def bytes_case(rank: int, world: int) -> None:
 
 
 def named() -> Iterator[tuple[str, Callable[[int, int], None]]]:
-    dtypes = (torch.float32,) if INTERPRET else EPS
-    for dtype in dtypes:
+    for dtype in EPS:
         yield f"logp {str(dtype).removeprefix('torch.')}", partial(logp_case, dtype=dtype)
     yield "logp kept", partial(logp_case, dtype=torch.float32, keep=1 << 12)
     for case in (frozen_case, topk_case, gather_case, divergence_case, dtensor_case, refused_case, bytes_case):
         yield case.__name__.removesuffix("_case"), case
-    for name in ("grpo", "ema_pg") if INTERPRET else LOSSES:
+    for name in LOSSES:
         yield f"method {name}", partial(method_case, name=name)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from rlad_kernels.backends.contract import INTERPRET
 from tests.ranks import on_ranks
 from tests.sharded import CUTS, work
 
 
-@pytest.mark.parametrize("world", (2,) if INTERPRET else CUTS)
+@pytest.mark.slow_interpreted
+@pytest.mark.parametrize("world", CUTS)
 def test_ranks_together_are_one(world: int) -> None:
     on_ranks(work, world)
