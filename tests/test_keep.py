@@ -99,7 +99,7 @@ def test_nothing_is_kept_where_it_would_not_be_used() -> None:
 
 
 def test_bytes() -> None:
-    assert (byte_size("f", "x", "2GiB"), byte_size("f", "x", "1.5 kb"), byte_size("f", "x", 7)) == (2 << 30, 1500, 7)
+    assert (byte_size("f", "x", "2GiB"), byte_size("f", "x", "1.5 kb"), byte_size("f", "x", 7)) == (2 << 30, 1536, 7)
     for wrong in (-1, "2 gallons", 1.5, True, None, ""):
         with pytest.raises(ValueError, match="f: x must be a number of bytes"):
             byte_size("f", "x", wrong)

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import rlad_kernels as rk
 from rlad_kernels.core.sizes import byte_size
-from rlad_kernels.tools import plan
+from rlad_kernels.__main__ import main
 from rlad_kernels.tools.plan import MODELS, PATHS, Plan, loss_bytes, model_of
 
 ROOT = Path(__file__).parent.parent
@@ -82,13 +83,54 @@ def test_longer_contexts_fit_without_the_logits() -> None:
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan.main(["--model", "Qwen3-8B", "--tokens", "32768", "--memory", "80GiB"]) == 0
+    assert main(["plan", "--model", "Qwen3-8B", "--tokens", "32768", "--memory", "80GiB"]) == 0
     out = capsys.readouterr().out
+    for memory, name in (("80", "qwen3-8b"), ("80G", "Qwen/Qwen3-8B"), ("80GB", "qwen/QWEN3-8b"), ("80 gib", "Qwen3-8B")):
+        assert main(["plan", "--model", name, "--tokens", "32768", "--memory", memory]) == 0
+        assert capsys.readouterr().out.replace(name, "Qwen3-8B") == out
+    bars = {line.split()[0]: line.count("█") for line in out.splitlines() if "█" in line}
+    assert bars["weights"] == bars["gradients"] == 6 and bars["optimizer"] == 11 and bars["naive"] == 30 > bars["linear_logp"]
+    assert "▶" in next(line for line in out.splitlines() if line.startswith("naive"))
     assert all(path in out for path in PATHS) and "8.19 B parameters" in out and "32,768 tokens" in out
     assert [line.split()[5] for line in out.splitlines() if line.startswith(PATHS)][:2] == ["no", "fits"]
+    for wrong, message in {
+        ("--model", "Qwen9"): "model must be one of SmolLM2-135M",
+        ("--tokens", "0"): "plan: tokens must be positive, got 0",
+        ("--k", "-1"): "plan: k must be positive, got -1",
+        ("--memory", "much"): "memory must be a number of GiB, or one with a unit such as 80GiB, got 'much'",
+    }.items():
+        with pytest.raises(SystemExit):
+            main(["plan", "--model", "Qwen3-8B", "--tokens", "1", "--memory", "80GiB", *wrong])
+        assert message in capsys.readouterr().err
+
+
+def test_the_page_says_what_the_planner_does() -> None:
+    page = (ROOT / "docs" / "long_context.md").read_text()
+    made, memory = Plan(MODELS["Qwen3-8B"]), 80 << 30
+    names = {"naive": "naive: all logits", "linear_logp": "`linear_logp`", "linear_loss": "`linear_loss`"}
+    for path, name in (names | {"topk_kl": "`linear_loss` of `TopKKL`, renormalised, K 64"}).items():
+        loss = loss_bytes(path, 32_768, 4096, 151_936, dtype=torch.bfloat16)
+        step, most = made.step(path, 32_768), made.most_tokens(path, memory)
+        row = (name, f"{loss / 2**30:.2f} GiB", f"{step / 2**30:.2f} GiB", "yes" if step <= memory else "no", f"{most:,}")
+        assert f"| {' | '.join(row)} |" in page
+
+
+def test_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, told in ((["--help"], "{doctor,plan,methods}"), (["--version"], f"rlad_kernels {rk.__version__}")):
+        with pytest.raises(SystemExit) as ended:
+            main(argv)
+        assert ended.value.code == 0 and told in capsys.readouterr().out
+    assert main(["methods"]) == 0
+    table = capsys.readouterr().out
+    assert all(any(line.startswith(f"{name} ") for line in table.splitlines()) for name in rk.METHODS)
+    assert main(["methods", "trrd"]) == 0
+    told = capsys.readouterr().out
+    assert "arXiv 2602.22495" in told and "teacher_logp" in told and "The clip is live at the first step" in told
     with pytest.raises(SystemExit):
-        plan.main(["--model", "Qwen9", "--tokens", "1", "--memory", "80GiB"])
-    assert "model must be one of SmolLM2-135M" in capsys.readouterr().err
+        main(["methods", "grop"])
+    assert "methods: name must be one of" in capsys.readouterr().err
+    assert main(["doctor"]) == main([])
+    assert capsys.readouterr().out.count("on Python") == 2
 
 
 def test_the_doctor_still_answers_and_passes_plan_on() -> None:
@@ -99,7 +141,7 @@ def test_the_doctor_still_answers_and_passes_plan_on() -> None:
 
 def test_bad_arguments(tmp_path: Path) -> None:
     sizes = [byte_size("plan", "memory", text) for text in ("80GiB", "24 GB", "1.5kb", "7")]
-    assert sizes == [80 << 30, 24 * 10**9, 1500, 7]
+    assert sizes == [80 << 30, 24 << 30, 1536, 7]
     for text in ("80 bananas", "GiB", "-1GB"):
         with pytest.raises(ValueError, match="memory must be a number of bytes, or one with a unit such as 80GiB"):
             byte_size("plan", "memory", text)

@@ -64,13 +64,14 @@ MODELS = {
 
 
 def model_of(name: str) -> Model:
-    """A model of the table, or a transformers ``config.json`` or the folder that holds one.
+    """A model of the table, in any case and with or without its organisation, or a transformers ``config.json`` or its folder.
 
     Raises:
         ValueError: for a name that is neither, or a model that is no dense decoder.
     """
-    if name in MODELS:
-        return MODELS[name]
+    known = {key.lower(): model for key, model in MODELS.items()}
+    if (short := name.lower().rsplit("/", 1)[-1]) in known and not Path(name).exists():
+        return known[short]
     file = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
     if not file.is_file():
         raise ValueError(f"plan: model must be one of {', '.join(MODELS)}, a config.json or its folder, got {name!r}")
@@ -186,6 +187,12 @@ class Plan:
         return low
 
 
+def bar(size: int, whole: int, width: int = 30) -> str:
+    """``size`` as a bar of which ``width`` is ``whole``; what is beyond it is cut off and marked."""
+    length = round(width * size / whole) if whole else width + 1
+    return "█" * length if length <= width else "█" * width + "▶"
+
+
 def report(plan: Plan, name: str, tokens: int, memory: int) -> str:
     """The plan in words and a table."""
     gib, m = 2**30, plan.model
@@ -193,19 +200,20 @@ def report(plan: Plan, name: str, tokens: int, memory: int) -> str:
     dtype = str(plan.dtype).removeprefix("torch.")
     kept = "block inputs, gradient checkpointing" if plan.checkpointing else "all blocks, no checkpointing"
     streams = m.blocks * (tokens * m.hidden * plan.dtype.itemsize if plan.checkpointing else plan.block_bytes(tokens))
+    block = plan.block_bytes(tokens)
     lines = [
         f"{name}: {m.parameters / 1e9:.2f} B parameters, D {m.hidden}, V {m.vocab:,}, {m.blocks} blocks; {dtype} on {plan.device}",
-        *(f"  {key:<12}{size / gib:9.2f} GiB" for key, size in fixed.items()),
-        f"  {'kept':<12}{streams / gib:9.2f} GiB   {kept}" + ("" if plan.checkpointing else " (estimated)"),
-        f"  {'one block':<12}{plan.block_bytes(tokens) / gib:9.2f} GiB   recomputed in the backward (estimated)",
+        *(f"  {key:<12}{size / gib:9.2f} GiB   {bar(size, memory)}" for key, size in fixed.items()),
+        f"  {'kept':<12}{streams / gib:9.2f} GiB   {bar(streams, memory)} {kept}" + ("" if plan.checkpointing else " (estimated)"),
+        f"  {'one block':<12}{block / gib:9.2f} GiB   {bar(block, memory)} recomputed in the backward (estimated)",
         f"\n{tokens:,} tokens in one pass, {memory / gib:.4g} GiB; optimizer {plan.optimizer}: {OPTIMIZERS[plan.optimizer][2]}\n",
-        f"{'loss':<20}{'loss alone':>14}{'whole step':>14}{'':>8}{'most tokens':>14}",
+        f"{'loss':<20}{'loss alone':>14}{'whole step':>14}{'':>8}{'most tokens':>14}   whole step, of {memory / gib:.4g} GiB",
     ]
     for path in PATHS:
         loss = loss_bytes(path, tokens, m.hidden, m.vocab, dtype=plan.dtype, device=plan.device, k=plan.k, keep=plan.keep)
         step, most = plan.step(path, tokens), plan.most_tokens(path, memory)
         fits = "fits" if step <= memory else "no"
-        lines.append(f"{path:<20}{loss / gib:10.2f} GiB{step / gib:10.2f} GiB{fits:>8}{most:>14,}")
+        lines.append(f"{path:<20}{loss / gib:10.2f} GiB{step / gib:10.2f} GiB{fits:>8}{most:>14,}   {bar(step, memory)}")
     return "\n".join(lines) + (
         "\n\nCounted: weights, gradients, optimizer, block inputs, and what each loss makes, gradients of hidden and head included."
         "\nEstimated: what a block holds in its backward, with flash attention. Not counted: CUDA's context, libraries' workspace,"
@@ -213,23 +221,29 @@ def report(plan: Plan, name: str, tokens: int, memory: int) -> str:
     )
 
 
-def main(argv: list[str]) -> int:
-    """Print the plan."""
-    parser = argparse.ArgumentParser(prog="python -m rlad_kernels plan", description=__doc__)
-    parser.add_argument("--model", required=True, help=f"{', '.join(MODELS)}, a config.json or its folder")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The planner's options."""
+    parser.add_argument("--model", required=True, help=f"{', '.join(MODELS)}, in any case; a config.json or its folder")
     parser.add_argument("--tokens", type=int, required=True, help="in one forward pass: sequences × length")
-    parser.add_argument("--memory", required=True, help="such as 80GiB")
+    parser.add_argument("--memory", required=True, help="80, 80G, 80GB and 80GiB are all 80·1,024³ bytes")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw")
     parser.add_argument("--no-checkpointing", action="store_true")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--k", type=int, default=64, help="support of the top-K paths")
     parser.add_argument("--keep", default="0", help="memory in which linear_logp keeps logits for its backward, such as 2GiB")
-    args: Any = parser.parse_args(argv)
-    try:
-        model, memory, keep = model_of(args.model), byte_size("plan", "memory", args.memory), byte_size("plan", "keep", args.keep)
-    except ValueError as error:
-        parser.error(str(error))
-    plan = Plan(model, getattr(torch, args.dtype), args.optimizer, not args.no_checkpointing, args.device, args.k, keep)
-    print(report(plan, args.model, args.tokens, memory))
-    return 0
+
+
+def answer(args: Any) -> str:
+    """The plan of parsed arguments.
+
+    Raises:
+        ValueError: naming the argument, what came and what was wanted.
+    """
+    for name in ("tokens", "k"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"plan: {name} must be positive, got {getattr(args, name)}")
+    model = model_of(args.model)
+    memory, keep = (byte_size("plan", name, getattr(args, name), "GiB") for name in ("memory", "keep"))
+    made = Plan(model, getattr(torch, args.dtype), args.optimizer, not args.no_checkpointing, args.device, args.k, keep)
+    return report(made, args.model, args.tokens, memory)
