@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import rlad_kernels as rk
-from rlad_kernels.core.sizes import byte_size
 from rlad_kernels.__main__ import main
+from rlad_kernels.core.sizes import byte_size
 from rlad_kernels.tools.plan import MODELS, PATHS, Plan, loss_bytes, model_of
 
 ROOT = Path(__file__).parent.parent
