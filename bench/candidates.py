@@ -49,9 +49,9 @@ class Call:
     """A launcher's arguments in one of the library's own calls, and the same again before each of ours."""
 
     def __init__(self, name: str, args: Sequence[Any]) -> None:
-        schema = getattr(torch.ops.rlad, name).default._schema.arguments
+        schema = getattr(torch.ops.rlad, name).default._schema.arguments[: len(args)]  # those after them keep their defaults
         self.launcher, self.given, self.args = kernels.LAUNCHERS[name], twins(args), twins(args)
-        self.names = [a.name for a in schema[: len(args)]]  # those after them keep their defaults
+        self.names = [a.name for a in schema]
         self.written = [i for i, a in enumerate(schema) if a.alias_info and a.alias_info.is_write and args[i] is not None]
         self.device = next(x.device for x in args if isinstance(x, Tensor))
 

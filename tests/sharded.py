@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -296,3 +297,15 @@ def work(rank: int, world: int) -> None:
             case(rank, world)
         except Exception as error:
             raise AssertionError(f"rank {rank} of {world}: {name}") from error
+
+
+def killed(rank: int, world: int) -> None:
+    """The last rank dies between two calls: the others get an error, and do not wait."""
+    hidden, weight, bias, target, _ = problem(torch.float32)
+    head = Heads(rank, world, weight, bias).head(dist.group.WORLD)
+    rk.linear_logp(hidden, head, target)
+    if rank < world - 1:
+        with pytest.raises(RuntimeError, match=r"(?i)closed|reset|timed out|terminated"):
+            for _ in range(2):  # what was sent before it died may still arrive
+                rk.linear_logp(hidden, head, target)
+    os._exit(0)  # without the barrier at the end

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from tests.ranks import on_ranks
-from tests.sharded import CUTS, work
+from tests.ranks import SECONDS, on_ranks
+from tests.sharded import CUTS, killed, work
 
 
 @pytest.mark.slow_interpreted
 @pytest.mark.parametrize("world", CUTS)
 def test_ranks_together_are_one(world: int) -> None:
     on_ranks(work, world)
+
+
+@pytest.mark.cpu
+def test_a_rank_that_dies_is_an_error_on_the_others() -> None:
+    began = time.monotonic()
+    on_ranks(killed, 3)
+    assert time.monotonic() - began < SECONDS
