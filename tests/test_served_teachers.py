@@ -78,6 +78,8 @@ FORMATS = {
     "vllm_top_logprobs": lambda w: [{f"token_id:{i}": x for i, x in w.entries(t)} for t in range(T)],
     "vllm_chat": lambda w: [chat(w, t) for t in range(T)],
     "unsorted": lambda w: [dict(sorted(w.entries(t))) for t in range(T)],
+    "tinker": lambda w: [[(i, x) for i, x in w.entries(t)] for t in range(T)],
+    "tinker_json": lambda w: json.loads(json.dumps([w.entries(t) for t in range(T)])),
     "sampled_twice": lambda w: [[[x, i, None] for i, x in [w.entries(t)[0], *w.entries(t)]] for t in range(T)],
 }
 
@@ -122,6 +124,62 @@ def test_tensors_of_k_plus_one_columns_with_fill(world: World) -> None:
     check(from_logprobs((ids.numpy(), logp.numpy()), world.target.numpy(), k=K), world)
     batch = from_logprobs((ids.view(2, 3, -1), logp.view(2, 3, -1)), world.target.view(2, 3), k=K)
     check(rk.TopK._make(None if x is None else x.flatten(0, 1) for x in batch), world)
+
+
+def test_nested_lists_and_tinkers_arrays(world: World) -> None:
+    ids, logp = world.top.indices.tolist(), world.top.values.tolist()
+    check(from_logprobs((ids, logp), vocab_size=V), world, target=False)
+    batch = from_logprobs(([ids, ids], [logp, logp]))
+    assert batch.ids.shape == (2, T, K)
+    check(rk.TopK._make(None if x is None else x[1] for x in batch), world, target=False)
+    fill = torch.zeros(T, 2, dtype=torch.int32), torch.full((T, 2), -99_999.0)  # of its dense matrices
+    dense = [torch.cat([x.to(y.dtype), y], 1).numpy() for x, y in zip((world.top.indices, world.top.values), fill, strict=True)]
+    got = from_logprobs((dense[0], dense[1]), k=K)
+    assert torch.equal(got.ids.cpu().long(), world.top.indices)
+    whole = from_logprobs([[(0, 0), (7, None)], [(0, 7)], [(3, -2)], [(-2, 3)]])  # of whole numbers the log-prob is not positive
+    assert whole.ids.tolist() == [[0, -1], [7, -1], [3, -1], [3, -1]] and whole.logp[:, 0].tolist() == [0, 0, -2, -2]
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+@pytest.mark.parametrize("batch", [False, True])
+def test_an_answer_shifted_by_a_position_is_refused(world: World, shift: int, batch: bool) -> None:
+    answer = world.prompt_logprobs()
+    moved = [None, *answer[:-1]] if shift == 1 else [*answer[1:], None]
+    served, target = ([moved, moved], torch.stack([world.target] * 2)) if batch else (moved, world.target)
+    beside = "before" if shift == 1 else "after"
+    with pytest.raises(
+        ValueError, match=rf"from_logprobs: served is shifted by one .* hold the token {beside} their own.*cut both"
+    ):
+        from_logprobs(served, target)
+    from_logprobs(moved)  # without a target nobody can tell
+    repeated = torch.full((T,), 3)
+    same = [{3: -0.1, 5: -3.0}] * T
+    assert from_logprobs(same, repeated).target_logp is not None  # beside their own and their own
+
+
+def test_a_whole_vocabulary_can_be_tempered(world: World) -> None:
+    whole = [dict(enumerate(row)) for row in world.logp.tolist()]
+    got = from_logprobs([None, *whole], [-100, *world.target.tolist()], k=K, vocab_size=V, at_temperature=0.5)
+    want = (world.logp / 0.5).log_softmax(-1)
+    torch.testing.assert_close(got.logp[1:].double(), want.topk(K).values, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got.target_logp[1:].double(), want.gather(1, world.target[:, None])[:, 0], rtol=1e-6, atol=0)
+    assert got.ids[0].eq(-1).all()
+    for options, told in (({"vocab_size": V}, "got 5 of 40 tokens at"), ({}, "got vocab_size=None")):
+        with pytest.raises(ValueError, match=rf"at_temperature needs each position's whole vocabulary.*{told}.*temperature 1"):
+            from_logprobs(world.prompt_logprobs(), at_temperature=0.5, **options)
+    with pytest.raises(ValueError, match="at_temperature must be positive and finite, or None, got 0"):
+        from_logprobs(whole, vocab_size=V, at_temperature=0)
+
+
+def test_a_bfloat16_cache_is_told_of_tolerance(world: World) -> None:
+    kept = world.logp.topk(V).values.bfloat16()
+    kept[:, 0] += 0.01
+    served = (world.logp.topk(V).indices, kept)
+    with pytest.raises(
+        ValueError, match=r"more than 1 \+ tolerance 0.001; log-probs that were kept in bfloat16 want tolerance=0.02"
+    ):
+        from_logprobs(served)
+    assert from_logprobs(served, tolerance=0.1).ids.shape == (T, V)
 
 
 def test_real_id_0_survives_id_0_padding() -> None:
@@ -208,6 +266,7 @@ def test_tail_where_the_mass_reaches_one() -> None:
         ([{1: -1.0}], [1], {"token_logprobs": [-2.0]}, r"has -2 in token_logprobs and -1 among the top ones"),
         ([{1: -1.0}], [1], {"token_logprobs": [-2.0, -1.0]}, r"token_logprobs has lengths \[2\], wanted \[1\]"),
         ((torch.zeros(2, 3), torch.zeros(2, 3)), None, {}, "ids must be integers"),
+        (([[1, 2], [3]], [[-1.0, -2.0], [-1.0]]), None, {}, r"\(ids, logprobs\) as lists must be as long everywhere"),
         ((torch.zeros(2, 3).long(), torch.zeros(2, 4)), None, {}, r"ids have shape \(2, 3\), logprobs \(2, 4\)"),
     ],
 )  # fmt: skip

@@ -42,13 +42,23 @@ def value_of(x: Any) -> float:
 
 
 def entry_of(x: Any) -> Entry | None:
-    """SGLang's ``[log-prob, id, text]`` or a chat server's ``{"token": "token_id:7", "logprob": …}``; None: it is neither."""
+    """SGLang's ``[log-prob, id, text]``, Tinker's ``(id, log-prob)`` or a chat server's ``{"token": "token_id:7", "logprob": …}``.
+
+    None: it is neither. Of two whole numbers, as 0 and 7, the log-prob is the one that is not positive.
+    """
     if isinstance(x, Mapping):
         return (token_id(x["token"]), value_of(x)) if "token" in x and "top_logprobs" not in x else None
     if isinstance(x, str) or not isinstance(x, Sequence) or not 2 <= len(x) <= 3:
         return None
-    number = x[0] is None or isinstance(x[0], int | float)
-    return (x[1].__index__(), value_of(x[0])) if number and hasattr(x[1], "__index__") else None
+    first, second = x[0], x[1]
+    if len(x) == 2 and _whole(first) and (second is None or isinstance(second, float) or (_whole(second) and second < 0)):
+        return first.__index__(), value_of(second)
+    number = first is None or isinstance(first, int | float)
+    return (second.__index__(), value_of(first)) if number and _whole(second) else None
+
+
+def _whole(x: Any) -> bool:
+    return hasattr(x, "__index__") and not isinstance(x, bool)
 
 
 def _position(x: Any) -> list[Entry] | None:
@@ -72,8 +82,13 @@ def parse(served: Any) -> Served:
     Raises:
         ValueError: for anything else.
     """
-    if isinstance(served, tuple) and len(served) == 2 and all(hasattr(x, "shape") for x in served):
-        ids, logp = map(torch.as_tensor, served)
+    if isinstance(served, tuple) and len(served) == 2 and all(hasattr(x, "shape") or _nested(x) for x in served):
+        try:
+            ids, logp = map(torch.as_tensor, served)
+        except ValueError as error:
+            raise ValueError(
+                f"{NAME}: (ids, logprobs) as lists must be as long everywhere, wanted (…, T, K) both: {error}"
+            ) from None
         if ids.shape != logp.shape or ids.dim() < 2:
             raise ValueError(f"{NAME}: ids have shape {tuple(ids.shape)}, logprobs {tuple(logp.shape)}; wanted (…, T, K) both")
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -96,6 +111,15 @@ def parse(served: Any) -> Served:
     ids, logp = _pad([row or [] for s in sequences for row in s + [[]] * (longest - len(s))])
     shape = (len(sequences), longest, ids.shape[1])
     return Served(ids.view(shape), logp.view(shape), lengths)
+
+
+def _nested(x: Any) -> bool:
+    """Whether these are lists of lists of numbers: ids, or log-probs, of each position."""
+    while isinstance(x, list) and x and isinstance(x[0], list):
+        x = x[0]
+        if x and not isinstance(x[0], list):
+            return all(isinstance(y, int | float) for y in x)
+    return False
 
 
 def _pad(rows: list[list[Entry]]) -> tuple[Tensor, Tensor]:

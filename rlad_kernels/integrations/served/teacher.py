@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rlad_kernels.core.check import integers
+from rlad_kernels.core.check import integers, is_integer, is_number
 from rlad_kernels.core.types import TopK
 from rlad_kernels.integrations.served.formats import NAME, Served, entry_of, parse
 
@@ -23,7 +23,7 @@ _IGNORE, _NO_ID, _EMPTY = -100, 2**31, -(2**62)  # _EMPTY: no student's id, what
 def from_logprobs(
     served: Any, target: Any = None, *, token_logprobs: Sequence[Any] | None = None, k: int | None = None,
     vocab_size: int | None = None, offset: int = 0, out_of_range: str = "raise", tolerance: float = 1e-3,
-    device: torch.device | str | None = None,
+    at_temperature: float | None = None, device: torch.device | str | None = None,
 ) -> TopK:  # fmt: skip
     """A served teacher's top-K, as vLLM, SGLang or an OpenAI-style server returned it, checked and sorted.
 
@@ -32,8 +32,9 @@ def from_logprobs(
             state of t − 1. vLLM: ``choice["prompt_logprobs"]`` or ``choice["logprobs"]["top_logprobs"]`` (asked for with
             ``return_tokens_as_token_ids``), JSON or its own objects. Chat: ``choice["logprobs"]["content"]``. SGLang:
             ``meta_info["input_top_logprobs"]`` or ``["output_top_logprobs"]``. Or a list of such sequences, ragged or
-            not, padded to ``(B, T, K)``. Or tensors ``(ids, logprobs)``, both ``(…, T, K)``. None is a position that was
-            not scored; −1, −inf, None and vLLM's −9999 are empty slots; the sampled token may come twice, or as one more.
+            not, padded to ``(B, T, K)``. Tinker: ``response.topk_prompt_logprobs``, lists of ``(id, logprob)``. Or tensors, arrays
+            or nested lists ``(ids, logprobs)``, both ``(…, T, K)``. None is a position that was not scored; −1, −inf, None and
+            −9999 (vLLM) or less are empty slots; the sampled token may come twice, or as one more.
         target: the tokens' ids (the student's) in ``served``'s shape, for ``target_logp``; −100 has none. Of a ragged
             batch a list of sequences, or ``(B, T)`` padded with −100.
         token_logprobs: log-probs of the targets, where the server gives them apart: numbers or SGLang's triples.
@@ -42,7 +43,10 @@ def from_logprobs(
         offset: student id = served id − offset.
         out_of_range: ``raise``, or ``tail``: served tokens that the student does not have leave the support, and their
             mass is in the tail.
-        tolerance: how far a log-prob may be above 0, a mass above 1, and two log-probs of the same token apart.
+        tolerance: how far a log-prob may be above 0, a mass above 1, and two log-probs of the same token apart; log-probs that
+            were kept in bfloat16 want 0.02.
+        at_temperature: temper log-probs of temperature 1: log_softmax(log p/T). Exact only of whole rows, so each position that
+            was scored must have all ``vocab_size`` tokens. (A KL that renormalises over the support needs no more than log p/T.)
         device: of the result; None is the served tensors', or the CPU.
 
     Returns:
@@ -53,15 +57,16 @@ def from_logprobs(
 
     Raises:
         ValueError: NaN or positive log-probs, a mass above 1, ids that differ in two log-probs, are out of range or are
-            text, lengths that do not match the target.
+            text, lengths that do not match the target, an answer that is shifted by a position against it, an
+            ``at_temperature`` without the whole vocabulary.
     """
     if out_of_range not in OUT_OF_RANGE:
         raise ValueError(f"{NAME}: out_of_range must be one of {OUT_OF_RANGE}, got {out_of_range!r}")
-    if k is not None and not (_is_int(k) and k > 0):
+    if k is not None and not (is_integer(k) and k > 0):
         raise ValueError(f"{NAME}: k must be a positive int or None, got {k!r}")
-    if vocab_size is not None and not (_is_int(vocab_size) and vocab_size > 0):
+    if vocab_size is not None and not (is_integer(vocab_size) and vocab_size > 0):
         raise ValueError(f"{NAME}: vocab_size must be a positive int or None, got {vocab_size!r}")
-    if not _is_int(offset):
+    if not is_integer(offset):
         raise ValueError(f"{NAME}: offset must be an int, got {offset!r}")
     if not tolerance >= 0:
         raise ValueError(f"{NAME}: tolerance must be at least 0, got {tolerance!r}")
@@ -73,8 +78,11 @@ def from_logprobs(
         target, came = _fit(target, came)
     raw = came._replace(ids=torch.where(came.ids == -1, _EMPTY, came.ids - offset))
     ids, logp = _checked(raw, vocab_size, offset, out_of_range, tolerance)
+    if at_temperature is not None:
+        logp = _tempered(ids, logp, vocab_size, at_temperature)
     target_logp = None
     if target is not None:
+        _check_shift(target, ids)
         target_logp = _target_logp(target, ids, logp, raw)
         if token_logprobs is not None:
             target_logp = _merge(target_logp, _sampled(token_logprobs, target, came.lengths, offset, tolerance), tolerance)
@@ -85,10 +93,6 @@ def from_logprobs(
     ids, logp = pad(ids.gather(-1, order), more, value=-1)[..., :width], pad(logp, more, value=-math.inf)[..., :width]
     tail = _tail(ids, logp, vocab_size).to(device, torch.float32)
     return TopK(ids.to(device, torch.int32), logp.to(device, torch.float32), tail_logp=tail, target_logp=target_logp)
-
-
-def _is_int(x: Any) -> bool:
-    return hasattr(x, "__index__") and not isinstance(x, bool)
 
 
 def _integers(target: Any, device: torch.device | str) -> Tensor:
@@ -129,7 +133,10 @@ def _checked(came: Served, vocab_size: int | None, offset: int, out_of_range: st
     """Ids in ascending order with their log-probs; fills, duplicates and what goes to the tail are −1 and −inf, last."""
     ids, logp, _ = came
     if bool((bad := (ids != _EMPTY) & (logp.isnan() | (logp > tolerance))).any()):
-        raise ValueError(f"{NAME}: log-prob {logp[bad][0].item():g} at {_at(bad)}, wanted at most 0: no probabilities, no logits")
+        raise ValueError(
+            f"{NAME}: log-prob {logp[bad][0].item():g} at {_at(bad)}, wanted at most 0 (tolerance {tolerance:g}): "
+            "no probabilities, no logits"
+        )
     logp = torch.where((ids == _EMPTY) | (logp <= CLAMPED), -torch.inf, logp.clamp_max(0))
     empty = logp == -torch.inf
     bound = vocab_size or _NO_ID
@@ -146,13 +153,52 @@ def _checked(came: Served, vocab_size: int | None, offset: int, out_of_range: st
     if bool((bad := again & ((logp - before).abs() > tolerance)).any()):
         row, one, other = _at(bad)[:-1], before[bad][0].item(), logp[bad][0].item()
         raise ValueError(
-            f"{NAME}: id {ids[bad][0].item() + offset} at {row} has log-probs {one:g} and {other:g}; padding must be −inf"
+            f"{NAME}: id {ids[bad][0].item() + offset} at {row} has log-probs {one:g} and {other:g}, further apart than tolerance "
+            f"{tolerance:g}; padding must be −inf"
         )
     logp = torch.where(again, -torch.inf, logp)
     mass = logp.exp().sum(-1)
     if bool((bad := mass > 1 + tolerance).any()):
-        raise ValueError(f"{NAME}: probabilities at {_at(bad)} sum to {mass[bad][0].item():.6g}, more than 1 + {tolerance:g}")
+        raise ValueError(
+            f"{NAME}: probabilities at {_at(bad)} sum to {mass[bad][0].item():.6g}, more than 1 + tolerance {tolerance:g}; "
+            "log-probs that were kept in bfloat16 want tolerance=0.02"
+        )
     return torch.where(again | (ids == _NO_ID), -1, ids), logp
+
+
+def _tempered(ids: Tensor, logp: Tensor, vocab_size: int | None, temperature: float) -> Tensor:
+    """log_softmax(log p/T) of positions that have the whole vocabulary, and of those that have nothing."""
+    if not (is_number(temperature) and 0 < temperature < math.inf):
+        raise ValueError(f"{NAME}: at_temperature must be positive and finite, or None, got {temperature!r}")
+    came = (ids >= 0).sum(-1)
+    if vocab_size is None or bool((bad := (came > 0) & (came < vocab_size)).any()):
+        got = "vocab_size=None" if vocab_size is None else f"{came[bad][0].item()} of {vocab_size} tokens at {_at(bad)}"
+        raise ValueError(
+            f"{NAME}: at_temperature needs each position's whole vocabulary, whose normaliser changes with it; got {got}. Ask the "
+            "server for log-probs at that temperature, or take the student's at temperature 1"
+        )
+    return torch.where(ids >= 0, (logp / temperature).log_softmax(-1), -torch.inf)
+
+
+def _check_shift(target: Tensor, ids: Tensor) -> None:
+    """Raise where every answer has the token beside its own, and not every one its own: vLLM's hold the sampled token itself."""
+    known, scored = target >= 0, (ids >= 0).any(-1)
+
+    def held(tokens: Tensor, where: Tensor) -> tuple[int, int]:
+        found = (ids == torch.where(tokens < 0, -2, tokens).unsqueeze(-1)).any(-1)
+        return int((found & where).sum()), int(where.sum())
+
+    own, positions = held(target, known & scored)
+    for shift, beside in ((1, "before"), (-1, "after")):
+        there = known.roll(shift, -1) & scored
+        there[..., 0 if shift > 0 else -1] = False
+        found, count = held(target.roll(shift, -1), there)
+        if count >= 4 and found == count and own < positions:
+            raise ValueError(
+                f"{NAME}: served is shifted by one position against target: all {count} answers hold the token {beside} their own, "
+                f"{own} of {positions} their own. Position t of an answer speaks of token t: cut both alike, "
+                "from_logprobs(answer[n:], tokens[n:])"
+            )
 
 
 def _tail(ids: Tensor, logp: Tensor, vocab_size: int | None) -> Tensor:
