@@ -7,7 +7,7 @@ SUITE := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest tests -q -n 2 -
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
 OUT ?= out
 
-.PHONY: demo demo-smoke test test-cpp test-portable test-triton gate lint format bench bench-full bench-smoke docs gpu gpu-dry gpu-build gpu-test gpu-tune gpu-bench clean
+.PHONY: wheel demo demo-smoke test test-cpp test-portable test-triton gate lint format bench bench-full bench-smoke docs gpu gpu-dry gpu-build gpu-test gpu-tune gpu-bench clean
 
 .venv/.deps: requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,9 @@ OUT ?= out
 .venv/.peers: .venv/.deps requirements-bench.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	touch $@
+
+wheel: .venv/.built  ## one wheel for this platform, Python 3.11 and later and torch 2.11 and later, in dist/
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
 
 demo: .venv/.built  ## the main job on a real model: loss without logits, then a short RLAD training run
 	$(RUN) examples/rlad_smollm2.py --out $(OUT)/demo

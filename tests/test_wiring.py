@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +131,23 @@ def test_logits_of_a_model_that_is_trained_later_are_still_the_heads():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
     assert every_model.gap(model, rk.LMHead.from_model(model))[0] <= 1
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    "package, code, told",
+    [
+        (
+            "trl",
+            "import rlad_kernels.integrations.trl as t; t.use_rlad_kernels()",
+            "use_rlad_kernels needs trl .*pip install trl==",
+        ),
+        ("trl", "from rlad_kernels.integrations.trl import RLADTrainer", "RLADTrainer needs trl .*pip install trl==.* peft"),
+        ("transformers", "import rlad_kernels.integrations.transformers", "needs transformers .*pip install 'transformers>=5'"),
+        ("verl", "import rlad_kernels.integrations.verl", "pip install 'verl==0.9.1'"),
+    ],
+)
+def test_a_framework_that_is_not_here_names_its_pip_line(package: str, code: str, told: str) -> None:
+    absent = f"import sys; sys.modules[{package!r}] = None\n{code}"
+    done = subprocess.run([sys.executable, "-c", absent], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and re.search(told, done.stderr.splitlines()[-1]), done.stderr

@@ -9,16 +9,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 from rlad_kernels.core.check import integers
 from rlad_kernels.core.head import LMHead
 from rlad_kernels.core.probe import unwrapped
 from rlad_kernels.core.reduction import Reduction
 from rlad_kernels.integrations.backbone import add_loss, drop_loss, head_of, without_logits
-from rlad_kernels.integrations.wiring import check_head, check_plain_head
+from rlad_kernels.integrations.wiring import check_head, check_plain_head, framework
 from rlad_kernels.linear.loss import linear_loss
 from rlad_kernels.losses.cross_entropy import CrossEntropy
+
+framework("rlad_kernels.integrations.transformers", "transformers", "'transformers>=5'")
+from transformers.loss.loss_utils import ForCausalLMLoss  # noqa: E402
 
 NAME = "use_rlad_loss"
 LOSS = CrossEntropy()

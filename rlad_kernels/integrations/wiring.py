@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -10,6 +11,18 @@ from torch import Tensor
 from rlad_kernels.core.check import check_floats, may_read
 from rlad_kernels.core.head import LMHead
 from rlad_kernels.engine.call import flat_rows
+
+
+def framework(name: str, package: str, wanted: str) -> Any:
+    """The package that ``name`` works with.
+
+    Raises:
+        ImportError: where it cannot be imported, with the command that installs what is ``wanted``.
+    """
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise ImportError(f"{name} needs {package} ({error}): pip install {wanted}") from error
 
 
 def check_version(name: str, package: str, version: str, supported: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlad_kernels.core.check import check_floats, check_range
 from rlad_kernels.core.head import LMHead
 from rlad_kernels.engine.call import flat_rows
-from rlad_kernels.integrations.wiring import check_head, check_plain_head, check_version, check_vocab
+from rlad_kernels.integrations.wiring import check_head, check_plain_head, check_version, check_vocab, framework
 from rlad_kernels.linear.divergence import linear_divergence
 from rlad_kernels.linear.logp import EXTRAS, score
 from rlad_kernels.losses.vocab.kl import JSD
@@ -207,8 +207,7 @@ def use_rlad_kernels() -> _Patch:
     Raises:
         RuntimeError: for a version of TRL that is not in ``SUPPORTED``.
     """
-    import trl
-
+    trl = framework("use_rlad_kernels", "trl", f"trl=={SUPPORTED[-1]}")
     check_version("use_rlad_kernels", "trl", trl.__version__, SUPPORTED)
     for module, theirs, ours in _replaced():
         _swap(module, theirs, ours)
