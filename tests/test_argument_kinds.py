@@ -77,12 +77,15 @@ def test_a_distributed_head() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import Shard, distribute_tensor
 
-        weight = distribute_tensor(torch.ones(V, D, device="cpu"), init_device_mesh("cpu", (1,)))
-        with pytest.raises(ValueError, match=r"^LMHead: weight is a DTensor, wanted a whole tensor; pass weight.full_tensor\(\)"):
+        mesh = init_device_mesh("cpu", (1,))
+        weight = distribute_tensor(torch.ones(V, D, device="cpu"), mesh, [Shard(0)])
+        with pytest.raises(ValueError, match=r"^LMHead: weight is a DTensor with placements .*Shard.* LMHead\(weight, group="):
             rk.LMHead(weight)
+        assert rk.LMHead(weight, group=mesh.get_group()).vocab_size == V
         assert rk.LMHead(weight.full_tensor()).vocab_size == V
+        assert rk.LMHead(distribute_tensor(torch.ones(V, D, device="cpu"), mesh)).vocab_size == V  # replicated
     finally:
         torch.distributed.destroy_process_group()
 
