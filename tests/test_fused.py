@@ -44,6 +44,7 @@ def unfused(p: Problem, tensors: dict[str, Any], reduction: str, normalize: str)
     return ratio.loss + COEF * kl.loss, {**kl.metrics, **ratio.metrics}
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("normalize", ["both", "teacher", "none", "tail"])
 def test_rlad_equals_its_parts(reduction: str, normalize: str) -> None:

@@ -54,6 +54,7 @@ def test_gradients_are_bitwise_those_without(dtype: torch.dtype, mask: str, rows
     assert computed - sum(products) == 2 * held * -(-V // 64)  # two backwards
 
 
+@pytest.mark.slow_interpreted
 def test_the_setting_and_a_softcap() -> None:
     p, a = problem(n=40, v=V, d=16), torch.randn(40)
     want = gradients(p, None, a, None, softcap=3.0, temperature=0.7)
@@ -77,6 +78,7 @@ def test_compiled() -> None:
     assert all(map(torch.equal, got, want))
 
 
+@pytest.mark.slow_interpreted
 def test_nothing_is_kept_where_it_would_not_be_used() -> None:
     p = problem(n=40, v=V, d=16)
     seen: list[int] = []

@@ -231,6 +231,7 @@ class Switched(rk.TokenLoss):
         return (loss - self.coef * scores.entropy, {"bonus": self.coef * scores.entropy}) if self.coef else (loss, {})
 
 
+@pytest.mark.slow_interpreted
 @any_road
 def test_a_number_that_switches_a_metric(road: str) -> None:
     leaves, (*args, _), more = world(taught=False)
@@ -241,6 +242,7 @@ def test_a_number_that_switches_a_metric(road: str) -> None:
         assert ("bonus" in got) == (c != 0)
 
 
+@pytest.mark.slow_interpreted
 @any_road
 def test_any_number_of_tokens(road: str) -> None:
     loss, compiled = Mixed(), Compiled(ROADS[road], dynamic=True)

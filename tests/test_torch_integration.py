@@ -110,6 +110,7 @@ def test_fake_cuda_tensors_give_shapes_and_dtypes_without_a_gpu(name: str) -> No
         assert (a.shape, a.dtype, a.device.type) == (b.shape, b.dtype, "cuda")
 
 
+@pytest.mark.slow_interpreted
 def test_linear_logp_compiles_fullgraph() -> None:
     p, inputs = rlad_inputs()
 
@@ -129,6 +130,7 @@ def test_linear_logp_compiles_fullgraph() -> None:
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow_interpreted
 def test_linear_loss_compiles_fullgraph() -> None:
     p, inputs = rlad_inputs()
 
