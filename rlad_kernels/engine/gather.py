@@ -11,7 +11,7 @@ from rlad_kernels.backends.contract import HEAD
 from rlad_kernels.core.dtypes import acc_dtype
 from rlad_kernels.engine.op import NEED, define, given, gradients, no_double_backward, result, wanted
 from rlad_kernels.engine.rows import check_ids, checked_inv_temp, row_mask
-from rlad_kernels.engine.shards import Shard, columns_here
+from rlad_kernels.engine.shards import Shard
 
 
 def _gather_ids(caller: str, ids: Tensor, mask: Tensor | None, vocab_size: int) -> Tensor:
@@ -39,7 +39,7 @@ def linear_gather(
     """
     ids = _gather_ids(caller, ids, mask, vocab_size)
     checked_inv_temp(caller, inv_temp.expand(hidden.shape[0]), row_mask(caller, None, mask))
-    shard = Shard(first, columns_here(weight, vocab_size, first), group)
+    shard = Shard(weight, vocab_size, first, group)
     own = shard.own(ids)
     raw = torch.ops.rlad.gather_dot(hidden, weight[: shard.columns], own)
     inside = (own >= 0) & (own < shard.columns)
@@ -63,7 +63,7 @@ def linear_gather_bwd(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implements ``rlad::linear_gather_bwd``; d_weight touches only the rows in ``ids``."""
-    shard = Shard(first, columns_here(weight, vocab_size, first), group)
+    shard = Shard(weight, vocab_size, first, group)
     ids = shard.own(_gather_ids("linear_gather", ids, mask, vocab_size))
     grad = grad.to(acc_dtype(hidden.dtype)).contiguous()
     d_hidden, d_weight, d_bias = hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)

@@ -94,14 +94,13 @@ def linear_logp(
     hidden = kept.take(hidden)
     head = (weight, bias, inv_temp, logit_scale, softcap, vocab_size, first, group)
     made = Made(*[inv_temp.new_empty(0)] * 4)
-    columns = columns_here(weight, vocab_size, first)
-    logits = held_logits(hidden, target.shape[0], columns, keep)
-    shard = Shard(first, columns, group)
+    shard = Shard(weight, vocab_size, first, group)
+    logits = held_logits(hidden, target.shape[0], shard.columns, keep)
     own = shard.own(slots)
     if ahead or filter_eps > 0:
         stats, z, made = whole_rows(hidden, head, slots, target.shape[0], entropy, extras, filter_eps)
     elif not len(logits) and fused(hidden, weight):
-        cut = (weight[:columns], None if bias is None else bias[:columns])
+        cut = (weight[: shard.columns], None if bias is None else bias[: shard.columns])
         stats, z = shard.merged(*statistics(hidden, *cut, inv_temp, logit_scale, softcap, own, entropy, extras))
     else:
         tiles, held = Tiles(hidden, *head), min(len(logits), hidden.shape[0])

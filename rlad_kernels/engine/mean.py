@@ -8,7 +8,7 @@ from torch import Tensor
 from rlad_kernels.core.dtypes import acc_dtype
 from rlad_kernels.engine.call import Call
 from rlad_kernels.engine.gradients import Gradients
-from rlad_kernels.engine.shards import Shard, columns_here
+from rlad_kernels.engine.shards import Shard
 from rlad_kernels.engine.tiles import Tiles
 
 
@@ -20,7 +20,7 @@ def check_no_softcap(name: str, call: Call) -> None:
 
 def mean_logits(call: Call, keep: Tensor) -> Tensor:
     """``(N,)`` in the accumulation dtype, differentiable; 0 in rows outside ``keep (N,)``."""
-    acc, shard = acc_dtype(call.hidden.dtype), Shard(call.first, columns_here(call.weight, call.vocab_size, call.first), call.group)
+    acc, shard = acc_dtype(call.hidden.dtype), Shard(call.weight, *call[6:])
 
     def mean_of(x: Tensor) -> Tensor:
         own = x[: shard.columns].sum(0, dtype=acc) / call.vocab_size

@@ -20,8 +20,8 @@ class Shard:
     Every rank has the same tokens and makes the same calls. What is sent: 6 + J numbers a row forward, a row's d_hidden backward.
     """
 
-    def __init__(self, first: int, columns: int, group: str) -> None:
-        self.first, self.columns = first, columns
+    def __init__(self, weight: Tensor, vocab_size: int, first: int, group: str) -> None:
+        self.first, self.columns = first, columns_here(weight, vocab_size, first)
         self.group = dist.distributed_c10d._resolve_process_group(group) if group else None  # pyright: ignore[reportArgumentType]
         self.world = self.group.size() if self.group is not None else 1
 

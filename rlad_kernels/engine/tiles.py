@@ -10,7 +10,7 @@ from torch import Tensor
 from rlad_kernels.backends.contract import INTERPRET, has_bf16_mm
 from rlad_kernels.core.config import settings
 from rlad_kernels.core.dtypes import acc_dtype
-from rlad_kernels.engine.shards import Shard, columns_here
+from rlad_kernels.engine.shards import Shard
 from rlad_kernels.engine.statistics import Stats
 
 # Rows and columns of one tile of logits. On CPU, products of this size run at full speed and the row pass finds part of the
@@ -105,8 +105,8 @@ class Tiles:
         self.bf16_mm = hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu" and has_bf16_mm()
         self.native = hidden.is_cuda or self.bf16_mm
         self.hidden = hidden if self.native else hidden.to(self.acc)
-        self.total, self.vocab = vocab_size, columns_here(weight, vocab_size, first)
-        self.shard = Shard(first, self.vocab, group)
+        self.shard = Shard(weight, vocab_size, first, group)
+        self.total, self.vocab = vocab_size, self.shard.columns
         self.weight = weight[: self.vocab]
         self.bias = None if bias is None else bias[: self.vocab].to(self.acc)
         self.inv_temp = inv_temp.to(self.acc).expand(hidden.shape[0]).contiguous()

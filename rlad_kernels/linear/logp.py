@@ -108,7 +108,7 @@ def score(
     """:func:`linear_logp` for a public function ``name``, whose argument ``ids_name`` holds the ids."""
     call = flat_call(name, hidden, head)
     shape = target_shape(name, hidden, target)
-    check_eps(name, filter_eps)
+    check_eps(name, filter_eps, call.group)
     unknown = [x for x in extras if x not in EXTRAS]
     if unknown:
         raise ValueError(f"{name}: extras must be among {EXTRAS}, got {unknown[0]!r}")
@@ -120,8 +120,6 @@ def score(
     if ids is not None:
         check_k(name, ids.shape[1], call.vocab_size, f"{ids_name} (…, K)")
     need = needed_grad(*call[:3])
-    if filter_eps and call.group:
-        raise ValueError(f"{name}: filter_eps needs the whole head on each rank, got a head with group=…; wanted filter_eps=0.0")
     eps = float(filter_eps) if any(need) else 0.0
     # frozen head, one direction per token; a group's would be summed over the ranks twice
     ahead = need == (True, False, False) and not (entropy or ids is not None or eps or call.group)

@@ -30,7 +30,7 @@ def token_id(key: Any, value: Any = None) -> int:
         if digits.isdecimal() and (digits != key or not isinstance(value, int | float)):
             return int(digits)
         raise ValueError(f"{NAME}: key {key!r} can be a token's text, wanted its id; ask the server for return_tokens_as_token_ids")
-    if isinstance(key, bool) or not hasattr(key, "__index__"):
+    if not _whole(key):
         raise ValueError(f"{NAME}: token ids must be integers, got {key!r}")
     return key.__index__()
 

@@ -13,7 +13,7 @@ from rlad_kernels.core.check import check_range
 from rlad_kernels.core.token_loss import Batch, Metrics, Tensors
 from rlad_kernels.core.types import TokenScores
 from rlad_kernels.losses.methods import add_method
-from rlad_kernels.losses.ratio.sampled import ClippedLoss, teacher_gap
+from rlad_kernels.losses.ratio.sampled import ClippedLoss
 from rlad_kernels.losses.ratio.sequences import suffix_sums, totals
 
 
@@ -63,9 +63,7 @@ class IWOPD(ClippedLoss):
     def tokens(
         self, scores: TokenScores, *, old_logp: Tensor, teacher_logp: Tensor, returns: Tensor, invalid: Tensor, **shared: Any
     ) -> tuple[Tensor, Metrics]:
-        loss, metrics = self.surrogate(scores.logp, old_logp, returns, **shared)
-        _, found = teacher_gap(scores.logp, teacher_logp)
-        return loss, {**metrics, **found, "invalid_teacher": invalid.to(loss.dtype)}
+        return self.taught(scores.logp, old_logp, teacher_logp, returns, invalid, **shared)
 
 
 add_method(

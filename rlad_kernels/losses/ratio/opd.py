@@ -13,7 +13,7 @@ from rlad_kernels.core.check import check_numbers, check_positive, check_range
 from rlad_kernels.core.token_loss import Batch, Metrics, Tensors
 from rlad_kernels.core.types import TokenScores
 from rlad_kernels.losses.methods import add_method
-from rlad_kernels.losses.ratio.sampled import ClippedLoss, teacher_gap
+from rlad_kernels.losses.ratio.sampled import ClippedLoss
 from rlad_kernels.losses.ratio.sequences import suffix_sums
 
 
@@ -101,9 +101,7 @@ class OPD(ClippedLoss):
         bound = math.inf if self.reward_clamp is None else self.reward_clamp
         total = self.coef * (reward if future is None else reward + future).clamp(-bound, bound)
         total = total if advantages is None else total + advantages
-        loss, metrics = self.surrogate(scores.logp, old_logp, total, **shared)
-        _, found = teacher_gap(scores.logp, teacher_logp)
-        return loss, {**metrics, **found, "invalid_teacher": invalid.to(loss.dtype)}
+        return self.taught(scores.logp, old_logp, teacher_logp, total, invalid, **shared)
 
 
 add_method(

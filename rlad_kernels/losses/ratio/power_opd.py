@@ -13,7 +13,7 @@ from rlad_kernels.core.check import check_range
 from rlad_kernels.core.token_loss import Metrics
 from rlad_kernels.core.types import TokenScores
 from rlad_kernels.losses.methods import add_method
-from rlad_kernels.losses.ratio.sampled import ClippedLoss, teacher_gap
+from rlad_kernels.losses.ratio.sampled import ClippedLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +53,7 @@ class PowerOPD(ClippedLoss):
         gap, larger = teacher_logp - old_logp, torch.maximum(teacher_logp, old_logp)
         advantages = gap.sign() * (self.alpha * larger).exp() * -torch.expm1(-self.alpha * gap.abs())  # of near powers as well
         invalid = ~(teacher_logp.isfinite() & advantages.isfinite())
-        loss, metrics = self.surrogate(scores.logp, old_logp, torch.where(invalid, 0, advantages), **shared)
-        _, found = teacher_gap(scores.logp, teacher_logp)
-        return loss, {**metrics, **found, "invalid_teacher": invalid.to(loss.dtype)}
+        return self.taught(scores.logp, old_logp, teacher_logp, torch.where(invalid, 0, advantages), invalid, **shared)
 
 
 add_method(

@@ -115,6 +115,14 @@ class ClippedLoss(SampledLoss):
         )
         return loss, {**metrics, **found}
 
+    def taught(
+        self, logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, invalid: Tensor, **shared: Tensor | None
+    ) -> tuple[Tensor, Metrics]:
+        """:meth:`surrogate` of advantages that a teacher made, with its metrics; ``invalid`` where it said nothing."""
+        loss, metrics = self.surrogate(logp, old_logp, advantages, **shared)  # pyright: ignore[reportArgumentType]
+        _, found = teacher_gap(logp, teacher_logp)
+        return loss, {**metrics, **found, "invalid_teacher": invalid.to(loss.dtype)}
+
 
 def reinforced(logp: Tensor, weight: Tensor) -> Tensor:
     """−sg[w]·s: REINFORCE; 0 where the weight is 0, whatever the log-prob. An infinite weight is the largest number."""
