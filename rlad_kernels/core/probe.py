@@ -93,7 +93,7 @@ def _state(model: Any, linear: Any) -> tuple[Any, ...]:
     return fractions, type(linear).__qualname__, hooks, tuple(linear.weight.shape)
 
 
-@torch.compiler.disable  # a compiled graph would keep the chosen values
+@torch._disable_dynamo  # a compiled graph would keep the chosen values; torch.compiler.disable imports the compiler
 @torch.no_grad()
 def _ask(model: Any, linear: Any) -> HeadMap:
     backbone = backbone_of(model)
