@@ -119,6 +119,17 @@ def right(reply: str, problem: Problem) -> bool:
     return re.findall(r"-?\d+", reply)[-1:] == [problem.answer]
 
 
+class Task(NamedTuple):
+    """What the student and the teacher are asked about a problem, and what a reply is worth, between 0 and 1."""
+
+    student: Callable[[Problem], Chat]
+    teacher: Callable[[Problem], Chat]
+    score: Callable[[str, Problem], float]
+
+
+SUMS_TASK = Task(student_chat, teacher_chat, right)
+
+
 def extend(model: Any, cache: Any, seen: Tensor, tokens: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Read ``tokens`` after what the cache holds: their final hidden states, and the longer mask of real slots."""
     seen = torch.cat([seen, torch.ones_like(tokens) if keep is None else keep], dim=1)
@@ -202,12 +213,18 @@ def rows_of(bundle: Bundle, rows: slice) -> Bundle:
 
 
 @torch.no_grad()
-def accuracy(model: Any, tokenizer: Any, problems: Sequence[Problem], max_new: int) -> dict[str, Any]:
-    """Greedy answers to the problems: the share that is right, with its standard error."""
+def greedy(model: Any, tokenizer: Any, problems: Sequence[Problem], max_new: int, task: Task = SUMS_TASK) -> list[str]:
+    """The model's likeliest reply to each problem, token by token."""
     replies: list[str] = []
     for start in range(0, len(problems), 60):
-        reading = read(model, tokenizer, [student_chat(problem) for problem in problems[start : start + 60]])
+        reading = read(model, tokenizer, list(map(task.student, problems[start : start + 60])))
         replies += decode(tokenizer, answer(model, reading, max_new, tokenizer.eos_token_id, lambda logp: logp.argmax(-1)))
+    return replies
+
+
+def accuracy(model: Any, tokenizer: Any, problems: Sequence[Problem], max_new: int) -> dict[str, Any]:
+    """Greedy answers to the sums: the share that is right, with its standard error."""
+    replies = greedy(model, tokenizer, problems, max_new)
     marks = list(map(right, replies, problems))
 
     def share(negative: bool | None) -> list[float]:
@@ -224,12 +241,15 @@ def accuracy(model: Any, tokenizer: Any, problems: Sequence[Problem], max_new: i
 class Trainer:
     """The student, the frozen teacher, the optimiser, and one step of the recipe."""
 
-    def __init__(self, model: Any, tokenizer: Any, recipe: Recipe, problems: Sequence[Problem], seed: int) -> None:
-        self.model, self.tokenizer, self.recipe, self.problems = model, tokenizer, recipe, problems
+    def __init__(
+        self, model: Any, tokenizer: Any, recipe: Recipe, problems: Sequence[Problem], seed: int, *,
+        task: Task = SUMS_TASK, loss: rk.TokenLoss | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.tokenizer, self.recipe, self.problems, self.task = model, tokenizer, recipe, problems, task
         self.teacher = copy.deepcopy(model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         topk = rk.losses.TopKKL("reverse", normalize="both")
-        self.rlad = rk.losses.RLAD(
+        self.loss = loss or rk.losses.RLAD(
             alpha=recipe.alpha, teacher_clamp=recipe.teacher_clamp, topk=topk, topk_coef=recipe.topk_kl_coef
         )  # fmt: skip
         self.generator = torch.Generator().manual_seed(seed)
@@ -249,16 +269,16 @@ class Trainer:
         """Several sampled answers a problem, and their rewards."""
         recipe = self.recipe
         with torch.no_grad():
-            reading = read(self.model, self.tokenizer, [student_chat(problem) for problem in batch], recipe.group)
+            reading = read(self.model, self.tokenizer, list(map(self.task.student, batch)), recipe.group)
         choose = lambda logp: nucleus(logp, recipe.top_p, self.generator)  # noqa: E731
         rollout = answer(self.model, reading, recipe.max_new, self.tokenizer.eos_token_id, choose)
         asked = [problem for problem in batch for _ in range(recipe.group)]
-        return rollout, torch.tensor(list(map(right, decode(self.tokenizer, rollout), asked))).float()
+        return rollout, torch.tensor(list(map(self.task.score, decode(self.tokenizer, rollout), asked))).float()
 
     @torch.no_grad()
     def teach(self, batch: list[Problem], rollout: Rollout) -> rk.TopK:
         """The teacher's top-K and its log-prob of every sampled token, over the answers only."""
-        reading = read(self.teacher, self.tokenizer, [teacher_chat(problem) for problem in batch], self.recipe.group)
+        reading = read(self.teacher, self.tokenizer, list(map(self.task.teacher, batch)), self.recipe.group)
         hidden = response_hidden(self.teacher, reading, rollout.tokens)
         head = rk.LMHead.from_model(self.teacher)
         return rk.linear_topk(hidden, head, self.recipe.topk, target=rollout.tokens, mask=rollout.mask)
@@ -266,19 +286,12 @@ class Trainer:
     def update(self, batch: list[Problem], rollout: Rollout, teacher: rk.TopK, advantage: Tensor) -> dict[str, float]:
         """One optimiser step on these problems and their answers."""
         recipe = self.recipe
-        reading = read(self.model, self.tokenizer, [student_chat(problem) for problem in batch], recipe.group)
+        reading = read(self.model, self.tokenizer, list(map(self.task.student, batch)), recipe.group)
         hidden = response_hidden(self.model, reading, rollout.tokens)
-        out = rk.linear_loss(
-            hidden,
-            rk.LMHead.from_model(self.model),
-            rollout.tokens,
-            self.rlad,
-            old_logp=rollout.logp,
-            advantages=advantage,
-            teacher=teacher,
-            mask=rollout.mask,
-            filter_eps=recipe.filter_eps,
-        )
+        head, given = rk.LMHead.from_model(self.model), {"old_logp": rollout.logp, "advantages": advantage, "teacher": teacher}
+        given = {name: given[name] for name in self.loss.needed()}
+        given |= {"mask": rollout.mask, "reduction": "seq-mean-token-mean", "filter_eps": recipe.filter_eps}
+        out = rk.linear_loss(hidden, head, rollout.tokens, self.loss, **given)
         self.optimizer.zero_grad()
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
