@@ -5,8 +5,8 @@
     python examples/rlad_and_others.py --draw rlad_and_others/runs.json            # the picture and the table again
 
 The task is reasoning-gym's word_sorting with three words, whose replies are graded: 1 for the right order, a third for each word in
-its place, 0.2 for the right words all out of place. The student is SmolLM2-135M-Instruct, the teacher the same model, untrained, that
-is shown the answer in its prompt after two worked examples. Each method has the same problems, rollouts, updates and rate:
+its place, 0.2 for the right words all out of place. The student is SmolLM2-135M-Instruct, the teacher the same model, untrained,
+that is shown the answer in its prompt after two worked examples. Each method has the same problems, rollouts, updates and rate:
 
     rlad   rk.losses.RLAD: the ratio anchored in teacher and old policy, with the reverse KL on the teacher's top 16
     grpo   rk.METHODS["grpo"].loss: no teacher
