@@ -28,7 +28,8 @@ PIP := -m pip install --quiet --disable-pip-version-check
 	$(BIN)/python $(PIP) -r requirements-bench.txt
 	touch $@
 
-wheel: .venv/.built  ## one wheel for this platform, Python 3.11 and later and torch 2.11 and later, in dist/
+wheel: .venv/.built  ## one wheel for this platform, Python 3.11 and later and torch 2.11 and later, and the sources, in dist/
+	$(BIN)/python -c 'from setuptools.build_meta import build_sdist; build_sdist("dist")' > /dev/null
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
 
 .release/.done: requirements-release.txt
