@@ -78,7 +78,7 @@ class Method:
         if isinstance(self.loss, Divergence):
             return "hidden, head, teacher_hidden, teacher_head, *, mask=None, reduction=None"
         first = self.loss.read()
-        needs = [k for k in self.loss.needed() if k != "target"]
+        needs = self.loss.needed()
         takes = [f"{k}=None" for k in self.loss.takes if k not in needs]
         return ", ".join([first[0] if len(first) == 1 else "scores", "*", *needs, "mask=None", "reduction=None", *takes])
 
