@@ -49,6 +49,12 @@ def causal_lm_loss(
 
     Raises:
         ValueError: naming the argument, what came and what was wanted.
+
+    Example:
+        >>> import torch, rlad_kernels as rk
+        >>> from rlad_kernels.integrations.transformers import causal_lm_loss
+        >>> causal_lm_loss(torch.zeros(1, 3, 8), rk.LMHead(torch.ones(4, 8)), torch.tensor([[1, 2, 3]]))
+        tensor(1.3863)
     """
     if shift_labels is None:
         if labels is None:
@@ -104,6 +110,17 @@ def use_rlad_loss(model: Any, *, filter_eps: float = 0.0, check: bool = True) ->
     Raises:
         ValueError: if the head is not one plain linear layer, the model computes its loss by itself (Qwen2-Audio), or the losses
             differ.
+
+    Example:
+        >>> import torch, transformers
+        >>> from rlad_kernels.integrations.transformers import use_rlad_loss
+        >>> sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).train()
+        >>> ids = torch.arange(8).view(1, 8)
+        >>> with use_rlad_loss(model):  # or keep the handle: it stays until .undo()
+        ...     out = model(input_ids=ids, labels=ids)
+        >>> out.logits is None, torch.allclose(out.loss, model(input_ids=ids, labels=ids).loss)
+        (True, True)
     """
     model = unwrapped(model)
     check_plain_head(NAME, model)

@@ -52,7 +52,14 @@ def _cuda_backend() -> tuple[str, str | None]:
 
 
 def main() -> int:
-    """Print the report; the exit status is 1 if something needs fixing."""
+    """Print the report; the exit status is 1 if something needs fixing.
+
+    Example:
+        >>> from rlad_kernels.tools import doctor
+        >>> doctor.main() in (0, 1)  # doctest: +ELLIPSIS
+        rlad_kernels ...
+        True
+    """
     print(f"rlad_kernels {_version('rlad_kernels') or 'from source'} on Python {platform.python_version()}, {platform.machine()}")
     for package in PACKAGES:
         print(f"  {package:<13} {_version(package) or 'not installed'}")

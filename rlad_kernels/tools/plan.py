@@ -68,6 +68,11 @@ def model_of(name: str) -> Model:
 
     Raises:
         ValueError: for a name that is neither, or a model that is no dense decoder.
+
+    Example:
+        >>> from rlad_kernels.tools import plan
+        >>> plan.model_of("Qwen/Qwen3-8B").vocab
+        151936
     """
     known = {key.lower(): model for key, model in MODELS.items()}
     if (short := name.lower().rsplit("/", 1)[-1]) in known and not Path(name).exists():
@@ -100,6 +105,13 @@ def loss_bytes(path: str, n: int, d: int, v: int, *, dtype: torch.dtype, device:
 
     ``keep`` is that of ``linear_logp``. ``linear_topk`` has no backward. Counted from the tensors each path makes; matrix
     libraries' own workspace is not.
+
+    Example:
+        >>> import torch
+        >>> from rlad_kernels.tools import plan
+        >>> paths = ("naive", "linear_logp")
+        >>> [plan.loss_bytes(x, 8192, 1024, 151_936, dtype=torch.bfloat16) // 2**20 for x in paths]
+        [14244, 793]
     """
     if path not in PATHS:
         raise ValueError(f"plan: path must be one of {PATHS}, got {path!r}")
@@ -126,7 +138,14 @@ def loss_bytes(path: str, n: int, d: int, v: int, *, dtype: torch.dtype, device:
 
 @dataclass(frozen=True)
 class Plan:
-    """A training step's choices."""
+    """A training step's choices.
+
+    Example:
+        >>> from rlad_kernels.tools import plan
+        >>> step = plan.Plan(plan.model_of("Qwen3-8B"))
+        >>> step.most_tokens("naive", 80 * 2**30) < step.most_tokens("linear_logp", 80 * 2**30)
+        True
+    """
 
     model: Model
     dtype: torch.dtype = torch.bfloat16

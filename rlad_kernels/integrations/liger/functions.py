@@ -37,6 +37,15 @@ class LigerFusedLinearGRPOLoss(nn.Module):
 
     Raises:
         ValueError: for an option without a meaning, when made; naming the argument, what came and what was wanted.
+
+    Example:
+        >>> import torch
+        >>> from rlad_kernels.integrations.liger import LigerFusedLinearGRPOLoss
+        >>> hidden, weight, tokens = torch.zeros(2, 3, 8), torch.ones(4, 8), torch.zeros(2, 3).long()
+        >>> mask, advantages = torch.ones(2, 3).bool(), torch.tensor([1.0, -2.0])
+        >>> loss, metrics = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False)(hidden, weight, tokens, mask, advantages)
+        >>> loss
+        tensor(0.5000)
     """
 
     def __init__(
@@ -142,6 +151,13 @@ class LigerFusedLinearJSDLoss(nn.Module):
 
     Raises:
         ValueError: for an option without a meaning, when made; naming the argument, what came and what was wanted.
+
+    Example:
+        >>> import torch
+        >>> from rlad_kernels.integrations.liger import LigerFusedLinearJSDLoss
+        >>> hidden, weight, labels = torch.zeros(3, 8), torch.ones(4, 8), torch.tensor([0, 3, -100])
+        >>> LigerFusedLinearJSDLoss(weight_hard_loss=1.0)(hidden, weight, hidden, weight, labels)  # log 4, and no divergence
+        tensor(1.3863)
     """
 
     def __init__(
@@ -236,6 +252,15 @@ def chunk_topk_distill_function(
 
     Raises:
         ValueError: naming the argument, what came and what was wanted.
+
+    Example:
+        >>> import torch
+        >>> from rlad_kernels.integrations.liger import chunk_topk_distill_function
+        >>> hidden, weight, labels = torch.zeros(2, 8), torch.ones(4, 8), torch.tensor([0, 3])
+        >>> ids, logp = torch.tensor([[1, 2], [0, 3]]), torch.tensor([[0.5, 0.25], [0.5, 0.25]]).log()
+        >>> logp, entropy, distill, *masses = chunk_topk_distill_function(hidden, weight, labels, ids, logp)
+        >>> distill  # position 0 is of token 1; the last has none
+        tensor([0.3466, 0.0000])
     """
     name = "chunk_topk_distill_function"
     check_head(name, hidden_states, weights)

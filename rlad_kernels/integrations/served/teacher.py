@@ -59,6 +59,13 @@ def from_logprobs(
         ValueError: NaN or positive log-probs, a mass above 1, ids that differ in two log-probs, are out of range or are
             text, lengths that do not match the target, an answer that is shifted by a position against it, an
             ``at_temperature`` without the whole vocabulary.
+
+    Example:
+        >>> from rlad_kernels.integrations.served import from_logprobs
+        >>> answer = [{"1": {"logprob": -0.9}, "7": {"logprob": -0.7}}, {"4": {"logprob": -3.0}, "2": {"logprob": -0.2}}]
+        >>> teacher = from_logprobs(answer, [1, 4], k=1)  # vLLM's prompt_logprobs, behind the prompt
+        >>> teacher.ids.tolist(), teacher.target_logp
+        ([[7], [2]], tensor([-0.9000, -3.0000]))
     """
     if out_of_range not in OUT_OF_RANGE:
         raise ValueError(f"{NAME}: out_of_range must be one of {OUT_OF_RANGE}, got {out_of_range!r}")

@@ -24,7 +24,16 @@ SUPPORTED = ("1.16.0",)
 
 
 class ChunkedLogProbFunction:
-    """``trl.kernels.ChunkedLogProbFunction`` on :func:`rlad_kernels.linear_logp`: float32 logits, one sweep."""
+    """``trl.kernels.ChunkedLogProbFunction`` on :func:`rlad_kernels.linear_logp`: float32 logits, one sweep.
+
+    Example:
+        >>> import torch
+        >>> from rlad_kernels.integrations.trl import ChunkedLogProbFunction
+        >>> hidden, weight, targets = torch.zeros(2, 8), torch.ones(4, 8), torch.tensor([0, 3])
+        >>> logp, entropy, *_ = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 256)
+        >>> logp
+        tensor([-1.3863, -1.3863])
+    """
 
     @staticmethod
     def apply(
@@ -58,7 +67,16 @@ class ChunkedLogProbFunction:
 
 
 class ChunkedDivergenceFunction:
-    """``trl.kernels.chunked_divergence.ChunkedDivergenceFunction`` on :func:`rlad_kernels.linear_divergence`."""
+    """``trl.kernels.chunked_divergence.ChunkedDivergenceFunction`` on :func:`rlad_kernels.linear_divergence`.
+
+    Example:
+        >>> import torch
+        >>> from rlad_kernels.integrations.trl import ChunkedDivergenceFunction
+        >>> hidden, weight = torch.zeros(2, 8), torch.ones(4, 8)
+        >>> divergence, entropy = ChunkedDivergenceFunction.apply(hidden, weight, None, hidden, weight, None, 0.5)
+        >>> divergence
+        tensor([0., 0.])
+    """
 
     @staticmethod
     def apply(
