@@ -10,7 +10,7 @@ OUT ?= out
 TORCH_CUDA := $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 \
 	nccl-cu13 nvjitlink nvshmem-cu13 nvtx) cuda-bindings cuda-pathfinder cuda-toolkit
 
-.PHONY: wheel lock sbom demo demo-smoke test test-cpp test-portable test-triton gate lint format bench bench-full bench-smoke docs gpu gpu-dry gpu-build gpu-test gpu-tune gpu-bench clean
+.PHONY: wheel lock sbom demo demo-smoke test test-cpp test-portable test-triton gate lint format bench bench-full bench-smoke docs site gpu gpu-dry gpu-build gpu-test gpu-tune gpu-bench clean
 
 # Everything but torch by hash, as PyPI has it; torch is the build that the machine's registry gives, and its CUDA packages with it.
 PIP := -m pip install --quiet --disable-pip-version-check
@@ -26,6 +26,10 @@ PIP := -m pip install --quiet --disable-pip-version-check
 
 .venv/.peers: .venv/.deps requirements-bench.txt
 	$(BIN)/python $(PIP) -r requirements-bench.txt
+	touch $@
+
+.venv/.site: .venv/.deps requirements-docs.txt
+	$(BIN)/python $(PIP) -r requirements-docs.txt
 	touch $@
 
 wheel: .venv/.built  ## one wheel for this platform, Python 3.11 and later and torch 2.11 and later, and the sources, in dist/
@@ -99,6 +103,9 @@ bench-smoke: .venv/.built
 docs: .venv/.built  ## write docs/methods.md and its pictures from the registry, and check that the documentation is true
 	$(RUN) docs/make_methods.py
 	$(RUN) -m pytest tests/test_docs.py -q
+
+site: .venv/.built .venv/.site  ## the documentation as a site with its reference, in $(OUT)/site; a warning is an error
+	$(RUN) -m sphinx -q -W --keep-going -b html -c docs . $(OUT)/site
 
 # The GPU machine: nothing is installed, its own python has torch and triton. Each step ends within RLAD_GPU_SECONDS and ten more;
 # called again it goes on: finished tests and measurements are remembered under $(OUT)/gpu and GPU_RESULTS.

@@ -37,7 +37,7 @@ def loaded(path: str) -> ModuleType:
 
 
 make_methods = loaded("docs/make_methods.py")
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: Path) -> list[str]:
@@ -313,10 +313,11 @@ def test_no_page_has_an_old_name(page: Path) -> None:
 
 
 ON_TINY_MODELS = ("trl", "transformers", "liger")  # run by test_integration_docs.py
+ELSEWHERE = (*ON_TINY_MODELS, "hub")  # and by test_hub.py
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("page", [p for p in PAGES[2:] if p.stem not in ON_TINY_MODELS], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [p for p in (ROOT / "docs").glob("*.md") if p.stem not in ELSEWHERE], ids=lambda p: p.name)
 def test_python_on_the_docs_pages_runs(page: Path) -> None:
     for code in blocks(page):
         exec(code, {})
