@@ -10,10 +10,18 @@ from sphinx.application import Sphinx
 from rlad_kernels import __version__
 
 project, author, release = "rlad_kernels", "rlad_kernels", __version__
-project_copyright = "Apache-2.0"
+project_copyright = "rlad_kernels, Apache-2.0"
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser", "sphinx_copybutton"]
 root_doc = "README"
-include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**.md", "docs/**.rst", "bench/results/*.md"]
+include_patterns = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "docs/**.md",
+    "docs/**.rst",
+    "bench/results/*.md",
+]
 exclude_patterns = [".*", "out", "build", "dist"]
 
 html_theme = "furo"
@@ -25,13 +33,8 @@ html_theme_options = {"top_of_page_buttons": []}
 pygments_style, pygments_dark_style = "friendly", "github-dark"
 
 myst_heading_anchors = 3
-myst_links_external_new_tab = False
-autodoc_member_order = "bysource"
-autodoc_typehints = "signature"
 autodoc_mock_imports = ["verl"]  # which is installed without what it needs
-napoleon_use_rtype = False
 napoleon_custom_sections = [("Tensors of a call", "params_style")]
-napoleon_use_ivar = True
 maximum_signature_line_length = 100
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
@@ -47,7 +50,9 @@ PARTS = {
         "benchmarks", "versions",
     ],
 }  # fmt: skip
-PROJECT = ["CONTRIBUTING", "CHANGELOG"]
+PROJECT = ["CONTRIBUTING", "CHANGELOG", "SECURITY"]
+PLACED = {name for pages in PARTS.values() for name in pages}
+PARTS["Guides"] += sorted(p.stem for p in Path(__file__).parent.glob("*.md") if p.stem not in PLACED)
 
 
 def toctree(caption: str, documents: list[str]) -> str:
@@ -76,7 +81,7 @@ def plain_defaults(
 ) -> object:
     """A default that is made is an ellipsis: Sphinx lays out only what parses."""
     if name.endswith(".RLADConfig"):  # not the hundred fields of TRL's
-        own = ", ".join(f"{k}={getattr(x, k)!r}" for k in vars(x)["__annotations__"])
+        own = ", ".join(f"{k}={getattr(x, k, ...)!r}" for k in vars(x)["__annotations__"])
         return f"(output_dir=None, *, {own}, **of_grpo_config)", returns
     return (signature.replace("<factory>", "..."), returns) if signature else None
 
