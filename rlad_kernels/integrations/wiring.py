@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import pkgutil
+import warnings
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -11,6 +15,9 @@ from torch import Tensor
 from rlad_kernels.core.check import check_floats, may_read
 from rlad_kernels.core.head import LMHead
 from rlad_kernels.engine.call import flat_rows
+
+# What the tests ran on, oldest first; the pins are those of requirements-dev.txt, `make test-newest` runs the newest there is.
+TESTED = {"trl": ("1.16.0",), "transformers": ("5.23.0", "5.24.0")}
 
 
 def framework(name: str, package: str, wanted: str) -> Any:
@@ -25,12 +32,37 @@ def framework(name: str, package: str, wanted: str) -> Any:
         raise ImportError(f"{name} needs {package} ({error}): pip install {wanted}") from error
 
 
-def check_version(name: str, package: str, version: str, supported: tuple[str, ...]) -> None:
-    """Raise a RuntimeError unless ``version`` is one of the supported ones."""
-    if version not in supported:
+def check_version(name: str, package: str, replaced: Mapping[str, tuple[str, ...]]) -> None:
+    """Hold a framework to what is used of it: the names decide, and a version on which the tests have not run is only warned of.
+
+    Args:
+        replaced: ``"module:function"`` → the parameters it must have, in order; a last ``"…"`` allows for more.
+
+    Raises:
+        RuntimeError: naming each function that is not there, or has other parameters, and the version that has it.
+    """
+    version, tested = import_module(package).__version__, TESTED[package]
+    missing = [x for x in (_difference(path, wanted) for path, wanted in replaced.items()) if x]
+    if missing:
         raise RuntimeError(
-            f"{name}: {package} {version} is not supported, only {', '.join(supported)}: pip install {package}=={supported[-1]}"
+            f"{name}: {package} {version} has not what it takes: {'; '.join(missing)}; pip install {package}=={tested[-1]}"
         )
+    if version not in tested:
+        warnings.warn(
+            f"{name}: {package} {version} has the names that are replaced, but the tests ran on {', '.join(tested)}", stacklevel=3
+        )
+
+
+def _difference(path: str, wanted: tuple[str, ...]) -> str | None:
+    """What is wrong with one function, if anything."""
+    try:
+        found = tuple(inspect.signature(pkgutil.resolve_name(path)).parameters)
+    except (ImportError, AttributeError):
+        return f"no {path.replace(':', '.')}"
+    begin = wanted[:-1] if wanted[-1:] == ("…",) else wanted
+    if found[: len(begin)] == begin and (len(found) == len(begin) or begin != wanted):
+        return None
+    return f"{path.replace(':', '.')}({', '.join(found)}), wanted ({', '.join(wanted)})"
 
 
 def check_head(name: str, hidden: Tensor, weight: Tensor) -> None:

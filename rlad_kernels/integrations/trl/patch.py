@@ -15,12 +15,10 @@ from torch import Tensor
 from rlad_kernels.core.check import check_floats, check_range
 from rlad_kernels.core.head import LMHead
 from rlad_kernels.engine.call import flat_rows
-from rlad_kernels.integrations.wiring import check_head, check_plain_head, check_version, check_vocab, framework
+from rlad_kernels.integrations.wiring import TESTED, check_head, check_plain_head, check_version, check_vocab, framework
 from rlad_kernels.linear.divergence import linear_divergence
 from rlad_kernels.linear.logp import EXTRAS, score
 from rlad_kernels.losses.vocab.kl import JSD
-
-SUPPORTED = ("1.16.0",)
 
 
 class ChunkedLogProbFunction:
@@ -179,7 +177,7 @@ def _replaced() -> list[tuple[str, Any, Any]]:
             theirs(model, temperature=temperature, cast_lm_head_to_fp32=cast_lm_head_to_fp32, outputs=outputs)
             try:
                 _check_reading(model)
-            except ValueError:
+            except (RuntimeError, ValueError):
                 model.forward = forward
                 if not mine:
                     del model.forward
@@ -199,6 +197,11 @@ def _replaced() -> list[tuple[str, Any, Any]]:
 def _check_reading(model: Any) -> None:
     """Raise a ValueError unless TRL, which reads the configuration, took the head for what the model's forward does."""
     read, head = inspect.getclosurevars(model.forward.__func__).nonlocals, LMHead.from_model(model)
+    if unread := {"logit_scale", "final_logit_softcapping"} - read.keys():
+        raise RuntimeError(
+            f"add_fused_lm_head: this TRL keeps no {', '.join(sorted(unread))} to hold its reading of the head against; "
+            f"pip install trl=={TESTED['trl'][-1]}"
+        )
     found = {"logit_scale": head.logit_scale, "softcap": head.softcap, "ids": head.vocab_size}
     theirs = {"logit_scale": read["logit_scale"], "softcap": read["final_logit_softcapping"], "ids": len(head.weight)}
     if any(theirs[k] != x and not (x and theirs[k] and math.isclose(theirs[k], x, rel_tol=1e-6)) for k, x in found.items()):
@@ -216,6 +219,19 @@ def _swap(prefix: str, old: Any, new: Any) -> None:
                 setattr(module, key, new)
 
 
+def _names() -> dict[str, tuple[str, ...]]:
+    """What is replaced, with the parameters that ours have."""
+    logp, divergence = (
+        ("ctx", *inspect.signature(x.apply).parameters) for x in (ChunkedLogProbFunction, ChunkedDivergenceFunction)
+    )
+    return {
+        "trl.kernels:ChunkedLogProbFunction.forward": logp,
+        "trl.kernels.chunked_divergence:ChunkedDivergenceFunction.forward": divergence,
+        "trl.trainer.utils:add_fused_lm_head": ("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
+        "trl.trainer.utils:_use_triton": ("device",),
+    }
+
+
 def use_rlad_kernels() -> _Patch:
     """Put our head under TRL's trainers (GRPO, RLOO, DPO, KTO, SFT, Distillation, …), whether made before or after this call.
 
@@ -223,10 +239,12 @@ def use_rlad_kernels() -> _Patch:
         A handle: ``.undo()`` restores TRL, and so does leaving it as a context manager.
 
     Raises:
-        RuntimeError: for a version of TRL that is not in ``SUPPORTED``.
+        RuntimeError: for a TRL without the names that are replaced, or with other parameters of them. A version on which the
+            tests have not run, but with these names, is warned of.
     """
-    trl = framework("use_rlad_kernels", "trl", f"trl=={SUPPORTED[-1]}")
-    check_version("use_rlad_kernels", "trl", trl.__version__, SUPPORTED)
+    framework("use_rlad_kernels", "trl", f"trl=={TESTED['trl'][-1]}")
+    if not _uses:
+        check_version("use_rlad_kernels", "trl", _names())
     for module, theirs, ours in _replaced():
         _swap(module, theirs, ours)
     _uses.append(_Patch())

@@ -4,106 +4,126 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-import trl
 from torch import Tensor
-from trl import GRPOConfig, GRPOTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from trl import GRPOTrainer
 
+from rlad_kernels.core.check import TOPK_MAX, check_k
 from rlad_kernels.core.head import LMHead
 from rlad_kernels.core.probe import unwrapped
 from rlad_kernels.core.reduction import Reduction
 from rlad_kernels.core.types import LossOutput, TopK
 from rlad_kernels.integrations.backbone import HeadOutput, add_head_call, head_of
-from rlad_kernels.integrations.trl.patch import SUPPORTED
+from rlad_kernels.integrations.trl.config import NAME, RLADConfig, check_columns, check_config, objective
 from rlad_kernels.integrations.wiring import check_head, check_version, check_vocab
 from rlad_kernels.linear.logp import linear_logp
 from rlad_kernels.linear.loss import linear_loss
 from rlad_kernels.linear.topk import linear_topk
-from rlad_kernels.losses.ratio.kl import Reference
-from rlad_kernels.losses.rlad import RLAD
-from rlad_kernels.losses.support.topk_kl import TopKKL
 
 Teacher = Callable[[Tensor, Tensor, int], TopK]
 _FIELDS = ("ids", "logp", "tail_logp", "target_logp")
 _VOCAB_FIX = "if one head is only padded, set RLADConfig.vocab_size to len(tokenizer); else take a teacher with this tokenizer"
 
 
-@dataclass
-class RLADConfig(GRPOConfig):
-    """GRPOConfig (``top_p=0.9`` for top-p rollouts, ``epsilon``, ``beta``, …) and what RLAD adds.
-
-    ``loss_type`` chooses the reduction: ``grpo`` (mean of sequence means, the paper's), ``bnpo``, ``dapo`` or ``dr_grpo``.
-    """
-
-    loss_type: str = field(default="grpo", metadata={"help": "grpo, bnpo, dapo or dr_grpo."})
-    use_bias_correction_kl: bool = field(default=False, metadata={"help": "Must stay False."})
-    alpha: float = field(default=0.5, metadata={"help": "Weight of the old policy in the ratio's anchor; 1 is GRPO."})
-    teacher_clamp: float | None = field(default=None, metadata={"help": "Clamp log π − log π_T to ± this before mixing."})
-    topk: int = field(default=0, metadata={"help": "K of the teacher's top-K; 0 leaves the KL term out."})
-    topk_kl_coef: float = field(default=1.0, metadata={"help": "Factor of the truncated KL, when topk > 0."})
-    direction: str = field(default="reverse", metadata={"help": "reverse KL(student‖teacher) or forward."})
-    normalize: str = field(default="both", metadata={"help": "both, teacher, none or tail: see TopKKL."})
-    filter_eps: float = field(default=0.0, metadata={"help": "Sparse backward; 0 is exact."})
-    vocab_size: int | None = field(default=None, metadata={"help": "Ids that exist, where a head has rows of padding."})
-    mask_special_tokens: bool = field(default=False, metadata={"help": "No teacher at the tokenizer's special tokens."})
-
-
 class RLADTrainer(GRPOTrainer):
     """GRPO's rollouts, rewards and advantages; the loss is TRRD plus topk_kl_coef × truncated KL to the teacher's top-K.
 
+    One temperature: old, reference, new and teacher's log-probs are all at ``args.temperature``, the sampling temperature. A
+    teacher that is a model is read at it; a callable must answer at it.
+
     Args:
-        teacher: a causal LM with the student's vocabulary, or a callable ``(input_ids (B, L), attention_mask (B, L), T) → TopK``
-            whose fields are about the last T tokens, the completion: ids, logp ``(B, T, K)`` and target_logp ``(B, T)``, the
-            teacher's log-prob of the sampled token; tail_logp for ``normalize="tail"``. It is asked once per rollout.
-            An id of −1 is an empty slot; a token whose target_logp is not finite is trained by plain GRPO.
-        args: :class:`RLADConfig`. Both heads are read at the sampling temperature.
+        teacher: a causal LM with the student's vocabulary, its name or path (loaded by ``AutoModelForCausalLM`` with
+            ``args.teacher_model_init_kwargs``; its tokenizer, where there is one, must give the student's ids the same tokens), or
+            a callable ``(input_ids (B, L), attention_mask (B, L), T) → TopK`` whose fields are about the last T tokens, the
+            completion: ids, logp ``(B, T, K)`` and target_logp ``(B, T)``, the teacher's log-prob of the sampled token; tail_logp
+            for ``normalize="tail"``. It is asked once per rollout. An id of −1 is an empty slot; a token whose target_logp is not
+            finite is trained by plain GRPO. Served log-probs are at temperature 1 (:func:`from_logprobs`): train at
+            ``temperature=1.0``. For another one a callable says at which it answers, by an attribute ``temperature``.
+        args: :class:`RLADConfig`; None has its defaults, and writes to ``<model's name>-RLAD``.
         everything else: as of ``trl.GRPOTrainer``.
 
     Logs, besides GRPO's: ``rlad/`` + the metrics of :class:`rlad_kernels.losses.RLAD`. Tokens without a teacher count in
     ``rlad/invalid_teacher``.
 
     Raises:
-        ValueError: for options of GRPOConfig that RLAD's loss has no place for, a teacher of another vocabulary, or a head
-            that carries an adapter; RuntimeError for an unsupported TRL. All name the fix.
+        ValueError: when it is made, for an option that RLAD's loss has no place for or that would fail later, a teacher of another
+            vocabulary or temperature, images, or a head that carries an adapter; RuntimeError for a TRL without the methods that
+            are overridden. All name the fix.
     """
 
     model: Any
     args: RLADConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def __init__(self, model: Any, reward_funcs: Any = None, *, teacher: Any, args: RLADConfig, **kwargs: Any) -> None:
-        check_version("RLADTrainer", "trl", trl.__version__, SUPPORTED)
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, *, teacher: Any, args: RLADConfig | None = None, **kwargs: Any
+    ) -> None:
+        check_version(NAME, "trl", _overridden())
+        if args is None:
+            args = RLADConfig(f"{(model if isinstance(model, str) else model.name_or_path).split('/')[-1]}-RLAD")
         if not isinstance(args, RLADConfig):
-            raise ValueError(f"RLADTrainer: args must be an RLADConfig, got {type(args).__name__}")
-        _refuse(args)
+            raise ValueError(f"RLADTrainer: args must be an RLADConfig or None, got {type(args).__name__}")
+        check_config(args)
+        check_columns(kwargs.get(k) for k in ("train_dataset", "eval_dataset"))
+        self.rlad = objective(args)
+        self._check_callable(teacher, args)
         super().__init__(model, reward_funcs, args=args, **kwargs)
-        self.rlad = self._objective(args)
         for policy in (self.model, self.ref_model):
             if policy is not None:
                 _without_fused_head(unwrapped(policy))
-                add_head_call("RLADTrainer", policy)
-        self.teacher = teacher
+                add_head_call(NAME, policy)
+        size = self._ids(self.model)
+        if isinstance(teacher, str):
+            teacher = self._load(teacher)
         if isinstance(teacher, torch.nn.Module):
             if unwrapped(teacher) is unwrapped(self.model):
                 raise ValueError("RLADTrainer: teacher is the student itself, which would be frozen; pass copy.deepcopy(model)")
-            check_vocab("RLADTrainer", self._ids(self.model), self._ids(teacher), _VOCAB_FIX)
-            add_head_call("RLADTrainer", teacher)
-            self.teacher = self.accelerator.prepare_model(teacher.requires_grad_(False).eval(), evaluation_mode=True)
-        elif not callable(teacher):
-            raise ValueError(f"RLADTrainer: teacher must be a causal LM or a callable giving TopK, got {type(teacher).__name__}")
+            check_vocab(NAME, size, self._ids(teacher), _VOCAB_FIX)
+            if args.topk:
+                check_k(NAME, args.topk, size, "topk", most=TOPK_MAX)
+            add_head_call(NAME, teacher)
+            teacher = self.accelerator.prepare_model(teacher.requires_grad_(False).eval(), evaluation_mode=True)
+        self.teacher = teacher
 
-    def _objective(self, args: RLADConfig) -> RLAD:
-        topk = {"topk": TopKKL(args.direction, normalize=args.normalize), "topk_coef": args.topk_kl_coef} if args.topk else {}
-        return RLAD(
-            alpha=args.alpha,
-            teacher_clamp=args.teacher_clamp,
-            clip=(self.epsilon_low, self.epsilon_high),
-            dual_clip=args.delta,
-            reference=Reference(self.beta),
-            **topk,
-        )
+    @staticmethod
+    def _check_callable(teacher: Any, args: RLADConfig) -> None:
+        if not isinstance(teacher, str) and args.teacher_model_init_kwargs is not None:
+            raise ValueError(f"RLADTrainer: teacher_model_init_kwargs loads a teacher by name, got {type(teacher).__name__}")
+        if isinstance(teacher, str | torch.nn.Module):
+            return
+        if not callable(teacher):
+            raise ValueError(
+                "RLADTrainer: teacher must be a causal LM, its name or path, or a callable giving TopK, got "
+                f"{type(teacher).__name__}"
+            )
+        answers = getattr(teacher, "temperature", 1.0)
+        if answers != args.temperature:
+            raise ValueError(
+                f"RLADTrainer: the student is read at temperature={args.temperature!r}, the callable teacher answers at "
+                f"{answers!r} (its attribute temperature; 1.0 where it has none, as servers do); answer at the student's, with "
+                f"teacher.temperature = {args.temperature!r}, or train at temperature={answers!r}"
+            )
+
+    def _load(self, name: str) -> Any:
+        """The teacher of a name or path, refused if its tokenizer gives an id of both another token."""
+        options = dict(cast(dict[str, Any], self.args.teacher_model_init_kwargs) or {})
+        options.setdefault("trust_remote_code", self.args.trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", **options})
+        where = {k: options[k] for k in ("revision", "token", "cache_dir", "subfolder") if k in options}
+        if not get_tokenizer_config(name, **where):  # weights alone, for which transformers makes an empty tokenizer
+            return model
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=options["trust_remote_code"], **where)
+        theirs = {i: token for token, i in tokenizer.get_vocab().items()}
+        for token, i in self._tokenizer.get_vocab().items():
+            if theirs.get(i, token) != token:
+                raise ValueError(
+                    f"RLADTrainer: id {i} is {token!r} in the student's tokenizer, {theirs[i]!r} in that of teacher {name!r}; take "
+                    "a teacher with this tokenizer (or pass the loaded model, if that id is never used)"
+                )
+        return model
 
     def _head(self, model: Any) -> LMHead:
         return head_of(model, temperature=self.temperature, vocab_size=self.args.vocab_size)
@@ -199,7 +219,8 @@ class RLADTrainer(GRPOTrainer):
         **images: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """GRPO's old and reference log-probs, by the code and in the batches of the loss: equal weights, equal numbers."""
-        self._refuse_images(images)
+        if given := sorted(k for k, x in images.items() if x is not None):
+            raise ValueError(f"RLADTrainer: got {', '.join(given)}; teacher and loss read tokens only, train on text")
         extra = {"output_router_logits": True} if compute_aux_loss else {}
         found: list[tuple[Tensor, Tensor | None]] = []
         aux: list[Tensor] = []
@@ -300,22 +321,10 @@ def _tokens(batch: dict[str, Any], part: slice) -> tuple[Tensor, Tensor, Tensor,
     return ids, attention_mask, completion, mask * batch["tool_mask"][part] if "tool_mask" in batch else mask
 
 
-def _refuse(args: RLADConfig) -> None:
-    """Raise a ValueError for an option of GRPOConfig that RLAD's loss would ignore."""
-    wanted = {
-        "importance_sampling_level": "token",
-        "top_entropy_quantile": 1.0,
-        "entropy_coef": 0.0,
-        "use_adaptive_entropy": False,
-        "off_policy_mask_threshold": None,
-        "use_bias_correction_kl": False,
-    }
-    for name, value in wanted.items():
-        if getattr(args, name, value) != value:
-            raise ValueError(
-                f"RLADTrainer: {name} must stay {value!r}, got {getattr(args, name)!r}; RLAD's loss has no place for it"
-            )
-    if args.loss_type not in ("grpo", "bnpo", "dapo", "dr_grpo"):
-        raise ValueError(f"RLADTrainer: loss_type must be grpo, bnpo, dapo or dr_grpo, got {args.loss_type!r}")
-    if args.topk < 0:
-        raise ValueError(f"RLADTrainer: topk must be 0 (no KL term) or K > 0, got {args.topk!r}")
+def _overridden() -> dict[str, tuple[str, ...]]:
+    """The methods of GRPOTrainer that ours stand for, with the parameters that ours read."""
+    ours = (RLADTrainer._generate_and_score_completions, RLADTrainer._compute_loss)
+    read = {f.__name__: tuple(inspect.signature(f).parameters) for f in ours}
+    logps = RLADTrainer._get_per_token_logps_and_entropies
+    read[logps.__name__] = (*list(inspect.signature(logps).parameters)[:-1], "…")
+    return {f"trl:GRPOTrainer.{name}": parameters for name, parameters in read.items()}
