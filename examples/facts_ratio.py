@@ -3,7 +3,11 @@
     python examples/facts_ratio.py        # a few seconds on a CPU
 
 Expectations over a policy are exact: every token of a vocabulary of 64 is a row, and rows are weighed by the policy. The exit code
-is 1 if a fact does not hold. Claims: the estimators' gradients and ExOPD's optimum (arXiv 2506.02208, 2602.12125), and what TRRD's
+is 1 if a fact does not hold. The last line is
+
+    TRRD, α = .3, the teacher clamp binds: gradient / (−Âr)                      0.3           0.3
+
+Claims: the estimators' gradients and ExOPD's optimum (arXiv 2506.02208, 2602.12125), and what TRRD's
 anchor does at its first step (arXiv 2602.22495).
 """
 

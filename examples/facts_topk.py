@@ -2,7 +2,11 @@
 
 python examples/facts_topk.py
 
-Needs: nothing but rlad_kernels
+Needs: nothing but rlad_kernels. Each fact is three lines, for example
+
+    holds EOPD toy: top-1 changes more where the teacher is uncertain (η = 0.3, 1000 steps)
+          expected T = .3: 7.3 ± 1.6, T = 1: 84.0 ± 16.7 (paper; its η and steps are not known)
+          found    T = .3: 5.8 ± 16.7, T = 1: 83.5 ± 51.6
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """A stand-in for `vllm serve`: POST /v1/completions with token ids and prompt_logprobs, answered by a model in memory.
 
 Requests and answers have vLLM's form as far as a teacher needs it, so that the client works with a real server unchanged.
+``served_teacher.py`` starts it; it prints nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def complete(model: torch.nn.Module, name: str, body: dict[str, Any]) -> dict[st
     prompts = prompt if isinstance(prompt[0], list) else [prompt]
     choices = []
     for index, ids in enumerate(prompts):
-        logp = model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        logp = model(input_ids=torch.tensor([ids], device=next(model.parameters()).device)).logits[0].float().log_softmax(-1)
         scored = [None, *(position(logp[t - 1], ids[t], k) for t in range(1, len(ids)))]
         new = int(logp[-1].exp().multinomial(1)) if body.get("temperature", 1.0) else int(logp[-1].argmax())
         choice = {"index": index, "text": "", "logprobs": None, "finish_reason": "length", "stop_reason": None}

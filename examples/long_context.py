@@ -7,7 +7,10 @@
 Each way trains in a process of its own, gradient checkpointing on, AdamW, two steps a length; its peak is everything beyond the
 imports: weights, gradients, optimizer, activations, loss. The student is built from a config, nothing is downloaded. Before each
 length the planner says what the naive step would take, and naive stops where that is more than --memory. Results: a table,
-memory.json and memory.png in --out. The exit code is 1 if losses differ.
+memory.json and memory.png in --out. The exit code is 1 if losses differ. With --device cpu --memory 8GiB the last lines but one are
+
+    | 4,096 | 7.18 | 7.19 | … | 0.44 | 0.44 | … |
+    longest context: naive 4,096, ours 16,384; losses agree
 
 Needs: pip install transformers matplotlib
 """
@@ -22,8 +25,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from torch import Tensor

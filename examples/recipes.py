@@ -2,7 +2,12 @@
 
 python examples/recipes.py
 
-Needs: nothing but rlad_kernels. Seconds on a CPU; each recipe is a function to copy.
+Needs: nothing but rlad_kernels. Seconds on a CPU; each recipe is a function to copy. It prints
+
+    rewards of four explanations: [-22.23, -20.64, -23.9, -18.11]
+    scores [32.5, 40.0, 43.75, 43.75] as the advantages of GRPO: loss 0.0000
+
+and the loss at six steps of a schedule, from 7.7034 to 0.0013.
 """
 
 from __future__ import annotations

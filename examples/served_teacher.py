@@ -5,7 +5,10 @@
     python examples/served_teacher.py --url http://host:8000 --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-0.6B --k 32 --lr 1e-6
 
 The stand-in's teacher is a small random model whose likely tokens a student of half its width has to find. Printed is the forward
-KL to the teacher's top-K and tail on held-out sequences; the exit code is 1 if training does not lower it.
+KL to the teacher's top-K and tail on held-out sequences; the exit code is 1 if training does not lower it. Runs on the GPU where
+there is one. The last line, on a CPU:
+
+    KL to the served teacher, held out: 2.81 → 1.71 nats a token
 
 Needs: pip install transformers
 """
@@ -14,14 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import urllib.error
 import urllib.request
 from contextlib import nullcontext
 from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from local_server import serve
@@ -92,9 +92,12 @@ def main() -> int:
         student = AutoModelForCausalLM.from_pretrained(args.student)
     else:
         student = tiny(32)
+    student = student.to(device := "cuda" if torch.cuda.is_available() else "cpu")
     vocab_size = student.config.vocab_size
-    with nullcontext(args.url) if args.url else serve(tiny(64, scale=20.0), args.teacher) as url:
-        held_out = torch.randint(vocab_size, (batch, prompt + new))  # tokens at random: put your own prompts here and below
+    with nullcontext(args.url) if args.url else serve(tiny(64, scale=20.0).to(device), args.teacher) as url:
+        held_out = torch.randint(vocab_size, (batch, prompt + new)).to(
+            device
+        )  # tokens at random: put your own prompts here and below
         truth = ask(url, args.teacher, held_out, prompt, args.k, vocab_size)
 
         kl = rk.losses.TopKKL("forward", normalize="tail")
@@ -109,7 +112,7 @@ def main() -> int:
         optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr)
         first = distance()
         for step in range(steps):
-            sequences = sample(student, torch.randint(vocab_size, (batch, prompt)), new)
+            sequences = sample(student, torch.randint(vocab_size, (batch, prompt)).to(device), new)
             target = sequences[:, prompt:]
             teacher = ask(url, args.teacher, sequences, prompt, args.k, vocab_size)
             reward = teacher.target_logp.nan_to_num(-30).clamp_min(-30).mean(1)  # or any other

@@ -150,16 +150,17 @@ def read(model: Any, tokenizer: Any, chats: Sequence[Chat], group: int = 1) -> R
     shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*(row[:-2] for row in ids), strict=False)))
     rest = [row[shared:-1] for row in ids]
     padding = [[0] * (max(map(len, rest)) - len(row)) for row in rest]
-    tokens = torch.tensor([pad + row for pad, row in zip(padding, rest, strict=True)])
-    keep = torch.tensor([pad + [1] * len(row) for pad, row in zip(padding, rest, strict=True)])
+    device = model.device
+    tokens = torch.tensor([pad + row for pad, row in zip(padding, rest, strict=True)], device=device)
+    keep = torch.tensor([pad + [1] * len(row) for pad, row in zip(padding, rest, strict=True)], device=device)
     cache = DynamicCache(config=model.config)
-    seen = torch.ones(1, 0, dtype=torch.long)
+    seen = torch.ones(1, 0, dtype=torch.long, device=device)
     if shared:
-        _, seen = extend(model, cache, seen, torch.tensor([ids[0][:shared]]))
+        _, seen = extend(model, cache, seen, torch.tensor([ids[0][:shared]], device=device))
         cache.batch_repeat_interleave(len(ids))
     _, seen = extend(model, cache, seen.expand(len(ids), -1), tokens, keep)
     cache.batch_repeat_interleave(group)
-    last = torch.tensor([row[-1:] for row in ids])
+    last = torch.tensor([row[-1:] for row in ids], device=device)
     return Reading(cache, last.repeat_interleave(group, 0), seen.repeat_interleave(group, 0))
 
 
@@ -175,7 +176,7 @@ def nucleus(logp: Tensor, top_p: float, generator: torch.Generator) -> Tensor:
 def answer(model: Any, reading: Reading, max_new: int, eos: int, choose: Callable[[Tensor], Tensor]) -> Rollout:
     """Write answers token by token until every row has ended; only the last position ever meets the head."""
     token, seen = reading.last, reading.seen
-    alive = torch.ones(len(token), dtype=torch.bool)
+    alive = torch.ones(len(token), dtype=torch.bool, device=token.device)
     columns = []
     for _ in range(max_new):
         hidden, seen = extend(model, reading.cache, seen, token)
@@ -216,7 +217,7 @@ def rows_of(bundle: Bundle, rows: slice) -> Bundle:
 def greedy(model: Any, tokenizer: Any, problems: Sequence[Problem], max_new: int, task: Task = SUMS_TASK) -> list[str]:
     """The model's likeliest reply to each problem, token by token."""
     replies: list[str] = []
-    for start in range(0, len(problems), 60):
+    for start in tqdm(range(0, len(problems), 60), desc="answering", leave=False, disable=None):
         reading = read(model, tokenizer, list(map(task.student, problems[start : start + 60])))
         replies += decode(tokenizer, answer(model, reading, max_new, tokenizer.eos_token_id, lambda logp: logp.argmax(-1)))
     return replies
@@ -252,7 +253,7 @@ class Trainer:
         self.loss = loss or rk.losses.RLAD(
             alpha=recipe.alpha, teacher_clamp=recipe.teacher_clamp, topk=topk, topk_coef=recipe.topk_kl_coef
         )  # fmt: skip
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(model.device).manual_seed(seed)
         self.shuffler = random.Random(seed)
         self.queue: list[Problem] = []
         self.done = 0
@@ -273,7 +274,9 @@ class Trainer:
         choose = lambda logp: nucleus(logp, recipe.top_p, self.generator)  # noqa: E731
         rollout = answer(self.model, reading, recipe.max_new, self.tokenizer.eos_token_id, choose)
         asked = [problem for problem in batch for _ in range(recipe.group)]
-        return rollout, torch.tensor(list(map(self.task.score, decode(self.tokenizer, rollout), asked))).float()
+        return rollout, torch.tensor(
+            list(map(self.task.score, decode(self.tokenizer, rollout), asked)), device=self.model.device
+        ).float()
 
     @torch.no_grad()
     def teach(self, batch: list[Problem], rollout: Rollout) -> rk.TopK:
@@ -328,7 +331,7 @@ def train(model: Any, tokenizer: Any, recipe: Recipe, seed: int, out: Path) -> d
     points = [(0, accuracy(model, tokenizer, held_out, recipe.max_new))]
     report.held_out("before", points[0][1])
     history = []
-    with tqdm(total=recipe.steps, desc="training", unit="step") as bar:
+    with tqdm(total=recipe.steps, desc="training", unit="step", disable=None) as bar:
         for step in range(1, recipe.steps + 1):
             history.append(dict(step=step, **trainer.step()))
             bar.set_postfix(reward=f"{history[-1]['reward']:.2f}", kl=f"{history[-1]['kl_teacher']:.2f}")

@@ -1,21 +1,23 @@
-"""RLAD in TRL: a student learns from its reward and from a teacher at once. Tiny models built in memory, offline, CPU.
+"""RLAD in TRL: a student learns from its reward and from a teacher at once. Tiny models built in memory, nothing is downloaded.
 
     python examples/trl_rlad.py              # about a minute; exit code 1 if reward or KL to the teacher did not improve
     python examples/trl_rlad.py --alpha 1 --topk 0    # the same without a teacher: GRPO
 
-The task: repeat the letter of the prompt. The teacher learns it from examples first; the student knows nothing.
-Needs: pip install trl==1.16.0 peft datasets
+The task: repeat the letter of the prompt. The teacher learns it from examples first; the student knows nothing. Runs on the GPU
+where there is one. What it prints, after what TRL logs, on a CPU:
+
+    reward: 0.006 -> 0.650
+    reverse_kl: 4.389 -> 0.300
+
+Needs: pip install trl peft datasets
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +51,7 @@ def tiny_model(seed: int, hidden: int) -> Qwen3ForCausalLM:
 
 def teach(teacher: Qwen3ForCausalLM, tok: Any, steps: int) -> None:
     """Fit the teacher to the task's answers."""
-    rows = torch.tensor([tok(x + ":" + x * LENGTH).input_ids for x in LETTERS])
+    rows = torch.tensor([tok(x + ":" + x * LENGTH).input_ids for x in LETTERS], device=teacher.device)
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=3e-3)
     for _ in range(steps):
         loss = F.cross_entropy(teacher(input_ids=rows).logits[:, 1:-1].flatten(0, 1), rows[:, 2:].flatten())
@@ -69,7 +71,7 @@ def measure(student: Any, teacher: Any, tok: Any) -> dict[str, float]:
     torch.manual_seed(1)
     student.eval()
     prompts = [x + ":" for x in LETTERS * 8]
-    ids = torch.tensor([tok(p).input_ids for p in prompts])
+    ids = torch.tensor([tok(p).input_ids for p in prompts], device=student.device)
     out = student.generate(ids, do_sample=True, max_new_tokens=LENGTH, top_k=0, eos_token_id=EOS, pad_token_id=PAD)
     texts = tok.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
     q, p = (m(input_ids=out).logits[:, ids.shape[1] - 1 : -1].log_softmax(-1) for m in (student, teacher))
@@ -87,15 +89,17 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--top-p", type=float, default=0.95, help="of the rollouts")
     options = parser.parse_args(argv)
 
-    tok, teacher, student = tokenizer(), tiny_model(0, 64), tiny_model(1, 32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tok, teacher, student = tokenizer(), tiny_model(0, 64).to(device), tiny_model(1, 32).to(device)
     teach(teacher, tok, 60)
     before = measure(student, teacher, tok)
     with tempfile.TemporaryDirectory() as folder, use_rlad_kernels():
         config = RLADConfig(
-            folder, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=10, bf16=False,
+            folder, use_cpu=device == "cpu", report_to="none", save_strategy="no", logging_steps=10, bf16=False,
+            disable_tqdm=not sys.stderr.isatty(),
             max_steps=options.steps, learning_rate=options.lr, lr_scheduler_type="constant", per_device_train_batch_size=32,
             num_generations=4, max_completion_length=LENGTH, top_p=options.top_p,
-            alpha=options.alpha, teacher_clamp=1.0, topk=options.topk, normalize="tail",
+            alpha=options.alpha, teacher_clamp=1.0, topk=options.topk, **({"normalize": "tail"} if options.topk else {}),
         )  # fmt: skip
         trainer = RLADTrainer(
             student, reward, teacher=teacher, args=config, processing_class=tok,

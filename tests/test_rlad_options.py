@@ -122,6 +122,8 @@ def test_images_are_refused(tmp_path: Path):
     images = dataset("RLAD").add_column("image", [None] * 24)
     with pytest.raises(ValueError, match=r"^RLADTrainer: got images .column 'image'.; .* train on text"):
         made(tmp_path, ask, model="nowhere", train_dataset=images)
+    with pytest.raises(ValueError, match="got images"):
+        made(tmp_path, ask, model="nowhere", eval_dataset={"text": dataset("RLAD"), "both": images})
 
 
 @pytest.fixture(scope="module")

@@ -171,7 +171,8 @@ def _check_sampling(args: RLADConfig) -> None:
 
 
 def check_columns(datasets: Iterable[Any]) -> None:
-    """Raise a ValueError for a data set of images: teacher and loss read tokens only."""
-    for dataset in datasets:
-        if found := {"image", "images"}.intersection(getattr(dataset, "column_names", None) or ()):
-            raise ValueError(f"{NAME}: got images (column {min(found)!r}); teacher and loss read tokens only, train on text")
+    """Raise a ValueError for a data set of images, or a dict with one: teacher and loss read tokens only."""
+    for given in datasets:
+        for dataset in given.values() if isinstance(given, dict) else (given,):
+            if found := {"image", "images"}.intersection(getattr(dataset, "column_names", None) or ()):
+                raise ValueError(f"{NAME}: got images (column {min(found)!r}); teacher and loss read tokens only, train on text")
