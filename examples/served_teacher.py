@@ -8,7 +8,7 @@ The stand-in's teacher is a small random model whose likely tokens a student of 
 KL to the teacher's top-K and tail on held-out sequences; the exit code is 1 if training does not lower it. Runs on the GPU where
 there is one. The last line, on a CPU:
 
-    KL to the served teacher, held out: 2.81 → 1.71 nats a token
+    KL to the served teacher, held out: 2.8148 → 1.7132 nats a token
 
 Needs: pip install transformers
 """
