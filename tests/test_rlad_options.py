@@ -152,7 +152,7 @@ def test_a_name_alone_is_enough(stored: Path, tmp_path: Path, monkeypatch: pytes
     assert trainer.teacher.dtype == torch.float32 and not trainer.teacher.training
     assert not any(p.requires_grad for p in trainer.teacher.parameters())
     options = {"teacher_model_init_kwargs": '{"dtype": "bfloat16"}'}  # as the command line gives them
-    assert made(tmp_path, str(stored), options=options).teacher.dtype == torch.bfloat16
+    assert made(tmp_path, stored, options=options).teacher.dtype == torch.bfloat16
 
 
 def test_a_teacher_that_does_not_fit_is_refused(stored: Path, tmp_path: Path):

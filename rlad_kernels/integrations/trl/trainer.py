@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -69,6 +70,7 @@ class RLADTrainer(GRPOTrainer):
         check_config(args)
         check_columns(kwargs.get(k) for k in ("train_dataset", "eval_dataset"))
         self.rlad = objective(args)
+        teacher = os.fspath(teacher) if isinstance(teacher, os.PathLike) else teacher
         self._check_callable(teacher, args)
         super().__init__(model, reward_funcs, args=args, **kwargs)
         for policy in (self.model, self.ref_model):
