@@ -10,7 +10,7 @@ OUT ?= out
 TORCH_CUDA := $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 \
 	nccl-cu13 nvjitlink nvshmem-cu13 nvtx) cuda-bindings cuda-pathfinder cuda-toolkit
 
-.PHONY: wheel lock sbom demo demo-smoke test test-cpp test-portable test-triton gate lint format bench bench-full bench-smoke docs site gpu gpu-dry gpu-build gpu-test gpu-tune gpu-bench clean
+.PHONY: wheel lock sbom demo demo-smoke test test-cpp test-portable test-triton test-newest gate lint format bench bench-full bench-smoke docs site gpu gpu-dry gpu-build gpu-test gpu-tune gpu-bench clean
 
 # Everything but torch by hash, as PyPI has it; torch is the build that the machine's registry gives, and its CUDA packages with it.
 PIP := -m pip install --quiet --disable-pip-version-check
@@ -58,7 +58,7 @@ demo-smoke: .venv/.built  ## the demo and the TRL example, a few steps of each
 
 test: test-cpp test-triton gate  ## the suite on the C++ backend and on the interpreted Triton kernels, then the compile gate
 
-test-cpp: .venv/.built
+test-cpp: .venv/.built  ## the suite on the C++ backend
 	$(SUITE) --ignore tests/test_compile_gate.py
 
 # what is refused, traced or run as a script is the same on every CPU
@@ -67,13 +67,20 @@ PORTABLE := --ignore tests/test_bad_input.py --ignore tests/test_argument_kinds.
 	--ignore tests/test_new_kernel.py --ignore tests/test_alignment.py --ignore tests/test_resume.py \
 	--ignore tests/test_official_losses.py --ignore tests/test_data_parallel.py --ignore tests/test_shards.py \
 	--ignore tests/test_long_runs.py --ignore tests/test_wheel.py --ignore tests/test_supply_chain.py --ignore tests/test_rlad_and_others.py \
-	--ignore tests/test_reference.py --ignore tests/test_hub.py --ignore tests/test_notebooks.py --ignore tests/test_docstrings.py \
+	--ignore tests/test_reference.py --ignore tests/test_hub.py --ignore tests/test_notebooks.py --ignore tests/test_docstrings.py --ignore tests/test_rlad_options.py \
 	--deselect tests/test_both_roads.py::test_both_roads_compile_for_any_number_of_tokens
 
 test-portable: .venv/.built  ## the suite as on a CPU without vector instructions: PyTorch's and our own plain code
 	ATEN_CPU_CAPABILITY=default RLAD_CPU_ISA=generic $(SUITE) --ignore tests/test_compile_gate.py $(PORTABLE)
 
-test-triton: .venv/.built
+test-newest: .venv/.built  ## the trainers' tests on the newest TRL, transformers and peft, beside the pinned ones
+	$(BIN)/python -m venv --clear .venv-newest
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo .venv-newest/lib/python*/site-packages)/pinned.pth
+	.venv-newest/bin/python $(PIP) --upgrade trl transformers peft
+	HF_HUB_OFFLINE=1 .venv-newest/bin/python -m pytest -q tests/test_trl*.py tests/test_rlad*.py tests/test_transformers.py \
+		tests/test_patched_models.py tests/test_integration_docs.py
+
+test-triton: .venv/.built  ## the suite on the interpreted Triton kernels
 	TRITON_INTERPRET=1 $(SUITE)
 
 gate: .venv/.built  ## compile every Triton kernel ahead of time for sm_80, sm_90 and sm_100; no GPU needed
@@ -150,4 +157,4 @@ gpu-dry: .venv/.built  ## the same steps on the CPU at toy size: interpreted ker
 	$(MAKE) gpu GPU_PYTHON=$(BIN)/python GPU_DEVICE=cpu OUT=$(OUT)/dry
 
 clean:
-	rm -rf build dist *.egg-info rlad_kernels/*.so .venv .release out .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info rlad_kernels/*.so .venv .venv-newest .release out .pytest_cache .ruff_cache .hypothesis
