@@ -7,20 +7,20 @@
 
 namespace rlad {
 
-enum class Family { sym, mix, todi, alpha_beta, taid, log_square, total_variation };
+enum class Family { sym, mix, todi, alpha_beta, taid_norm, taid, log_square, total_variation };
 
 template <class T>
 struct DivergenceArgs {
   Tile<T> student, teacher;           // whole rows, without slots
   Mat<const T> norm, teacher_norm;    // (2, R): max z, lse − max
-  Mat<const T> rows;                  // (4, R): weight of the value, of the gradient; of forward and reverse KL for Family::sym
+  Mat<const T> rows;                  // (4, R): weight of the value, of the gradient; and what the family wants of each row
   T* value;                           // (R,)
   Mat<T> out;                         // (R, C), may be the student's logits; data null without a gradient
   Family family;
   double numbers[3];  // what the family wants
   bool accumulate;    // add to value and out
   // (4, R) data or null: RowSums of columns that are not all of the row's. Without out they are written, and nothing else; with it they
-  // are those of all columns, and value is left alone.
+  // are those of all columns, and value is left alone. For Family::taid_norm its three sums, and nothing else.
   Mat<T> sums;
 };
 
@@ -38,10 +38,11 @@ Family family_of(const Checker& check, const std::string& name) {
   if (name == "mix") return Family::mix;
   if (name == "todi") return Family::todi;
   if (name == "alpha_beta") return Family::alpha_beta;
+  if (name == "taid_norm") return Family::taid_norm;
   if (name == "taid") return Family::taid;
   if (name == "log_square") return Family::log_square;
   if (name == "total_variation") return Family::total_variation;
-  check.fail("family", "sym, mix, todi, alpha_beta, taid, log_square or total_variation", name);
+  check.fail("family", "sym, mix, todi, alpha_beta, taid_norm, taid, log_square or total_variation", name);
 }
 
 template <class T>
@@ -66,6 +67,7 @@ void run(const Checker& check, const Tensor& value, const std::optional<Tensor>&
                          {nullptr, 0}};
   if (out) args.out = check.mat<T>("out", *out, kAcc<T>, n, cols);
   if (sums) args.sums = check.mat<T>("sums", *sums, kAcc<T>, 4, n);
+  if (args.family == Family::taid_norm && !sums) check.fail("sums", "a tensor (4, R) for taid_norm", "None");
   for_rows(RLAD_PASS(divergence<T>), args, n, cols);
 }
 
@@ -162,24 +164,23 @@ RLAD_INLINE double row_sum(const DivergenceArgs<T>& a, int64_t i, T* zq, T* zp, 
   return total;
 }
 
-// A row's normaliser; false where no column has mass on both sides, so that there is no p_τ.
+// What the normalisers of rows are made of: Σ tilt, the largest mixed, and Σ e^{mixed − largest}, 0 where none is above −inf.
 template <class T>
-bool normalise(Taid<T>& f, const DivergenceArgs<T>& a, int64_t i, T* zq, T* zp) {
-  Vec<T> top[kUnroll<T>];
-  for (int u = 0; u < kUnroll<T>; ++u) top[u] = splat<T>(-kInf<T>);
-  const double tilt = row_sum(a, i, zq, zp, [&](const Point<T>& x) {
-    const Vec<T> mixed = f.mixed(x);
-    top[0] = mixed > top[0] ? mixed : top[0];
-    return f.tilt(x);
-  });
-  f.far = tilt < -0.5;
-  if (f.far) {
-    f.top = max_lanes<T>(top);
-    f.log_z = T(std::log(row_sum(a, i, zq, zp, [&](const Point<T>& x) { return f.scaled(x); })));
-  } else {
-    f.log_z = T(std::log1p(tilt));
+void taid_norm(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
+  alignas(64) T zq[kScratch], zp[kScratch];
+  for (int64_t i = begin; i < end; ++i) {
+    Taid<T> f(a.numbers[0]);
+    Vec<T> top[kUnroll<T>];
+    for (int u = 0; u < kUnroll<T>; ++u) top[u] = splat<T>(-kInf<T>);
+    a.sums.row(0)[i] = T(row_sum(a, i, zq, zp, [&](const Point<T>& x) {
+      const Vec<T> mixed = f.mixed(x);
+      top[0] = mixed > top[0] ? mixed : top[0];
+      return f.tilt(x);
+    }));
+    f.top = a.sums.row(1)[i] = max_lanes<T>(top);
+    const bool none = f.top == -kInf<T>;
+    a.sums.row(2)[i] = none ? T(0) : T(row_sum(a, i, zq, zp, [&](const Point<T>& x) { return f.scaled(x); }));
   }
-  return f.top != -kInf<T>;
 }
 
 // Σ over a row. dz = u − q·Σu; of the one column with more than half of q, where there is one, it is minus the sum of the others':
@@ -206,12 +207,12 @@ void divergence_rows(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
   };
   for (int64_t i = begin; i < end; ++i) {
     const T value_weight = a.rows.row(0)[i], grad_weight = a.rows.row(1)[i];
-    F f(a, i);
+    const F f(a, i);
     bool pull = grad && grad_weight != 0;
     const bool peaked = a.norm.row(1)[i] < T(0.7);  // whether a column may be dominant
     RowSums sums;
     bool exists = true;
-    if constexpr (std::is_same_v<F, Taid<T>>) exists = normalise(f, a, i, zq, zp);
+    if constexpr (std::is_same_v<F, Taid<T>>) exists = f.top != -kInf<T>;  // else no column has mass on both sides: no p_τ
     if (!exists) {
       sums.value = sums.u = kInf<double>;
     } else if (value_weight != 0 || pull || part) {
@@ -282,6 +283,7 @@ void divergence(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
     case Family::mix: return divergence_rows<Mix<T>>(a, begin, end);
     case Family::todi: return divergence_rows<Todi<T>>(a, begin, end);
     case Family::alpha_beta: return divergence_rows<AlphaBeta<T>>(a, begin, end);
+    case Family::taid_norm: return taid_norm(a, begin, end);
     case Family::taid: return divergence_rows<Taid<T>>(a, begin, end);
     case Family::log_square: return divergence_rows<LogSquare<T>>(a, begin, end);
     case Family::total_variation: return divergence_rows<TotalVariation<T>>(a, begin, end);

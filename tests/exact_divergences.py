@@ -15,9 +15,11 @@ from torch import Tensor
 
 from rlad_kernels.backends import reference
 from rlad_kernels.core.divergence import Kind
+from rlad_kernels.engine.shards import Shard
 
 DIGITS = 150  # 1 − e^-200 still has 60 of its own
 Row = list[D]
+ALONE = Shard(torch.empty(0, 1), 0, 0, "")  # all columns are here
 
 
 class Rows(NamedTuple):
@@ -90,7 +92,7 @@ def _row(kind: Kind, zq: Row, zp: Row, forward: D, reverse: D) -> tuple[D, Row]:
 def shares(kind: Kind, zq: Tensor, zp: Tensor) -> Tensor:
     """(2, R): what forward and reverse KL count in each row of the family "sym"."""
     if kind.coefficients is not None:
-        return kind.coefficients(zq.log_softmax(1), zp.log_softmax(1))
+        return kind.coefficients(zq.log_softmax(1), zp.log_softmax(1), ALONE)
     return torch.tensor([[kind.forward], [kind.reverse]], dtype=zq.dtype).expand(2, len(zq))
 
 

@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,11 +18,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import rlad_kernels as rk
+from rlad_kernels.engine.shards import Shard as Parts
+from rlad_kernels.losses.vocab.weighed import adaptive_coefficients
+from tests.exact_divergences import ALONE
 from tests.test_both_roads import LOSSES, World, same
 
 V, SIZE = 40, 37  # rows of the head, and those that are tokens: the rest is padding
 CUTS = {2: (0, 25, 40), 3: (0, 19, 19, 40), 4: (0, 1, 30, 38, 40)}  # uneven; one of three is empty, one of four all padding
-WHOLE = ("akl", "taid")  # they read whole rows
 EXTRAS = ("mean_logits", "is_top1", "log_sum_sq_probs")
 
 
@@ -172,13 +175,13 @@ def method_case(rank: int, world: int, name: str) -> None:
 
 
 def divergence_case(rank: int, world: int) -> None:
-    """Every divergence that a part of a row allows: one teacher and two, value and gradients, with any cotangent and as a loss."""
+    """Every divergence: one teacher and two, value and gradients, with any cotangent and as a loss."""
     hidden, weight, bias, _, _ = problem(torch.float32)
     teacher = Heads(rank, world, torch.randn(V, 6) * 0.7, vocab_size=SIZE, temperature=1.3)
     heads, states = Heads(rank, world, weight, bias, vocab_size=SIZE, softcap=6.0), torch.randn(12, 6)
     mask = torch.arange(12) != 5
     for name, method in rk.METHODS.items():
-        if method.family != "divergence" or name in WHOLE:
+        if method.family != "divergence":
             continue
         for n in (1, 2):
             found = []
@@ -200,6 +203,21 @@ def divergence_case(rank: int, world: int) -> None:
     close(*frozen, EPS[torch.float32])
 
 
+def adaptive_case(rank: int, world: int) -> None:
+    """AKL's shares where the head ends within ties, is everything, or one token; and where p and q are near 1 in one column."""
+    z = torch.cat([torch.zeros(1, V), torch.randint(4, (6, V)).float(), torch.randn(6, V) * 3, torch.randn(3, V)])
+    z[-1], z[-2, :-1], z[-3, 7] = -torch.inf, -torch.inf, 30.0
+    z[-1, 22] = 0.0
+    lp, lq = z.log_softmax(1), (0.9 * z + 0.1 * torch.randn_like(z)).log_softmax(1)
+    rows = Heads(rank, world, torch.zeros(V, 1)).rows
+    shard = Parts(torch.zeros(rows.stop - rows.start, 1), V, rows.start, dist.group.WORLD.group_name)  # pyright: ignore[reportOptionalMemberAccess]
+    for dtype in (torch.float32, torch.float64):
+        for mu in (0.0, 0.3, 0.5, 0.99):  # at 1 rounding says whether the last fit
+            p, q = lp.to(dtype), lq.to(dtype)
+            got = adaptive_coefficients(q[:, rows], p[:, rows], mu, shard)
+            close(got, adaptive_coefficients(q, p, mu, ALONE), EPS[dtype], str(mu))
+
+
 def dtensor_case(rank: int, world: int) -> None:
     """A DTensor of sharded rows, its gradient one too; a replicated one; and what is refused."""
     mesh = init_device_mesh("cpu", (world,))
@@ -216,6 +234,12 @@ def dtensor_case(rank: int, world: int) -> None:
             rk.LMHead(bad, **options)
 
 
+@dataclass(frozen=True)
+class Overlap(rk.losses.Divergence):
+    def values(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+        return -(student_logp.exp() * teacher_logp.exp()).sum(1)
+
+
 def refused_case(rank: int, world: int) -> None:
     hidden, weight, _, target, _ = problem(torch.float32)
     head = Heads(rank, world, weight, vocab_size=SIZE).head(dist.group.WORLD)
@@ -224,8 +248,7 @@ def refused_case(rank: int, world: int) -> None:
         "filter_eps needs the whole head": lambda: rk.linear_logp(hidden, head, target, filter_eps=0.1),
         "filter_eps needs the whole": lambda: rk.linear_loss(hidden, head, target, rk.losses.CrossEntropy(), filter_eps=0.1),
         "they must be cut alike": lambda: rk.linear_divergence(hidden, head, hidden, whole, rk.losses.ForwardKL()),
-        "AKL reads all logits of a row": lambda: rk.linear_divergence_loss(hidden, head, hidden, head, rk.losses.AKL()),
-        "TAID reads all logits of a row": lambda: rk.linear_divergence(hidden, head, hidden, head, rk.losses.TAID(0.4)),
+        "Overlap.values reads all logits of a row, of": lambda: rk.linear_divergence(hidden, head, hidden, head, Overlap()),
         "must be in [0, vocab_size=37)": lambda: rk.linear_logp(hidden, head, target + 30),
         "group must be a torch.distributed.ProcessGroup": lambda: rk.LMHead(weight, group="tp"),  # type: ignore[arg-type]
     }
@@ -272,6 +295,9 @@ def bytes_case(rank: int, world: int) -> None:
             4 * n * (6 + 6 * 2),
             4 * n * (4 * 2 + d),
         )
+        taid, akl = (([hidden], [head], loss) for loss in (rk.losses.TAID(0.4), rk.losses.AKL()))
+        assert sends(lambda: rk.linear_divergence_loss(x, head, *taid)) == (4 * n * (6 + 6 + 3), 4 * n * (4 + d))
+        assert sends(lambda: rk.linear_divergence_loss(x, head, *akl)) == (4 * n * (6 + 6), 4 * n * (4 + 40 + d))
     finally:
         dist.all_gather, dist.all_reduce = gather, reduce
 
@@ -280,7 +306,7 @@ def named() -> Iterator[tuple[str, Callable[[int, int], None]]]:
     for dtype in EPS:
         yield f"logp {str(dtype).removeprefix('torch.')}", partial(logp_case, dtype=dtype)
     yield "logp kept", partial(logp_case, dtype=torch.float32, keep=1 << 12)
-    for case in (frozen_case, topk_case, gather_case, divergence_case, dtensor_case, refused_case, bytes_case):
+    for case in (frozen_case, topk_case, gather_case, divergence_case, adaptive_case, dtensor_case, refused_case, bytes_case):
         yield case.__name__.removesuffix("_case"), case
     for name in LOSSES:
         yield f"method {name}", partial(method_case, name=name)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlad_kernels.backends import reference
+from rlad_kernels.engine.divergence import taid_normaliser
 from tests.conftest import DEVICE, INTERPRET
 from tests.sweeps import relative
 
@@ -71,9 +72,31 @@ class Side:
         return self.raw, self.bias, self.inv_temp, self.scale, self.softcap, norm
 
 
-def apply(student: Side, teacher: Side, row: Row, weights: Tensor, out: Tensor | None, value: Tensor, accumulate: bool) -> None:
+Args = tuple[Any, ...]
+
+
+def of_columns(args: Args, c: slice) -> Args:
+    """Those of some columns."""
+    raw, bias, *rest = args
+    return raw[:, c], None if bias is None else bias[c].contiguous(), *rest
+
+
+def rows_of(student: Args, teacher: Args, row: Row, weights: Tensor, cuts: tuple[slice, ...] = (slice(None),)) -> Tensor:
+    """What a family wants of each row, with the columns in one part or several."""
     family, numbers, forward, reverse = row
     rows = torch.cat([weights, weights.new_tensor([[forward], [reverse]]).expand_as(weights)])
+    if family == "taid":
+        parts = weights.new_zeros(len(cuts), 4, weights.shape[1])
+        for c, sums in zip(cuts, parts, strict=True):
+            sides = (*of_columns(student, c), *of_columns(teacher, c))
+            torch.ops.rlad.divergence_(weights[0], None, *sides, rows, "taid_norm", *numbers, False, sums)
+        rows[2:] = taid_normaliser(parts[:, :3])
+    return rows
+
+
+def apply(student: Side, teacher: Side, row: Row, weights: Tensor, out: Tensor | None, value: Tensor, accumulate: bool) -> None:
+    family, numbers, *_ = row
+    rows = rows_of(student.args, teacher.args, row, weights)
     raw, *rest = teacher.args
     raw = raw if out is None else raw.clone()  # which a gradient may overwrite
     torch.ops.rlad.divergence_(value, out, *student.args, raw, *rest, rows, family, *numbers, accumulate)
@@ -115,10 +138,10 @@ def test_value_and_gradient(isa: str, name: str, dtype: torch.dtype) -> None:
     assert relative(student.raw, grad) <= tolerance
 
 
-@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row[0] != "taid"])
+@pytest.mark.parametrize("name", ROWS)
 def test_columns_in_parts(isa: str, name: str) -> None:
     """The sums of each part, added, and with them each part's gradient; in one row a column has nearly all of q."""
-    family, numbers, forward, reverse = row = ROWS[name]
+    family, numbers, *_ = row = ROWS[name]
     x = torch.randn(3, 700) * 2
     y = x * 1.2 + torch.randn_like(x)
     x[1, 100] += 20
@@ -126,18 +149,16 @@ def test_columns_in_parts(isa: str, name: str) -> None:
     student, teacher = Side(x, bias=True, temps=True), Side(y, scale=0.9)
     weights = torch.tensor([[1.0, 0.3, 0.0], [0.7, -2.0, 0.0]])
     value, grad = expected(student, teacher, row, weights)
-    rows = torch.cat([weights, weights.new_tensor([[forward], [reverse]]).expand_as(weights)])
+    cuts = (slice(0, 99), slice(99, 400), slice(400, 700))
+    rows = rows_of(student.args, teacher.args, row, weights, cuts)
 
     def part(out: Tensor | None, sums: Tensor, c: slice) -> None:
-        sides = [
-            (raw[:, c], None if bias is None else bias[c].contiguous(), *rest) for raw, bias, *rest in (student.args, teacher.args)
-        ]
+        sides = [of_columns(side.args, c) for side in (student, teacher)]
         untouched = torch.full((3,), 7.0)
         given = (*sides[0], sides[1][0].clone(), *sides[1][1:], rows, family, *numbers, False)
         torch.ops.rlad.divergence_(untouched, out, *given, sums)
         assert (untouched == 7).all()
 
-    cuts = [slice(0, 99), slice(99, 400), slice(400, 700)]
     found = torch.zeros(len(cuts), 4, 3)
     for sums, c in zip(found, cuts, strict=True):
         part(None, sums, c)
@@ -224,5 +245,7 @@ def test_bad_calls_name_the_argument() -> None:
     x, value = torch.randn(2, 9), torch.empty(2)
     with pytest.raises(RuntimeError, match=r"divergence_: family must be sym, mix.*got other"):
         apply(Side(x), Side(x), ("other", (0.0, 0.0, 0.0), 0.0, 0.0), torch.ones(2, 2), None, value, False)
+    with pytest.raises(RuntimeError, match=r"divergence_: sums must be a tensor \(4, R\) for taid_norm, got None"):
+        apply(Side(x), Side(x), ("taid_norm", (0.4, 0.0, 0.0), 0.0, 0.0), torch.ones(2, 2), None, value, False)
     with pytest.raises(RuntimeError, match=r"divergence_: teacher must be float32 \(2, 9\)"):
         apply(Side(x), Side(x[:, :5]), ROWS["reverse"], torch.ones(2, 2), None, value, False)

@@ -184,11 +184,14 @@ struct AlphaBeta {
 
 // KL(p_τ‖q) with p_τ ∝ q^(1−τ)·p^τ held constant, 0 < τ < 1. With z = Σq^(1−τ)·p^τ ≤ 1, log p_τ − log q = τw − log z: exact for
 // close models, where z = 1 + Σ tilt. `far`, z small: log z = top + log_z, and the difference of log p_τ and log q themselves.
+// Of a row log_z is given in rows[2], and top, 0 where it is not far, in rows[3].
 template <class T>
 struct Taid {
   T tau, top = 0, log_z = 0;
   bool far = false;
-  Taid(const DivergenceArgs<T>& g, int64_t) : tau(T(g.numbers[0])) {}
+  explicit Taid(double tau) : tau(T(tau)) {}
+  Taid(const DivergenceArgs<T>& a, int64_t i)
+      : tau(T(a.numbers[0])), top(a.rows.row(3)[i]), log_z(a.rows.row(2)[i]), far(top != T(0)) {}
 
   RLAD_INLINE Vec<T> mixed(const Point<T>& x) const { return x.lq * (T(1) - tau) + x.lp * tau; }
 

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from rlad_kernels.core.options import Options
+
+
+class Ranks(Protocol):
+    """What a rank that has some columns of each row asks the others; without others each answer is what was given."""
+
+    world: int
+
+    def summed(self, x: Tensor) -> Tensor:
+        """Σ over the ranks."""
+        ...
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The maximum over the ranks."""
+        ...
 
 
 class Kind(NamedTuple):
@@ -19,7 +33,7 @@ class Kind(NamedTuple):
     forward: float = 0.0  # coefficients of KL(p‖q) and KL(q‖p) in the family "sym"
     reverse: float = 0.0
     factor: float = 1.0
-    coefficients: Callable[[Tensor, Tensor], Tensor] | None = None  # log-probs (C, V) → (2, C), instead of forward and reverse
+    coefficients: Callable[[Tensor, Tensor, Ranks], Tensor] | None = None  # log-probs (C, V) → (2, C): forward and reverse
 
 
 @dataclass(frozen=True)

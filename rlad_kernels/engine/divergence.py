@@ -58,12 +58,12 @@ class Chunk:
         z = self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
         return z * self.inv_temp[rows].unsqueeze(1)
 
-    def log_probs(self, rows: slice) -> Tensor:
+    def log_probs(self, rows: slice, shard: Shard) -> Tensor:
         # not by ``norm``: its maximum is of the row pass's logits, an ulp of which, at 100, is 1e-5 in the largest probability
-        return self.temper(self.logits[rows], rows).log_softmax(1)
+        return shard.log_softmax(self.temper(self.logits[rows], rows))
 
-    def blocks(self) -> Iterator[slice]:
-        rows = max(1, _BLOCK_BYTES // (self.logits.element_size() * self.logits.shape[1]))
+    def blocks(self, vocab_size: int) -> Iterator[slice]:
+        rows = max(1, _BLOCK_BYTES // (self.logits.element_size() * vocab_size))  # as many on every rank of a head
         return (slice(r, min(r + rows, len(self.logits))) for r in range(0, len(self.logits), rows))
 
 
@@ -120,9 +120,9 @@ def run(
             side = side if other.tiles.acc == tiles.acc else side.to(tiles.acc)
             rows = torch.stack([w, w * pull[0, at]])
             if kind is not None:
-                _apply(kind, values[at], g, chunk, side, rows, first, tiles.shard)
+                _apply(kind, values[at], g, chunk, side, rows, first, tiles)
             else:
-                _call(divergence, values[at], g, chunk, side, rows, first)
+                _call(divergence, values[at], g, chunk, side, rows, first, tiles)
             first = False
         if grads is not None and g is not None:
             _send(grads, at, g.zero_() if first else g)
@@ -135,15 +135,21 @@ def run(
 
 
 def _apply(
-    kind: Kind, values: Tensor, g: Tensor | None, student: Chunk, teacher: Chunk, rows: Tensor, first: bool, shard: Shard
+    kind: Kind, values: Tensor, g: Tensor | None, student: Chunk, teacher: Chunk, rows: Tensor, first: bool, tiles: Tiles
 ) -> None:  # fmt: skip
     """One chunk against one teacher by the row pass; ``rows`` holds the weights of value and gradient."""
-    shares = torch.stack([torch.full_like(rows[0], kind.forward), torch.full_like(rows[0], kind.reverse)])
+    shard, sides = tiles.shard, (*student.args, *teacher.args)
     if kind.coefficients is not None:
-        found = [kind.coefficients(student.log_probs(b), teacher.log_probs(b)) for b in student.blocks()]
-        shares = torch.cat(found, 1)
+        blocks = student.blocks(tiles.total)
+        shares = torch.cat([kind.coefficients(student.log_probs(b, shard), teacher.log_probs(b, shard), shard) for b in blocks], 1)
+    elif kind.family == "taid":
+        parts = rows.new_zeros(4, len(values))
+        torch.ops.rlad.divergence_(values, None, *sides, rows.repeat(2, 1), "taid_norm", *kind.numbers, False, parts)
+        shares = taid_normaliser(shard.gathered(parts[:3]))
+    else:
+        shares = torch.stack([torch.full_like(rows[0], kind.forward), torch.full_like(rows[0], kind.reverse)])
     rows = torch.cat([rows * kind.factor, shares])
-    given = (*student.args, *teacher.args, rows, kind.family, *kind.numbers, not first)
+    given = (*sides, rows, kind.family, *kind.numbers, not first)
     if shard.group is None:
         torch.ops.rlad.divergence_(values, g, *given)
         return
@@ -154,14 +160,27 @@ def _apply(
         torch.ops.rlad.divergence_(values, g, *given, sums)
 
 
+def taid_normaliser(parts: Tensor) -> Tensor:
+    """(log_z, top) of rows, ``(2, R)``: log Σq^{1−τ}·p^τ = log_z + top, from what "taid_norm" found of each part ``(P, 3, R)``.
+
+    log(1 + Σ tilt), exact for close models, and top 0; from the largest term, top, where that sum is small.
+    """
+    tilt, top, scaled = parts.unbind(1)
+    tilt, most = tilt.sum(0), top.amax(0)
+    far = tilt < -0.5
+    scaled = torch.where(scaled == 0, 0, scaled * (top - most).exp()).sum(0)
+    return torch.stack([torch.where(far, scaled.log(), tilt.log1p()), torch.where(far, most, 0)])
+
+
 def _call(
-    divergence: Divergence, values: Tensor, g: Tensor | None, student: Chunk, teacher: Chunk, rows: Tensor, first: bool
-) -> None:
+    divergence: Divergence, values: Tensor, g: Tensor | None, student: Chunk, teacher: Chunk, rows: Tensor, first: bool,
+    tiles: Tiles,
+) -> None:  # fmt: skip
     """One chunk against one teacher by :meth:`Divergence.values`, differentiated by autograd."""
-    for b in student.blocks():
+    for b in student.blocks(tiles.total):
         with autograd_inside() if g is not None else torch.no_grad():
             raw = student.logits[b].clone().requires_grad_(g is not None)
-            found = divergence.values(student.temper(raw, b).log_softmax(1), teacher.log_probs(b))
+            found = divergence.values(student.temper(raw, b).log_softmax(1), teacher.log_probs(b, tiles.shard))
             if not isinstance(found, Tensor) or found.shape != rows[0, b].shape:
                 got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
                 raise ValueError(

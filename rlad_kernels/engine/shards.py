@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from rlad_kernels.engine.statistics import Stats, merge_tiles
 
@@ -34,6 +35,8 @@ class Shard:
 
     def gathered(self, x: Tensor) -> Tensor:
         """``x`` of each rank, ``(ranks, …)``."""
+        if self.group is None:
+            return x.unsqueeze(0)
         found = x.new_empty(self.world, *x.shape)
         dist.all_gather([*found.unbind(0)], x.contiguous(), group=self.group)
         return found
@@ -53,3 +56,17 @@ class Shard:
         if self.group is not None:
             dist.all_reduce(x, group=self.group)
         return x
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The elementwise maximum over the ranks, in place of ``x``."""
+        if self.group is not None:
+            dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
+        return x
+
+    def log_softmax(self, z: Tensor) -> Tensor:
+        """Log-probs of this rank's columns from their logits ``(R, C)``; −inf's are −inf."""
+        if self.group is None:
+            return z.log_softmax(1)
+        top = self.largest(F.pad(z, (0, 1), value=-torch.inf).amax(1))  # a rank may have no column
+        z = z - top.unsqueeze(1)
+        return z - self.summed(z.exp().sum(1)).log_().unsqueeze(1)

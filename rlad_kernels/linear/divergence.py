@@ -85,11 +85,10 @@ def _check_divergence(name: str, divergence: Any, head: LMHead) -> None:
     """Raise a ValueError unless this is a :class:`Divergence` that the head allows."""
     if not isinstance(divergence, Divergence):
         raise ValueError(f"{name}: divergence must be a Divergence (rk.losses.ForwardKL(), rk.losses.JSD(0.5)), got {divergence!r}")
-    kind = divergence.kind()
-    if isinstance(head, LMHead) and head.group is not None and (kind is None or kind.coefficients or kind.family == "taid"):
+    if isinstance(head, LMHead) and head.group is not None and divergence.kind() is None:
         raise ValueError(
-            f"{name}: {divergence.name} reads all logits of a row at once, of which a rank of a head with group=… has a part; "
-            "wanted another divergence, or whole heads"
+            f"{name}: {divergence.name}.values reads all logits of a row, of which a rank of a head with group=… has a part; "
+            "wanted a divergence of rk.losses, or whole heads"
         )
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ._math import excess, excess_near, exp_and_expm1, exp_ulp, expm1, log1p_near, tanh_and_slope
 
-FAMILIES = ("sym", "mix", "todi", "alpha_beta", "taid", "log_square", "total_variation")
+FAMILIES = ("sym", "mix", "todi", "alpha_beta", "taid_norm", "taid", "log_square", "total_variation")
 
 
 class Masses(NamedTuple):
@@ -25,7 +25,7 @@ class Masses(NamedTuple):
 
 
 class Term(NamedTuple):
-    """What a row's term is: weights of forward and reverse KL in the family "sym", and the eight numbers of `numbers`."""
+    """What a row's term is: weights of forward and reverse KL in the family "sym", a normaliser in "taid", and `numbers`."""
 
     forward: tl.tensor
     reverse: tl.tensor
@@ -175,10 +175,10 @@ def part(b_lq, b_lp, t, FAMILY: tl.constexpr, SWAP: tl.constexpr):
         b_u = tl.where(m_near, -b_sigma * x.gap - b_q * (b_t + b_other * b_w), b_far)
     elif FAMILY == "alpha_beta":
         b_value, b_u = _alpha_beta(b_lq, b_lp, b_w, m_near, t, SWAP)
-    elif FAMILY == "taid":  # n1 + n2 = log Σq^{1−τ}·p^τ
-        b_target = (mixed(b_lq, b_lp, t.n0) - t.n2) - t.n1
+    elif FAMILY == "taid":  # forward + reverse = log Σq^{1−τ}·p^τ, and reverse ≠ 0 where that is far below 0
+        b_target = (mixed(b_lq, b_lp, t.n0) - t.reverse) - t.forward
         b_apart = tl.where(b_target == b_lq, 0.0, b_target - b_lq)
-        b_value, b_u = _forward_kl(b_q, exp_ulp(b_target), tl.where(t.n3 != 0, b_apart, t.n0 * b_w - t.n1))
+        b_value, b_u = _forward_kl(b_q, exp_ulp(b_target), tl.where(t.reverse != 0, b_apart, t.n0 * b_w - t.forward))
     elif FAMILY == "log_square":
         b_value = 0.5 * b_w * b_w
         b_u = -b_w

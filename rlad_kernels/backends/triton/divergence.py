@@ -12,7 +12,7 @@ from ._columns import Row, load_columns, load_z
 from ._divergence_terms import FAMILIES, Term, mixed, numbers, part, tilt
 from ._kernel import WIDE_LOAD, WIDE_STORE, Case, R, add_kernel, flag_sets, meta, tempering, tiles
 from ._launch import config, launch, pick, require_dtype
-from ._math import Tempering, exp_ulp, log1p
+from ._math import Tempering, exp_ulp
 
 # A column costs 8 bytes read for the value; with a gradient 4 more written, the u that takes the teacher's place, then 8 read and
 # 4 written: 24. Instructions of sm_90 in both passes: 149 in the family "sym", 228 for a mixture, 3 and 5 of them transcendental.
@@ -95,10 +95,7 @@ def _grad_step(p_out, student, p_u, o_c, total, most, weight, MASKED: tl.constex
 
 @triton.jit
 def _taid_norm(student, teacher, tau, o_b):
-    """(n1, n2, n3) with n1 + n2 = log Σq^{1−τ}·p^τ.
-
-    It is log(1 + Σ tilt), exact for close models; from its largest term, n2, with n3 = 1, where the sum is far below 1.
-    """
+    """What Σq^{1−τ}·p^τ is made of: Σ tilt, the largest mixed, and Σ e^{mixed − largest}, 0 where none is above −inf."""
     b_tilt = tl.zeros(o_b.shape, tl.float32)
     b_top = tl.full(o_b.shape, -float("inf"), tl.float32)
     for c0 in range(0, student.row.cols, o_b.shape[0]):
@@ -106,20 +103,14 @@ def _taid_norm(student, teacher, tau, o_b):
         b_lp, _ = _log_probs(teacher, c0 + o_b, True)
         b_tilt += tilt(b_lq, b_lp, tau)
         b_top = tl.maximum(b_top, mixed(b_lq, b_lp, tau))
-    total = tl.sum(b_tilt, 0)
-    n1 = log1p(total)
-    n2 = 0.0
-    n3 = 0.0
-    if total < -0.5:
-        n2 = tl.max(b_top, 0)
-        n3 = 1.0
-        b_sum = tl.zeros(o_b.shape, tl.float32)
-        for c0 in range(0, student.row.cols, o_b.shape[0]):
-            b_lq, _ = _log_probs(student, c0 + o_b, True)
-            b_lp, _ = _log_probs(teacher, c0 + o_b, True)
-            b_sum += exp_ulp(mixed(b_lq, b_lp, tau) - n2)
-        n1 = tl.log(tl.sum(b_sum, 0))
-    return n1, n2, n3
+    top = tl.max(b_top, 0)
+    b_sum = tl.zeros(o_b.shape, tl.float32)
+    for c0 in range(0, student.row.cols, o_b.shape[0]):
+        b_lq, _ = _log_probs(student, c0 + o_b, True)
+        b_lp, _ = _log_probs(teacher, c0 + o_b, True)
+        b_mixed = mixed(b_lq, b_lp, tau)
+        b_sum += tl.where(b_mixed == -float("inf"), 0.0, exp_ulp(b_mixed - top))
+    return tl.sum(b_tilt, 0), top, tl.sum(b_sum, 0)
 
 
 @triton.jit
@@ -164,7 +155,8 @@ def divergence_kernel(
 ):
     """value = rows[0]·Σ term, and with GRAD out = rows[1]·(u − q·Σu)·dz/draw, which may take the logits' place.
 
-    Of a part of the columns: without GRAD only `sums_out` is written, with it that holds the sums over all of them.
+    Of a part of the columns: without GRAD only `sums_out` is written, with it that holds the sums over all of them. In the family
+    "taid_norm" only the three sums of :func:`_taid_norm` are written there.
     """
     OTHERS: tl.constexpr = GRAD or sums_out is not None
     i_r = tl.program_id(0).to(tl.int64)
@@ -177,8 +169,12 @@ def divergence_kernel(
     weight = tl.load(rows + i_r)
     forward, reverse = tl.load(rows + 2 * stride_r + i_r), tl.load(rows + 3 * stride_r + i_r)
     o_b = tl.arange(0, BLOCK)
-    if FAMILY == "taid":
-        n1, n2, n3 = _taid_norm(q, p, n0, o_b)
+    if FAMILY == "taid_norm":
+        tilted, top, scaled = _taid_norm(q, p, n0, o_b)
+        tl.store(sums_out + i_r, tilted)
+        tl.store(sums_out + stride_s + i_r, top)
+        tl.store(sums_out + 2 * stride_s + i_r, scaled)
+        return
     term = Term(forward, reverse, n0, n1, n2, n3, n4, n5, n6, n7)
 
     b_zero = tl.zeros([BLOCK // 4], tl.float32)
@@ -194,7 +190,7 @@ def divergence_kernel(
     other_u = tl.sum(sums.other_u, 0)
     other_q = tl.sum(sums.other_q, 0)
     if FAMILY == "taid":  # no column has mass on both sides: there is no p_τ
-        whole = tl.where(n2 == -float("inf"), float("inf"), whole)
+        whole = tl.where(reverse == -float("inf"), float("inf"), whole)
     if sums_out is None:
         found = tl.where(weight == 0, 0.0, weight * whole)
         if ACCUMULATE:
@@ -249,14 +245,18 @@ def divergence_(
     """Write (or add) each row's weighted divergence into `value (R,)` and its gradient into `out (R, V)`, which may be `logits`.
 
     `norm (2, R)` = (max z, lse − max); `rows (4, R)`: weight of the value, weight of the gradient, and the coefficients of
-    forward and reverse KL in the family "sym". `a, b, c` are the family's numbers. With `out`, `teacher` is overwritten.
+    forward and reverse KL in the family "sym", in "taid" log_z and top (0 if its normaliser is 1 + Σ tilt) with
+    log Σq^{1−τ}·p^τ = log_z + top. `a, b, c` are the family's numbers. With `out`, `teacher` is overwritten.
     `sums (4, R)`: the logits are a part of the columns. Without `out` their Σ value, Σ u and Σ u, Σ q off the dominant column are
-    written there, and nothing else; with it, it holds those over all columns, and `value` is left alone.
+    written there, and nothing else; with it, it holds those over all columns, and `value` is left alone. The family "taid_norm"
+    writes what TAID's normaliser is made of to the first three rows of `sums`, and nothing else.
     """
     require_dtype("divergence_", value=value, out=out, logits=logits, bias=bias, inv_temp=inv_temp, norm=norm)
     require_dtype("divergence_", teacher=teacher, teacher_bias=teacher_bias, teacher_norm=teacher_norm, rows=rows, sums=sums)
     if family not in FAMILIES:
         raise ValueError(f"divergence_: family must be one of {FAMILIES}, got {family!r}")
+    if family == "taid_norm" and sums is None:
+        raise ValueError("divergence_: sums must be a tensor (4, R) for taid_norm, got None")
     n_rows, cols = logits.shape
     launch(
         divergence_kernel, (n_rows,), pick(TABLE, cols),
@@ -280,6 +280,10 @@ def cases() -> Iterator[Case]:
                 teacher_flags = frozenset(x.removeprefix("teacher_") for x in f if x.startswith("teacher_"))
                 teacher = (tile, *tempering(teacher_flags, cols), meta(2, R))
                 rest = (meta(4, R), family, 0.8 if "softcap" in f else 0.2, 0.7, 0.3, "accumulate" in f)
+                if family == "taid_norm":
+                    args = (meta(R), None, *student, *teacher, *rest, meta(4, R))
+                    yield Case(f"{family} C={cols} {'+'.join(sorted(f))}", divergence_, args, False)
+                    continue
                 args = (meta(R), tile if "grad" in f else None, *student, *teacher, *rest)
                 yield Case(f"{family} C={cols} {'+'.join(sorted(f))}", divergence_, args, cols > 1 and "grad" in f)
                 if tile is several[0] and f == {"grad"}:

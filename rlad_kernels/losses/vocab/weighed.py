@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rlad_kernels.core.check import check_range
-from rlad_kernels.core.divergence import Divergence, Kind
+from rlad_kernels.core.divergence import Divergence, Kind, Ranks
 from rlad_kernels.losses.methods import add_divergence
 from rlad_kernels.losses.vocab.kl import sym
 
@@ -40,21 +41,45 @@ class ToDi(Divergence):
 _MOST = math.log(0.501)  # a log-prob beyond it is the largest of its row
 
 
-def adaptive_coefficients(lq: Tensor, lp: Tensor, mu: float) -> Tensor:
+def adaptive_coefficients(lq: Tensor, lp: Tensor, mu: float, ranks: Ranks) -> Tensor:
     """AKL's shares of forward and reverse KL: Σ|p − q| over the teacher's head, and over its tail, as parts of the whole.
 
     The head: tokens by falling p while their cumulative mass is ≤ μ, the first in any case, and all that tie with the last.
     """
     p = lp.exp()
-    falling = p.sort(dim=1, descending=True).values
-    last = ((falling.cumsum(1) <= mu).sum(1, keepdim=True) - 1).clamp_min(0)
-    head = p >= falling.gather(1, last)
+    head = p >= _last_of_head(p, mu, ranks)
     gap = p - lq.exp()
     sure = (lp > _MOST) & (lq > _MOST)  # both near 1: their difference is what the others' leave
-    gap = torch.where(sure, torch.where(sure, 0, gap).sum(1, keepdim=True), gap).abs_()
-    whole, part = gap.sum(1), torch.where(head, gap, 0).sum(1)
+    gap = torch.where(sure, ranks.summed(torch.where(sure, 0, gap).sum(1, keepdim=True)), gap).abs_()
+    whole, part = ranks.summed(torch.stack([gap.sum(1), torch.where(head, gap, 0).sum(1)]))
     forward = torch.where(whole > 0, part / whole, 0.5)
     return torch.stack([forward, 1 - forward])
+
+
+def _last_of_head(p: Tensor, mu: float, ranks: Ranks) -> Tensor:
+    """The smallest p of the head, ``(R, 1)``, of probabilities ``(R, C)``, the columns on this rank."""
+    falling = p.sort(dim=1, descending=True).values
+    mass = falling.cumsum(1)
+    if ranks.world == 1:
+        return falling.gather(1, ((mass <= mu).sum(1, keepdim=True) - 1).clamp_min(0))
+    # the smallest number t with Σ of all p ≥ t at most μ, bit by bit: floats from 0 up are in the order of their bits
+    mass, rising = F.pad(mass, (1, 0)), falling.neg()
+    bits = torch.int32 if p.dtype == torch.float32 else torch.int64
+    high = p.new_full((len(p), 1), 2).view(bits)
+    low = torch.zeros_like(high)
+
+    def sum_from(t: Tensor) -> Tensor:
+        return ranks.summed(mass.gather(1, torch.searchsorted(rising, -t, right=True)))
+
+    for _ in range(torch.iinfo(bits).bits - 1):
+        middle = (low + high) // 2
+        fits = sum_from(middle.view(p.dtype)) <= mu
+        low, high = torch.where(fits, low, middle + 1), torch.where(fits, middle, high)
+    t = high.view(p.dtype)
+    # of the next p, and those that tie with it, one may still fit
+    below = ranks.largest(F.pad(torch.where(p < t, p, -1), (0, 1), value=-1).amax(1, keepdim=True))
+    inside = sum_from(t)
+    return torch.where((inside == 0) | (inside + below <= mu) & (below >= 0), below, t)
 
 
 @dataclass(frozen=True)
@@ -79,7 +104,7 @@ class AKL(Divergence):
         check_range(self.name, "mu", self.mu, 0, 1)
 
     def kind(self) -> Kind:
-        return Kind("sym", coefficients=lambda lq, lp: adaptive_coefficients(lq, lp, self.mu))
+        return Kind("sym", coefficients=lambda lq, lp, ranks: adaptive_coefficients(lq, lp, self.mu, ranks))
 
 
 @dataclass(frozen=True)
