@@ -1,7 +1,7 @@
 """rlad_kernels: what RL and distillation losses need from an LM head, in one sweep over the vocabulary."""
 
 from rlad_kernels import losses
-from rlad_kernels.batch import masks, spans, supports
+from rlad_kernels.batch import context, masks, spans, supports
 from rlad_kernels.core.config import set_checks, set_compaction, set_keep, set_tile
 from rlad_kernels.core.head import LMHead
 from rlad_kernels.core.reduction import Reduction
@@ -22,6 +22,7 @@ __all__ = [
     "TokenLoss",
     "TokenScores",
     "TopK",
+    "context",
     "linear_divergence",
     "linear_divergence_loss",
     "linear_gather",

@@ -48,6 +48,10 @@ class Reduction(NamedTuple):
         group: process group of the ranks over which the gradient will be averaged (DDP, FSDP), each with tokens of its own. The
             last divisor is then the mean of theirs, so that the average is the gradient of all tokens in one process, whatever a
             rank has, nothing too. One all-reduce of a number, on every rank, with every call.
+        context: process group of the ranks that have these sequences in slices, the same rows ``(B, T_here)`` on each (context or
+            sequence parallelism). A sequence's kept tokens are then counted over them, and it is one sequence. ``group`` holds
+            them too; without a ``group`` it is the sum of their losses that one process would have. One all-reduce more, of B
+            counts. Without ``seq_ids``; losses that read other tokens of a sequence want it whole.
 
     Example:
         >>> import torch, rlad_kernels as rk
@@ -61,6 +65,7 @@ class Reduction(NamedTuple):
     seq_ids: Tensor | None = None
     denominator: float | Tensor | None = None
     group: dist.ProcessGroup | None = None
+    context: dist.ProcessGroup | None = None
 
     @classmethod
     def of(cls, name: str, reduction: Any, default: str) -> Reduction:
@@ -78,10 +83,13 @@ class Reduction(NamedTuple):
 
 def token_weights(name: str, keep: Tensor, reduction: Reduction, dtype: torch.dtype) -> Tensor:
     """Weights in ``keep``'s shape with loss = Σ weight·token_loss; 0 at masked tokens."""
-    kind, seq_ids, denominator, group = reduction
+    kind, seq_ids, denominator, group, context = reduction
     if group is not None and (denominator is not None or not isinstance(group, dist.ProcessGroup)):
         got = f"denominator={denominator!r} besides" if denominator is not None else type(group).__name__
         raise ValueError(f"{name}: group must be a torch.distributed.ProcessGroup, without a denominator, got {got}")
+    if context is not None and (seq_ids is not None or keep.dim() < 2 or not isinstance(context, dist.ProcessGroup)):
+        got = type(context).__name__ if keep.dim() > 1 and seq_ids is None else "packed tokens, whose sequences no rank can match"
+        raise ValueError(f"{name}: context must be a torch.distributed.ProcessGroup, for tokens (B, T), got {got}")
     if isinstance(denominator, Tensor):
         denominator = _scalar_denominator(name, denominator.detach())
     elif denominator is not None and not (is_number(denominator) and denominator > 0):
@@ -90,13 +98,15 @@ def token_weights(name: str, keep: Tensor, reduction: Reduction, dtype: torch.dt
     if kind == "token-mean":
         per_sequence, divisor = kept, kept.sum()
     else:
-        counts, sequences = _sequence_counts(name, keep, f"reduction {kind!r}", seq_ids)
+        counts, sequences = _sequence_counts(name, keep, f"reduction {kind!r}", seq_ids, context)
         divisor = sequences.to(dtype)
         per_sequence = kept / counts.clamp_min(1) if kind == "seq-mean-token-mean" else kept
-    if group is not None:
+    over = context if group is None else group
+    if over is not None and denominator is None:
         divisor = divisor.clone()
-        dist.all_reduce(divisor, group=group)
-        divisor = divisor / group.size()
+        dist.all_reduce(divisor, group=over)
+        times = 1 if context is None or kind == "token-mean" else context.size()  # that a sequence was counted
+        divisor = divisor / (times if group is None else times * group.size())
     return per_sequence / (torch.where(divisor > 0, divisor, 1) if denominator is None else denominator)
 
 
@@ -106,10 +116,14 @@ def _scalar_denominator(name: str, denominator: Tensor) -> Tensor:
     return torch.ops.rlad.checked(denominator, "positive", f"{name}: denominator").reshape(())
 
 
-def _sequence_counts(name: str, keep: Tensor, what: str, seq_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+def _sequence_counts(
+    name: str, keep: Tensor, what: str, seq_ids: Tensor | None, context: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
     """Kept tokens of each token's sequence, in a shape that broadcasts with ``keep``, and the number of sequences with one."""
     if keep.dim() > 1 and seq_ids is None:
         counts = keep.sum(-1, keepdim=True)
+        if context is not None:
+            dist.all_reduce(counts, group=context)
         return counts, (counts > 0).sum()
     place = sequence_index(name, keep, what, seq_ids)
     counts = torch.zeros_like(place).scatter_add(0, place, keep.flatten().long())  # integers: the order of adding does not matter

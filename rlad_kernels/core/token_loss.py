@@ -34,13 +34,19 @@ class Batch(NamedTuple):
     like: Tensor  # (…) the log-probs' shape, dtype and device
     seq_ids: Tensor | None
     name: str
+    sliced: bool = False  # other ranks have the rest of each sequence
 
     def sequence(self, what: str) -> Tensor:
         """Each token's sequence, 0, 1, … in order, ``(N,)``; ``what`` needs it.
 
         Raises:
-            ValueError: for packed tokens without ``Reduction(seq_ids=…)``.
+            ValueError: for packed tokens without ``Reduction(seq_ids=…)``, and for slices of sequences.
         """
+        if self.sliced:
+            raise ValueError(
+                f"{self.name}: {what} needs whole sequences, got slices (Reduction(context=…)); call the loss on all tokens, "
+                "rk.context.gather(logp, group), without context"
+            )
         return sequence_index(self.name, self.keep.view(self.like.shape), what, self.seq_ids)
 
 
@@ -188,7 +194,7 @@ class TokenLoss(Options):
         chosen = Reduction.of(self.name, reduction, self.reduction)
         keep = keep_mask(self.name, mask, like)
         given = {k: self._rows(k, x, like, keep) for k, x in tensors.items() if x is not None}
-        batch = Batch(keep.reshape(-1), like, chosen.seq_ids, self.name)
+        batch = Batch(keep.reshape(-1), like, chosen.seq_ids, self.name, chosen.context is not None)
         weights = token_weights(self.name, keep, chosen, like.dtype)
         return Arranged(keep, self.prepare(batch, given), weights)
 
