@@ -220,15 +220,16 @@ def test_the_examples_of_the_page_run() -> None:
 
 @pytest.mark.cpu
 def test_the_page_about_scale_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
-    head, data, model = blocks(ROOT / "docs" / "scale.md")
-    worlds: list[dict[str, Any]] = [{}, {}]
+    head, data, context, model = blocks(ROOT / "docs" / "scale.md")
+    worlds: list[dict[str, Any]] = [{}, {}, {}]
     try:
-        exec(head, worlds[0])
-        exec(data, worlds[1])
+        for code, world in zip((head, data, context), worlds, strict=True):
+            exec(code, world)
     finally:
         torch.distributed.destroy_process_group()
     assert worlds[0]["hidden"].grad.abs().sum() > 0 and worlds[0]["weight"].grad.shape == (1000, 64)
     assert all(p.grad.abs().sum() > 0 for p in worlds[1]["model"].parameters())
+    assert worlds[2]["labels"][:, -1].tolist() == [-100, -100] and worlds[2]["out"].loss.isfinite()
     exec(model, {})
     assert capsys.readouterr().out.splitlines() == [x.removeprefix("# ") for x in model.splitlines() if x.startswith("# ")]
 
