@@ -112,7 +112,7 @@ LINEAR = (
     "linear_logp", "linear_topk", "linear_gather", "linear_support", "linear_loss", "linear_divergence_loss", "linear_divergence",
 )  # fmt: skip
 TYPES = tuple(k for k in rk.__all__ if inspect.isclass(getattr(rk, k)))
-BATCH = ("masks", "spans", "supports")
+BATCH = ("context", "masks", "spans", "supports")
 LOSSES = {
     "Sampled tokens": "losses.ratio",
     "A support of K tokens": "losses.support",

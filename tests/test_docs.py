@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import rlad_kernels as rk
@@ -320,5 +321,9 @@ ELSEWHERE = (*ON_TINY_MODELS, "hub")  # and by test_hub.py
 @pytest.mark.cpu
 @pytest.mark.parametrize("page", [p for p in (ROOT / "docs").glob("*.md") if p.stem not in ELSEWHERE], ids=lambda p: p.name)
 def test_python_on_the_docs_pages_runs(page: Path) -> None:
-    for code in blocks(page):
-        exec(code, {})
+    try:
+        for code in blocks(page):
+            exec(code, {})
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -31,7 +31,7 @@ def test_the_other_pages_are_up_to_date() -> None:
 
 
 def test_every_public_name_has_an_entry() -> None:
-    rooms = {"losses", "masks", "spans", "supports"}
+    rooms = {"losses", "context", "masks", "spans", "supports"}
     public = {*rk.__all__} - rooms | {f"losses.{k}" for k in rk.losses.__all__}
     public |= {f"{room}.{k}" for room in rooms - {"losses"} for k in make_reference.functions(room)}
     assert public <= {*ENTRIES}
