@@ -166,6 +166,8 @@ def divergence_kernel(
     top_p, log_p = tl.load(teacher_norm + i_r), tl.load(teacher_norm + stride_t + i_r)
     q = Side(Row(logits + i_r * stride_x, bias, C, own), top_q, log_q)
     p = Side(Row(teacher + i_r * stride_y, teacher_bias, C, its), top_p, log_p)
+    stride_r = tl.cast(stride_r, tl.int64)  # three of them may be beyond int32
+    stride_s = tl.cast(stride_s, tl.int64)
     weight = tl.load(rows + i_r)
     forward, reverse = tl.load(rows + 2 * stride_r + i_r), tl.load(rows + 3 * stride_r + i_r)
     o_b = tl.arange(0, BLOCK)
