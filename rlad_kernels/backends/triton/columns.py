@@ -48,7 +48,7 @@ def column_stats_kernel(
     for i_r in range(i_b * ROWS, tl.minimum((i_b + 1) * ROWS, R)):
         it = tl.load(inv_temp + i_r)
         b_lse = tl.load(lse + i_r)
-        b_x = load_columns(logits + i_r * stride_x, o_c, m_c, True) + b_bias
+        b_x = load_columns(logits + tl.cast(i_r, tl.int64) * stride_x, o_c, m_c, True) + b_bias
         b_z, b_slope = tempered(b_x, Tempering(logit_scale, softcap, it))
         b_p = tl.where(b_z == -float("inf"), 0.0, tl.exp(b_z - b_lse))
         b_top = tl.maximum(b_top, b_p)
@@ -56,6 +56,7 @@ def column_stats_kernel(
         if softcap is not None:
             b_sloped += b_p * (b_slope / tl.where(logit_scale == 0, 1.0, logit_scale * it))
     p_out = out + i_b * stride_b + o_c
+    stride_part = tl.cast(stride_part, tl.int64)  # two of them may be beyond int32
     tl.store(p_out, b_top, mask=m_c)
     tl.store(p_out + stride_part, b_sum, mask=m_c)
     if softcap is not None:

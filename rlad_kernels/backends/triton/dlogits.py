@@ -83,6 +83,7 @@ def dlogits_kernel(
     p_o = out + i_r * stride_o
     row = Row(logits + i_r * stride_x, bias, C, Tempering(logit_scale, softcap, tl.load(inv_temp + i_r)))
     own = Slots(slots + i_r * J, J, col0 + c0)
+    stride_r = tl.cast(stride_r, tl.int64)  # five of them may be beyond int32
     lse = tl.load(rows + i_r)
     lse = tl.where(lse == -float("inf"), 0.0, lse)  # without mass every z is −inf, and −inf + inf would be NaN
     w = tl.load(rows + stride_r + i_r)

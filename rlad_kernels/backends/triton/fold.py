@@ -115,6 +115,7 @@ def fold_kernel(
             tl.store(p_out + j0 + o_j, tempered(b_x, row.tempering)[0], mask=m_c)
 
     p_s = stats + i_r
+    stride_s = tl.cast(stride_s, tl.int64)  # five of them may be beyond int32
     m_old = tl.load(p_s)
     restz_old = tl.load(p_s + 2 * stride_s) if ENTROPY else 0.0
     m, rest, restz, old, b_e, b_seen = join(s, m_old, tl.load(p_s + stride_s), restz_old, ENTROPY)

@@ -84,6 +84,7 @@ def row_outputs_kernel(
         m_first = m_first & ~_later(slots, o_r, m_r, b_id, o_j, J)
     b_z = tl.load(slot_logits + o_s, mask=m_s, other=-float("inf"))
     p_s = stats + o_r
+    stride_s = tl.cast(stride_s, tl.int64)  # five of them may be beyond int32
     b_m = tl.load(p_s, mask=m_r, other=0.0)
     b_rest = tl.load(p_s + stride_s, mask=m_r, other=1.0)
     # what is asked of the slots comes before what is made of them, which takes their registers

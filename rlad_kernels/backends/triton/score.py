@@ -159,6 +159,7 @@ def score_kernel(
     FLATTEN: tl.constexpr,
 ):
     """z of each tile of rows × vocabulary from the accumulator; per row m = max z, Σ e^{z−m} and the like off the slots."""
+    stride_s = tl.cast(stride_s, tl.int64)  # five of them are beyond int32 from 400,000 tokens on at V = 150,000
     for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=FLATTEN):
         # GROUP row blocks go through the vocabulary together: what they read of it comes from L2 for all but the first
         first = tile // (GROUP * tiles_v) * GROUP

@@ -223,6 +223,7 @@ def fold_topk_kernel(
             key, end = _exact(row, o_b, _state(p_top, p_ids, o_p, K), key + 1, top, K)
         s, size = _sweep(row, o_b, _bar(key, end), p_pool, LANES, ENTROPY, CAP)
 
+    stride_s = tl.cast(stride_s, tl.int64)  # two of them may be beyond int32
     restz = tl.load(stats + 2 * stride_s + i_r) if ENTROPY else 0.0
     m, rest, restz, _, _, _ = join(s, tl.load(stats + i_r), tl.load(stats + stride_s + i_r), restz, ENTROPY)
 
