@@ -302,3 +302,16 @@ def test_frozen_head_gradcheck() -> None:
         return scores.logp, scores.lse
 
     assert torch.autograd.gradcheck(f, (p.hidden,))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_row_of_nan_that_nothing_is_sent_back_to_has_no_gradient(frozen: bool) -> None:
+    """With a frozen head the gradient is made in the forward, and 0·NaN is NaN."""
+    hidden, bad = torch.randn(3, 4), torch.tensor([True, False, False])
+    hidden[0] = torch.nan
+    hidden.requires_grad_()
+    weight = torch.randn(7, 4).requires_grad_(not frozen)
+    scores = rk.linear_logp(hidden, rk.LMHead(weight), torch.tensor([1, 2, 3]))
+    (torch.where(bad, 0, scores.logp) + torch.where(bad, 0, scores.lse)).sum().backward()
+    assert hidden.grad is not None
+    assert (hidden.grad[0] == 0).all() and hidden.grad[1:].isfinite().all() and (hidden.grad[1:] != 0).all()

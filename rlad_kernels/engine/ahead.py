@@ -87,4 +87,5 @@ def from_slope(
         factor = factor * (1 - torch.tanh(raw * logit_scale / softcap).square())
     at_target = torch.ops.rlad.gather_dhidden((g_lse * factor).unsqueeze(1).contiguous(), weight[:vocab_size], ids)
     d_hidden = at_target + (g_logp - g_lse).unsqueeze(1) * slope
-    return (d_hidden if keep is None else torch.where(keep.unsqueeze(1), d_hidden, 0)).to(hidden.dtype)
+    live = (g_logp != 0) | (g_lse != 0)  # a row that nothing is sent back to has no gradient, whatever its slope is
+    return torch.where((live if keep is None else live & keep).unsqueeze(1), d_hidden, 0).to(hidden.dtype)
