@@ -10,7 +10,7 @@ OUT ?= out
 TORCH_CUDA := $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 \
 	nccl-cu13 nvjitlink nvshmem-cu13 nvtx) cuda-bindings cuda-pathfinder cuda-toolkit
 
-.PHONY: wheel lock sbom demo demo-smoke test test-cpp test-portable test-triton test-newest gate lint format bench bench-full bench-smoke docs site gpu gpu-dry gpu-build gpu-test gpu-tune gpu-bench clean
+.PHONY: wheel lock sbom demo demo-smoke test test-cpp test-portable test-triton test-newest gate fuzz sanitize lint format bench bench-full bench-smoke docs site gpu gpu-dry gpu-build gpu-test gpu-tune gpu-bench clean
 
 # Everything but torch by hash, as PyPI has it; torch is the build that the machine's registry gives, and its CUDA packages with it.
 PIP := -m pip install --quiet --disable-pip-version-check
@@ -85,6 +85,39 @@ test-triton: .venv/.built  ## the suite on the interpreted Triton kernels
 
 gate: .venv/.built  ## compile every Triton kernel ahead of time for sm_80, sm_90 and sm_100; no GPU needed
 	$(RUN) -m pytest tests/test_compile_gate.py -q
+
+# random calls against float64; a failure prints how to repeat it, and becomes an @example or a test of its own
+CASES ?= 20000
+SEED ?= 0
+fuzz: .venv/.built  ## CASES random calls from SEED; TRITON_INTERPRET=1 for the interpreted kernels, some 20 times slower
+	RLAD_FUZZ_CASES=$(CASES) OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_fuzz.py -q -s --hypothesis-seed=$(SEED)
+
+# what runs the row passes directly, each of them on every instruction set, and what reaches them through the public calls
+SANITIZED_ROWS := tests/test_cpp_rows.py tests/test_cpp_gradients.py tests/test_divergence_rows.py tests/test_row_blocks.py \
+	tests/test_bf16_products.py
+SANITIZED_CALLS := tests/test_topk_and_gather.py tests/test_fuzz.py
+SANITIZED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 RLAD_SANITIZED=$(OUT)/sanitize OMP_NUM_THREADS=1 \
+	$(RUN) -m pytest -p tests.sanitized -q -x
+sanitize: .venv/.built  ## csrc under AddressSanitizer and UndefinedBehaviorSanitizer, for every instruction set that this CPU has
+	RLAD_SANITIZE=1 $(RUN) setup.py -q build_ext --build-lib $(OUT)/sanitize --build-temp $(OUT)/sanitize/objects
+	$(SANITIZED) $(SANITIZED_ROWS)
+	for isa in generic avx2 avx512 avx512_bf16 amx_bf16; do \
+		export RLAD_CPU_ISA=$$isa; \
+		$(RUN) -c 'import rlad_kernels, torch; torch.ops.rlad.cpu_isa()' 2> /dev/null || { echo "this CPU has no $$isa"; continue; }; \
+		echo "$$isa"; $(SANITIZED) $(SANITIZED_CALLS) || exit 1; \
+	done
+
+# which mutants of a sample the tests kill; `make mutants` again goes on, `make mutants REPORT=--report` says how far it is
+MUTANTS ?= 300
+.venv/.mutants:
+	$(PYTHON) -m venv .venv/mutants
+	.venv/mutants/bin/python -m pip install --quiet --disable-pip-version-check cosmic-ray==8.7.0
+	touch $@
+
+mutants: .venv/.built .venv/.mutants  ## MUTANTS mutants of losses, engine, linear and integrations, drawn from SEED: hours
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(OUT))/mutants/tree nice -n 19 .venv/mutants/bin/python tests/mutants.py \
+		--out $(OUT)/mutants --python $(BIN)/python --count $(MUTANTS) --seed $(SEED) $(REPORT)
 
 lint: .venv/.deps  ## ruff and pyright
 	$(BIN)/ruff check .

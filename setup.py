@@ -1,6 +1,7 @@
 """Builds ``rlad_kernels._C``, the CPU backend. All other metadata is in pyproject.toml.
 
-``RLAD_SKIP_CPP=1`` installs without it; CPU calls then raise.
+``RLAD_SKIP_CPP=1`` installs without it; CPU calls then raise. ``RLAD_SANITIZE=1`` builds it with AddressSanitizer and
+UndefinedBehaviorSanitizer, for `make sanitize`.
 """
 
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from setuptools import setup
 
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if os.environ.get("RLAD_SANITIZE") == "1" else []
 SKIP = os.environ.get("RLAD_SKIP_CPP") == "1"
 ROOT = Path(__file__).parent
 WITHOUT = "or set RLAD_SKIP_CPP=1 to install without the CPU backend"
@@ -42,12 +44,12 @@ def extension() -> dict:
                 depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")),
                 extra_compile_args=[
                     "-DTORCH_TARGET_VERSION=0x020b000000000000",  # one file for torch 2.11 and later
-                    "-O3",
-                    "-g0",
+                    *(["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZE] if SANITIZE else ["-O3", "-g0"]),
                     "-fvisibility=hidden",
                     "-fno-math-errno",  # with the next: lets selects become vector blends; inf and NaN stay exact
                     "-fno-trapping-math",
                 ],
+                extra_link_args=SANITIZE,
                 py_limited_api=True,
             )
         ],
