@@ -154,3 +154,18 @@ def test_compaction_off_gives_what_on_gives(name: str, garbage: float | None) ->
 def test_every_divergence(kind: Divergence, side: str, garbage: float | None) -> None:
     compare("divergence_loss", garbage, kind, side)
     compare("divergence", garbage, kind, side)
+
+
+@pytest.mark.parametrize("name", ["kdrl_wrong", "hdpo"])
+def test_tensors_of_bools_stay_bools(name: str) -> None:
+    """Rows that are zeroed in place of dropped: a bool with 0 beside it would become an integer."""
+    hidden, weight, s = torch.randn(2, 3, 4), torch.randn(7, 4), torch.randn(2, 3)
+    pool = {"old_logp": s, "teacher_logp": s - 1, "advantages": s, "correct": torch.tensor([True, False])}
+    given = {k: pool.get(k, torch.tensor([0, 1])) for k in rk.METHODS[name].needs}
+    losses = []
+    for compaction in (True, False):
+        with rk.set_compaction(compaction):
+            leaf = hidden.clone().requires_grad_()
+            target = torch.zeros(2, 3, dtype=torch.int64)
+            losses.append(rk.linear_loss(leaf, rk.LMHead(weight), target, rk.METHODS[name].loss, **given).loss.detach())
+    torch.testing.assert_close(*losses)

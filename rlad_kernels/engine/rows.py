@@ -48,13 +48,13 @@ class Kept:
         """The kept rows of ``x``; without dropping, ``x`` with ``other`` in the other rows."""
         if self.index is not None:
             return x.index_select(0, self.index)
-        return x if self.dense is None else torch.where(self._column(x), x, other)
+        return x if self.dense is None else torch.where(self._column(x), x, other).to(x.dtype)
 
     def put(self, x: Tensor) -> Tensor:
         """``x`` in its rows' places, exact zeros elsewhere."""
         if self.index is not None:
             return x.new_zeros((self.total, *x.shape[1:])).index_copy_(0, self.index, x)
-        return x if self.dense is None else torch.where(self._column(x), x, 0)
+        return x if self.dense is None else torch.where(self._column(x), x, 0).to(x.dtype)  # bools stay bools
 
     def _column(self, x: Tensor) -> Tensor:
         assert self.dense is not None
