@@ -93,7 +93,7 @@ def method(draw: Draw, case: Case) -> str:
     teacher = _teacher(draw, case, sampled=name == "lsm_sampled") if row.family == "top-k" else None
     pool = _pool(case, teacher)
     names = tuple(n for n in row.needs if n in pool)
-    reads = set(oracle_arguments(oracle)) & {"logp", "topk_logp", "tail_logp", "entropy"}
+    reads = set(oracle_arguments(oracle)) & {"logp", "topk_logp", "tail_logp", "entropy"} or {"logp"}  # or only **given
 
     def formula(t: Twin) -> tuple[list[Tensor], Tensor]:
         s = reference.token_scores(t.z, case.clean(case.target), None if teacher is None else teacher.ids, case.keep)
