@@ -67,8 +67,10 @@ def akl(lq: Tensor, lp: Tensor, mu: float = 0.5) -> Tensor:
     gap = (p - lq.exp().gather(-1, order)).abs().detach()
     tail = p.cumsum(-1) > mu
     tail[..., 0] = False
+    tail &= p < torch.where(tail, torch.inf, p).amin(-1, keepdim=True)  # what ties with the head's last is in it
     g_head, g_tail = torch.where(tail, 0, gap).sum(-1), torch.where(tail, gap, 0).sum(-1)
-    return (g_head * kl(lp, lq) + g_tail * kl(lq, lp)) / (g_head + g_tail)
+    whole = g_head + g_tail
+    return (g_head * kl(lp, lq) + g_tail * kl(lq, lp)) / torch.where(whole == 0, 1, whole)
 
 
 def taid(lq: Tensor, lp: Tensor, tau: float = 0.4) -> Tensor:

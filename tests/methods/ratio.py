@@ -178,7 +178,7 @@ def dppo_kl(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) ->
 
 
 def sapo(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    tau = torch.where(advantages > 0, 1.0, 1.05).to(logp.dtype)
+    tau = torch.where(advantages > 0, torch.ones_like(logp), 1.05)  # two numbers alone would be float32
     gate = 4 / tau / (1 + torch.exp(-tau * ((logp - old_logp).exp() - 1)))
     return reduced(-gate * advantages, mask, "seq-mean-token-mean")
 
@@ -252,7 +252,7 @@ def sdpo_sampled(logp: Tensor, rollout_logp: Tensor, teacher_logp: Tensor, mask:
 
 
 def kdrl(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, mask: Tensor, taught: Any = 1.0) -> Tensor:
-    token = -(logp - old_logp).exp() * advantages + 2e-3 * taught * kl_estimate(logp, teacher_logp, "k2")
+    token = -(logp - old_logp).exp() * advantages + 2e-3 * (taught * kl_estimate(logp, teacher_logp, "k2"))
     return token[mask].mean()
 
 
