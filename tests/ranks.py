@@ -12,7 +12,7 @@ from typing import Any
 
 SECONDS = 60  # of work; a process that is being started is not counted
 _RUN = f"""
-import datetime, sys
+import datetime, gc, sys
 import torch, torch.distributed as dist
 rank, world, folder, module, name = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
 torch.set_num_threads(1)
@@ -21,6 +21,7 @@ function = getattr(importlib.import_module(module), name)
 store = dist.FileStore(folder + "/store", world)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds={SECONDS}))
 function(rank, world)
+gc.collect()  # DDP's reducer before its group: see tests/engine_recipes.py
 dist.barrier()
 dist.destroy_process_group()
 """
