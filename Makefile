@@ -10,7 +10,7 @@ OUT ?= out
 TORCH_CUDA := $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 \
 	nccl-cu13 nvjitlink nvshmem-cu13 nvtx) cuda-bindings cuda-pathfinder cuda-toolkit
 
-.PHONY: wheel lock sbom demo demo-smoke test test-cpp test-portable test-triton test-newest gate fuzz sanitize lint format bench bench-full bench-smoke docs site gpu gpu-dry gpu-build gpu-test gpu-tune gpu-bench clean
+.PHONY: wheel lock sbom demo demo-smoke test test-cpp test-portable test-triton test-newest gate fuzz sanitize mutants lint format bench bench-full bench-smoke docs site gpu gpu-dry gpu-build gpu-test gpu-tune gpu-bench clean
 
 # Everything but torch by hash, as PyPI has it; torch is the build that the machine's registry gives, and its CUDA packages with it.
 PIP := -m pip install --quiet --disable-pip-version-check
@@ -107,6 +107,16 @@ sanitize: .venv/.built  ## csrc under AddressSanitizer and UndefinedBehaviorSani
 		$(RUN) -c 'import rlad_kernels, torch; torch.ops.rlad.cpu_isa()' 2> /dev/null || { echo "this CPU has no $$isa"; continue; }; \
 		echo "$$isa"; $(SANITIZED) $(SANITIZED_CALLS) || exit 1; \
 	done
+
+.venv/.mutants: .venv/.deps requirements-mutants.txt
+	$(BIN)/python $(PIP) -r requirements-mutants.txt
+	touch $@
+
+# goes on where it stopped; remove $(OUT)/mutants after a change
+SAMPLE ?= 300
+mutants: .venv/.built .venv/.mutants  ## SAMPLE changes, from SEED, to the Python of four rooms: which does no test see? an hour on two cores
+	test -e $(OUT)/mutants/lines.json || $(RUN) -m tests.mutants map --out $(OUT)/mutants
+	$(RUN) -m tests.mutants run --out $(OUT)/mutants --sample $(SAMPLE) --seed $(SEED)
 
 lint: .venv/.deps  ## ruff and pyright
 	$(BIN)/ruff check .

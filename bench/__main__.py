@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -37,12 +38,12 @@ def main() -> int:
     path = args.out / f"{name}-{args.device}-{info['date']}.json"
     run = Run(path, info, resume=args.resume, seconds=budget())
     here = args.device == "cuda" or preset == "gpu"
-    for planned in plan:
-        providers = tuple(p for p in planned.providers if not args.only or p in args.only)
-        if not providers:
-            continue
+    wanted = [(planned, tuple(p for p in planned.providers if not args.only or p in args.only)) for planned in plan]
+    wanted = [(planned, providers) for planned, providers in wanted if providers]
+    data = args.data and str(args.data)
+    for number, (planned, providers) in enumerate(wanted, 1):
         case = replace(planned, providers=providers, rounds=args.rounds or planned.rounds)
-        data = args.data and str(args.data)
+        print(f"case {number} of {len(wanted)}: {', '.join(providers)}", file=sys.stderr, flush=True)
         if done := run.case(asdict(case), lambda case=case, data=data: measure(case, args.device, data, here=here)):
             print(f"\n{report.title(done)}\n{report.table(done['rows'])}", flush=True)
     for file in report.write(path, pictures=not here):

@@ -33,6 +33,11 @@ SECONDS = 60.0  # of tests for one mutant, as long as they took on the code unch
 GRACE = 20.0  # on top of three times that: what takes longer loops for ever and is seen
 WARM = ("torch", "torch._dynamo", "numpy", "hypothesis", "transformers", "trl")
 SEEN, PLACES = "tests.json", "lines.json"
+FAR = (  # tests of other rooms, and those that take minutes
+    "bench bf16_products compile_gate cpp_gradients cpp_rows cuda_graphs divergence_rows docstrings engine_recipes every_kernel",
+    "example_scripts fuzz house hub launches limits long_runs new_kernel notebooks official_losses plan reference resume",
+    "rlad_and_others row_blocks supply_chain triton_losses triton_math triton_rows tune wheel",
+)
 
 
 # --- the map: which tests run which line, and how long each takes
@@ -83,7 +88,8 @@ def make_map(out: Path, pytest_args: list[str]) -> None:
         "--cov-context=test",
         "--cov-report=",
     ]
-    subprocess.run([*command, *sources, *(pytest_args or ["tests"])], env=env, cwd=ROOT, check=False)
+    tests = pytest_args or ["tests", *(f"--ignore=tests/test_{name}.py" for name in " ".join(FAR).split())]
+    subprocess.run([*command, *sources, *tests], env=env, cwd=ROOT, check=False)
     from coverage import CoverageData
 
     data = CoverageData(str(out / ".coverage"))

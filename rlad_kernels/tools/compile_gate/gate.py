@@ -7,6 +7,7 @@ import argparse
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -137,8 +138,13 @@ def run(archs: tuple[int, ...] = ARCHS, kernels: list[str] | None = None, jobs: 
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("compile_gate: TRITON_INTERPRET=1 replaces the compiler; unset it")
     work = [(k, i, arch) for k in kernels or KERNELS for i in range(len(CASES[k])) for arch in archs]
+    reports = []
     with ProcessPoolExecutor(jobs) as pool:
-        return list(pool.map(check, *zip(*work, strict=True), chunksize=4))
+        for report in pool.map(check, *zip(*work, strict=True), chunksize=4):
+            reports.append(report)
+            if sys.stderr.isatty():
+                print(f"\r{len(reports)} of {len(work)} cases", end="\n" * (len(reports) == len(work)), file=sys.stderr, flush=True)
+    return reports
 
 
 def table(reports: list[Report]) -> str:
