@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import rlad_kernels as rk
+from rlad_kernels.engine import sparse
 from rlad_kernels.engine.shards import Shard as Parts
 from rlad_kernels.losses.vocab.weighed import adaptive_coefficients
 from tests.exact_divergences import ALONE
@@ -112,6 +113,43 @@ def logp_case(rank: int, world: int, dtype: torch.dtype, **options: Any) -> None
         assert want[0][5]["is_top1"][3]
         again = scores(heads, hidden, target, ids, dist.group.WORLD, **more)
         close(again, got, 0.0)
+
+
+def filtered_case(rank: int, world: int) -> None:
+    """The sparse backward, some blocks of tokens exact: which columns are kept is a matter of whole rows."""
+    block = sparse.BLOCK["cpu"]
+    for dtype, given in (
+        (torch.float32, {}),
+        (torch.float32, {"softcap": 30.0}),
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"softcap": 30.0}),
+    ):
+        columns, (weight, bias) = torch.tensor([[3, 22], [9, 36]]), (0.1 * torch.randn(V, 16), 0.05 * torch.randn(V))
+        weight[columns.flatten(), [0, 0, 1, 1]] = 2.0
+        toward = 2 * torch.eye(3, 16).repeat_interleave(block, 0)[: 3 * block - 50]
+        toward[2 * block :] = 0  # the last block is flat and keeps all
+        hidden, weight, bias = (x.to(dtype) for x in (toward + 0.02 * torch.randn(toward.shape), weight, bias))
+        likely = torch.cat([columns, columns[:1]]).repeat_interleave(block, 0)[: len(hidden)]
+        target, ids, mask = likely[:, 0].clone(), likely.clone(), torch.arange(len(hidden)) < len(hidden) - 8
+        target[::5], ids[::7, 1] = likely[::5, 1], -1
+        heads, kept = (
+            Heads(rank, world, weight, bias, vocab_size=SIZE, temperature=0.9, **given),
+            {"mask": mask, "filter_eps": 0.015},
+        )
+        got, want = (scores(heads, hidden, target, ids, group, **kept) for group in (dist.group.WORLD, None))
+        masses = [found[0][-1].pop("dropped_mass") for found in (got, want)]
+        close(got, want, EPS[dtype], str(given))
+        assert (masses[0] - masses[1]).abs().max() < 2.0**-18, "1 less what is kept"
+        assert masses[1][: 2 * block].mean() > 0.1 and (masses[1][-block + 60 :] == 0).all()
+        advantages, old = torch.randn(len(hidden)), want[0][0].detach() + 0.1
+        for loss, more in ((rk.losses.GRPO(), {"advantages": advantages, "old_logp": old}), (rk.losses.CrossEntropy(), {})):
+            found = []
+            for group in (dist.group.WORLD, None):
+                x = hidden.clone().requires_grad_()
+                out = rk.linear_loss(x, heads.head(group), target, loss, **kept, **more)
+                metrics = {k: v + 1 if k.startswith("dropped") else v for k, v in out.metrics.items()}
+                found.append((out.loss, out.token_loss, metrics, heads.gradients(out.loss, x, group)))
+            close(*found, EPS[dtype], str(given))
 
 
 def frozen_case(rank: int, world: int) -> None:
@@ -245,8 +283,6 @@ def refused_case(rank: int, world: int) -> None:
     head = Heads(rank, world, weight, vocab_size=SIZE).head(dist.group.WORLD)
     whole = rk.LMHead(weight, vocab_size=SIZE)
     calls: dict[str, Callable[[], Any]] = {
-        "filter_eps needs the whole head": lambda: rk.linear_logp(hidden, head, target, filter_eps=0.1),
-        "filter_eps needs the whole": lambda: rk.linear_loss(hidden, head, target, rk.losses.CrossEntropy(), filter_eps=0.1),
         "they must be cut alike": lambda: rk.linear_divergence(hidden, head, hidden, whole, rk.losses.ForwardKL()),
         "Overlap.values reads all logits of a row, of": lambda: rk.linear_divergence(hidden, head, hidden, head, Overlap()),
         "must be in [0, vocab_size=37)": lambda: rk.linear_logp(hidden, head, target + 30),
@@ -287,6 +323,9 @@ def bytes_case(rank: int, world: int) -> None:
         assert sends(lambda: rk.linear_loss(x, head, target, loss, **given)) == (4 * n * 7, 4 * n * d)
         smooth = rk.losses.CrossEntropy(label_smoothing=0.1)
         assert sends(lambda: rk.linear_loss(hidden, head, target, smooth)) == (4 * n * 7, 4 * d + 4)
+        few, once = {"target": torch.zeros_like(target), "filter_eps": 0.3}, 4 * n * (2 + d) + 20  # one block of few columns
+        assert sends(lambda: rk.linear_loss(x, head, loss=loss, **few, **given)) == (4 * n * 7, once)
+        assert sends(lambda: rk.linear_logp(x, head, **few).logp.sum().backward()) == (2 * 4 * n * 7, once)
         assert sends(lambda: rk.linear_topk(hidden, head, k)) == (4 * n * (6 + 2 * k), 0)
         assert sends(lambda: rk.linear_topk(hidden, head, k, target=target)) == (4 * n * (7 + 2 * k), 0)
         assert sends(lambda: rk.linear_gather(hidden, head, ids)) == (0, 4 * n * k)
@@ -306,7 +345,17 @@ def named() -> Iterator[tuple[str, Callable[[int, int], None]]]:
     for dtype in EPS:
         yield f"logp {str(dtype).removeprefix('torch.')}", partial(logp_case, dtype=dtype)
     yield "logp kept", partial(logp_case, dtype=torch.float32, keep=1 << 12)
-    for case in (frozen_case, topk_case, gather_case, divergence_case, adaptive_case, dtensor_case, refused_case, bytes_case):
+    for case in (
+        filtered_case,
+        frozen_case,
+        topk_case,
+        gather_case,
+        divergence_case,
+        adaptive_case,
+        dtensor_case,
+        refused_case,
+        bytes_case,
+    ):
         yield case.__name__.removesuffix("_case"), case
     for name in LOSSES:
         yield f"method {name}", partial(method_case, name=name)

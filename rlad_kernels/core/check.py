@@ -76,12 +76,10 @@ def check_numbers(name: str, **numbers: Any) -> None:
             raise ValueError(f"{name}: {argument} must be a finite number, got {x!r}")
 
 
-def check_eps(name: str, filter_eps: float, group: str) -> None:
-    """Raise a ValueError unless 0 ≤ filter_eps < 1, and 0 for a head whose ranks, a ``group``, have parts of each row."""
+def check_eps(name: str, filter_eps: float) -> None:
+    """Raise a ValueError unless 0 ≤ filter_eps < 1."""
     if not (is_number(filter_eps) and 0 <= filter_eps < 1):
         raise ValueError(f"{name}: filter_eps must be a probability in [0, 1), 0.0 for the exact backward; got {filter_eps!r}")
-    if filter_eps and group:
-        raise ValueError(f"{name}: filter_eps needs the whole head on each rank, got a head with group=…; wanted filter_eps=0.0")
 
 
 def check_k(name: str, k: int, vocab_size: int | None, argument: str = "k", *, most: int = SUPPORT_MAX) -> None:

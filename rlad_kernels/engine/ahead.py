@@ -46,7 +46,7 @@ def whole_rows(
         done = chunks.outputs(at)
         if means is not None:
             b = slice(at.start // sparse.block_of(x), sparse.blocks_of(x, at.stop))
-            made.keep[b], made.dropped[at] = sparse.choose(tiles, means, x, at.start, done.lse, slots[at], filter_eps)
+            made.keep[b], made.dropped[at] = sparse.choose(chunks, means, x, at, done.lse, filter_eps)
             continue
         one = torch.ones_like(done.lse)
         cot = Cotangents.of(slots[at], done.logp, None, done.lse, done.lse_error, one, None)
@@ -57,7 +57,7 @@ def whole_rows(
             made.slope[at] += torch.ops.rlad.gather_dhidden(cot.lost, tiles.weight, cot.target)
     if means is not None:
         means.finish()
-    return chunks.stats, chunks.slot_logits, made
+    return *tiles.shard.merged(chunks.stats, chunks.slot_logits), made
 
 
 def from_slope(

@@ -43,7 +43,10 @@ class Chunks:
             self.tiles.fold(tile, c0, at.start, at.stop, self.own, self.stats, self.slot_logits, entropy=entropy, extras=extras)
         return x
 
-    def outputs(self, at: slice, *, entropy: bool = False, tail: bool = False) -> Outputs:
-        """The outputs of rows whose logits were folded."""
-        stats, z = self.tiles.shard.merged(self.stats[:, at], self.slot_logits[at])
+    def outputs(self, at: slice, *, entropy: bool = False, tail: bool = False, here: bool = False) -> Outputs:
+        """The outputs of rows whose logits were folded; of the columns ``here`` alone, where other ranks have others."""
+        stats, z = self.stats[:, at], self.slot_logits[at]
+        if here:
+            return outputs(stats, z, self.own[at], self.tiles.vocab)
+        stats, z = self.tiles.shard.merged(stats, z)
         return outputs(stats, z, self.slots[at], self.tiles.total, entropy=entropy, tail=tail)

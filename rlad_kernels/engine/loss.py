@@ -115,7 +115,7 @@ def run(
                 raise ValueError(f"{loss.name}: tokens gave the metrics {got}; which there are must not depend on data")
             losses[at] = found.detach()
             if grads is not None:
-                made = _backward(grads, x, at, slots[at], leaves, out.lse_error, found, weight[at], means, mean, filter_eps)
+                made = _backward(grads, chunks, x, at, leaves, out.lse_error, found, weight[at], means, mean, filter_eps)
                 metrics = {**metrics, **made}
         sums.add(metrics, None if kept.dense is None else kept.dense[at])
     if means is not None and grads is not None:
@@ -131,9 +131,9 @@ def run(
 
 def _backward(
     grads: Gradients,
+    chunks: Chunks,
     x: Tensor,
     at: slice,
-    slots: Tensor,
     leaves: list[Tensor],
     lse_error: Tensor,
     loss: Tensor,
@@ -153,7 +153,7 @@ def _backward(
         a, l, b, c, t, *m = (None if g is None else torch.where(sends, g.view(len(x), -1), 0).view_as(g) for g in found)
         if mean is not None and m[0] is not None:
             mean.send(at, m[0])
-        cot = Cotangents.of(slots, logp, topk_logp, lse, lse_error, a, l, b, c, t, entropy, tail_logp)
+        cot = Cotangents.of(chunks.slots[at], logp, topk_logp, lse, lse_error, a, l, b, c, t, entropy, tail_logp)
         dead = (cot.rows[[1, 2, 4]] == 0).all(0) & (cot.slot_dz == 0).all(1)
         rows: slice | Tensor = at
         live: Tensor | None = None
@@ -163,8 +163,8 @@ def _backward(
         cot.fit(tiles, rows)
         skipped = torch.zeros_like(lse) if live is None else dead.to(lse.dtype)
         if means is not None:
-            columns = sparse.choose(tiles, means, x, at.start, lse, slots, filter_eps)
-            sparse.backward(tiles, grads, cot, live, columns.keep, columns.keep.sum(1).tolist(), at.start, x)
+            columns = sparse.choose(chunks, means, x, at, lse, filter_eps)
+            sparse.backward(tiles, grads, cot, live, columns.keep, sparse.counts(columns.keep, tiles.shard), at.start, x)
             grads.close(cot, rows, 0, tiles.vocab, last=False)
             grads.close_rows(cot, rows)
             return {"rows_skipped": skipped, "dropped_mass_mean": columns.dropped, "dropped_mass_max": columns.dropped}

@@ -25,6 +25,7 @@ class Shard:
         self.first, self.columns = first, columns_here(weight, vocab_size, first)
         self.group = dist.distributed_c10d._resolve_process_group(group) if group else None  # pyright: ignore[reportArgumentType]
         self.world = self.group.size() if self.group is not None else 1
+        self.leads = self.group is None or self.group.rank() == 0
 
     def own(self, ids: Tensor) -> Tensor:
         """The columns of ``ids`` here, −1 for those of others."""

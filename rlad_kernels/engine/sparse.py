@@ -15,9 +15,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rlad_kernels.backends.contract import on_cpu
+from rlad_kernels.engine.chunks import Chunks
 from rlad_kernels.engine.gradients import Cotangents, Gradients, backward_tile
+from rlad_kernels.engine.shards import Shard
 from rlad_kernels.engine.tiles import Tiles, new_scratch, scratch_size
 
 # Tokens that share their columns: more would widen the union, fewer make the products small.
@@ -30,8 +33,15 @@ EXACT_ABOVE = {("cpu", 8): 0.35, ("cpu", 4): 0.35, ("cpu", 2): 0.12, ("cuda", 4)
 class Columns(NamedTuple):
     """The choice for some blocks of tokens."""
 
-    keep: Tensor  # (B, V) bool
-    dropped: Tensor  # (R,) dropped probability of each token
+    keep: Tensor  # (B, V) bool, of the columns here
+    dropped: Tensor  # (R,) dropped probability of each token, wherever the columns are
+
+
+class Counts(NamedTuple):
+    """How many columns each block keeps, on the host."""
+
+    here: list[int]
+    all: list[int]  # those of the other ranks too, where a head is in parts
 
 
 def block_of(x: Tensor) -> int:
@@ -44,8 +54,19 @@ def blocks_of(x: Tensor, rows: int) -> int:
     return -(-rows // block_of(x))
 
 
+def counts(keep: Tensor, shard: Shard) -> Counts:
+    """Of ``keep (B, V)``."""
+    here = keep.sum(1)
+    if shard.group is None:
+        return Counts(*[here.tolist()] * 2)
+    return Counts(*torch.stack([here, shard.summed(here.clone())]).tolist())
+
+
 class Means:
-    """``rows (B, D)`` = Σ p·slope·W_v / Σ p over each block's dropped columns and tokens, eight blocks a pass over W."""
+    """``rows (B, D)`` = Σ p·slope·W_v / Σ p over each block's dropped columns and tokens, eight blocks a pass over W.
+
+    Of a head in parts the sum above is over the columns here: the ranks' rows add up to the mean.
+    """
 
     def __init__(self, tiles: Tiles, blocks: int) -> None:
         self.tiles, self.rows = tiles, tiles.inv_temp.new_zeros(blocks, tiles.hidden.shape[1])
@@ -55,8 +76,9 @@ class Means:
     def add(self, mass: Tensor, sloped: Tensor) -> None:
         """Σ p and Σ p·slope ``(B, V)`` of the next blocks, 0 in their kept columns."""
         tiny = torch.finfo(mass.dtype).tiny
-        top = sloped.amax(1, keepdim=True).clamp_min(tiny)  # the largest share is 1: float16 holds no small ones
-        self._pending.append(((sloped / top).to(self.tiles.grad_dtype), top / mass.sum(1, keepdim=True).clamp_min(tiny)))
+        top = pad(sloped, (0, 1)).amax(1, keepdim=True).clamp_min(tiny)  # the largest share is 1: float16 holds no small ones
+        whole = self.tiles.shard.summed(mass.sum(1, keepdim=True))
+        self._pending.append(((sloped / top).to(self.tiles.grad_dtype), top / whole.clamp_min(tiny)))
         if sum(len(share) for share, _ in self._pending) >= 8:
             self.finish()
 
@@ -67,7 +89,7 @@ class Means:
             here = slice(self._done, self._done + len(share))
             if share.is_cuda or bool(share.any()):  # blocks that keep all need no mean; on CUDA to look would cost more
                 # on CPU, four rows take longer than eight; cuBLAS wants rows that start aligned
-                share = torch.nn.functional.pad(share, (0, scratch_size(1, share.shape[1]) - share.shape[1], 0, -len(share) % 8))
+                share = pad(share, (0, scratch_size(1, share.shape[1]) - share.shape[1], 0, -len(share) % 8))
                 mean = self.rows.new_zeros(len(share), self.rows.shape[1])
                 for c0, c1, w in self.tiles.columns():
                     self.tiles.add_product(mean, share[:, c0:c1], w)
@@ -76,20 +98,27 @@ class Means:
         return self.rows
 
 
-def choose(tiles: Tiles, means: Means, x: Tensor, r0: int, lse: Tensor, slots: Tensor, eps: float) -> Columns:
-    """The columns of the blocks whose rows start at r0; ``x (R, V)`` are their raw logits, ``lse`` and ``slots`` their rows'."""
+def choose(chunks: Chunks, means: Means, x: Tensor, at: slice, lse: Tensor, eps: float) -> Columns:
+    """The columns of the blocks of the rows ``at``; ``x (R, V)`` are their raw logits, which the chunks have folded."""
+    tiles, own = chunks.tiles, chunks.own[at]
     n, size = x.shape[0], block_of(x)
     out = x.new_empty(3 if tiles.softcap > 0 else 2, blocks_of(x, n), tiles.vocab)
-    tempering = (tiles.bias, tiles.inv_temp[r0 : r0 + n], tiles.logit_scale, tiles.softcap)
-    torch.ops.rlad.column_stats_(out, x, *tempering, lse, size)
-    keep = out[0] > eps
-    places = torch.where(slots < 0, slots[:, :1], slots).clamp(0, tiles.vocab - 1).long()
-    keep[(torch.arange(n, device=x.device) // size).unsqueeze(1), places] = True
-    most = EXACT_ABOVE[x.device.type, tiles.grad_dtype.itemsize] * tiles.vocab
-    keep |= keep.sum(1, keepdim=True) > most
+    tempering = (tiles.bias, tiles.inv_temp[at], tiles.logit_scale, tiles.softcap)
+    if tiles.vocab:
+        torch.ops.rlad.column_stats_(out, x, *tempering, lse, size)
+    keep = pad(out[0] > eps, (0, 1))  # a last column for slots that are empty, or another rank's
+    keep[(torch.arange(n, device=x.device) // size).unsqueeze(1), torch.where(own < 0, tiles.vocab, own).long()] = True
+    keep = keep[:, :-1].contiguous()
+    most = EXACT_ABOVE[x.device.type, tiles.grad_dtype.itemsize] * tiles.total
+    keep |= tiles.shard.summed(keep.sum(1, keepdim=True)) > most
     out[1:].masked_fill_(keep, 0)
     means.add(out[1], out[-1])
-    return Columns(keep, torch.ops.rlad.dropped_mass(keep, x, *tempering, lse, size))
+    if tiles.shard.group is None:
+        return Columns(keep, torch.ops.rlad.dropped_mass(keep, x, *tempering, lse, size))
+    here = chunks.outputs(at, here=True).lse
+    share = (here - lse).exp()  # of a token's probability, on this rank
+    dropped = torch.ops.rlad.dropped_mass(keep, x, *tempering, here, size) if tiles.vocab else share
+    return Columns(keep, tiles.shard.summed(torch.where(share > 0, share * dropped, 0)))
 
 
 def dropped_mass_cpu(
@@ -116,11 +145,11 @@ def backward(
     cot: Cotangents,
     live: Tensor | None,
     keep: Tensor,
-    counts: list[int],
+    found: Counts,
     r0: int = 0,
     x: Tensor | None = None,
 ) -> None:
-    """Send the gradient of rows through the columns that their blocks ``keep (B, V)``, ``counts`` of them; the rows start at r0.
+    """Send the gradient of rows through the columns that their blocks ``keep (B, V)``, so many; the rows start at r0.
 
     ``cot`` are the cotangents of the rows r0 + ``live``, of all without it. ``x (R, V)`` are the blocks' raw logits; without them
     the kept columns' are computed again.
@@ -131,7 +160,7 @@ def backward(
         live = torch.arange(rows, device=keep.device)
     else:
         ends = [0, *accumulate((live // size).bincount(minlength=len(keep)).tolist())]
-    whole = [c == tiles.vocab for c in counts]
+    whole = [c == tiles.total for c in found.all]
     parts = [slice(a, b) for a, b in pairwise(ends)]
     if any(whole):
         _through_all(tiles, grads, cot, live, [part for part, w in zip(parts, whole, strict=True) if w], r0, x)
@@ -139,7 +168,7 @@ def backward(
         return
     some = [b for b, w in enumerate(whole) if not w]
     keep = keep if len(some) == len(keep) else keep.index_select(0, torch.tensor(some, device=keep.device))
-    columns = keep.nonzero()[:, 1].split([counts[b] for b in some])
+    columns = keep.nonzero()[:, 1].split([found.here[b] for b in some])
     for b, mine, place in zip(some, columns, keep.cumsum(1, dtype=torch.int32) - 1, strict=True):
         part = parts[b]
         if part.stop > part.start:
@@ -187,8 +216,13 @@ def _through_some(
 
     ``held`` are the block's raw logits, if there are any, and where in it the rows are.
     """
-    w = tiles.operand(tiles.weight.index_select(0, columns))
     inv_temp = tiles.inv_temp.index_select(0, rows)
+    factor = inv_temp * tiles.logit_scale
+    total = cot.total if cot.total is not None and tiles.shard.leads else torch.zeros_like(inv_temp)  # the ranks' are added
+    if not len(columns):
+        grads.rest[rows] = total * factor if cot.unscale is None else total * factor * cot.unscale
+        return
+    w = tiles.operand(tiles.weight.index_select(0, columns))
     bias = None if tiles.bias is None else tiles.bias.index_select(0, columns)
     if held is None:
         raw = tiles.gathered(rows, w)
@@ -197,10 +231,8 @@ def _through_some(
         raw = new_scratch(x, (len(here), len(columns)))
         raw.copy_(x.index_select(1, columns) if len(here) == len(x) else x.index_select(1, columns).index_select(0, here))
     own = torch.where(cot.slots < 0, -1, place[cot.slots.clamp(0, tiles.vocab - 1)])
-    target = place[cot.target.clamp_max(tiles.vocab - 1)]
+    target = torch.where(cot.target < 0, -1, place[cot.target.clamp(0, tiles.vocab - 1)])
     dz = (own, cot.slot_dz, cot.rows, target)
-    factor = inv_temp * tiles.logit_scale
-    total = 0 if cot.total is None else cot.total
     if tiles.softcap:  # the rest is in dL/dz, of which the slope makes dL/draw
         z, slope = _tempered(raw, bias, inv_temp, tiles.logit_scale, tiles.softcap)
         torch.ops.rlad.dlogits_(z, z, 0, None, torch.ones_like(inv_temp), 1.0, 0.0, *dz, None, cot.entropy, cot.tail)
@@ -208,7 +240,8 @@ def _through_some(
         exact = torch.mul(z, slope, out=raw)
         g = exact if exact.dtype == tiles.grad_dtype else new_scratch(z, z.shape, tiles.grad_dtype).copy_(exact)
         if cot.lost is not None:
-            cot.lost += exact.gather(1, target.long()) - g.gather(1, target.long())
+            at = target.clamp_min(0).long()
+            cot.lost += torch.where(target < 0, 0, exact.gather(1, at) - g.gather(1, at))
     else:
         g = raw if raw.dtype == tiles.grad_dtype else new_scratch(raw, raw.shape, tiles.grad_dtype)
         head = (bias, inv_temp, tiles.logit_scale, 0.0)
@@ -222,7 +255,8 @@ def add_means(grads: Gradients, means: Tensor) -> None:
     """d_hidden_t += (the dropped columns' gradient of t)·(the mean row of t's block)."""
     if grads.hidden is not None:
         size = block_of(means)
-        for part, rest, mean in zip(grads.hidden.split(size), grads.rest.split(size), means, strict=False):
+        whole = grads.tiles.shard.summed(grads.rest)
+        for part, rest, mean in zip(grads.hidden.split(size), whole.split(size), means, strict=False):
             part.addr_(rest, mean)
 
 

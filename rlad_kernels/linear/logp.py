@@ -108,7 +108,7 @@ def score(
     """:func:`linear_logp` for a public function ``name``, whose argument ``ids_name`` holds the ids."""
     call = flat_call(name, hidden, head)
     shape = target_shape(name, hidden, target)
-    check_eps(name, filter_eps, call.group)
+    check_eps(name, filter_eps)
     unknown = [x for x in extras if x not in EXTRAS]
     if unknown:
         raise ValueError(f"{name}: extras must be among {EXTRAS}, got {unknown[0]!r}")

@@ -77,7 +77,7 @@ def linear_loss(
         raise ValueError(f"{name}: loss must be a TokenLoss (rk.losses.GRPO(), METHODS['grpo'].loss, your own), got {loss!r}")
     call = flat_call(name, hidden, head)
     shape = target_shape(name, hidden, target)
-    check_eps(name, filter_eps, call.group)
+    check_eps(name, filter_eps)
     flat_target = flat_rows(name, "target", target, shape, hidden.device, ids=True)
     keep = keep_mask(name, mask, target) & (flat_target.view(shape) != IGNORE)
     if "target" in loss.needs:

@@ -103,7 +103,7 @@ def check_config(args: RLADConfig) -> None:
         idle := [x for x in ("topk_kl_coef", "direction", "normalize") if getattr(args, x) != _default(known[x])]
     ):
         raise ValueError(f"{NAME}: topk=0 leaves the KL term out, but {idle[0]}={getattr(args, idle[0])!r} is about it; set topk")
-    check_eps(NAME, args.filter_eps, "")
+    check_eps(NAME, args.filter_eps)
     if getattr(getattr(args, "deepspeed_plugin", None), "zero_stage", 0) == 3:
         raise ValueError(f"{NAME}: got DeepSpeed ZeRO-3, which would have the LM head gone in the backward; use ZeRO-2 or FSDP2")
 
