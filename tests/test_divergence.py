@@ -14,7 +14,7 @@ from rlad_kernels.backends import reference
 from rlad_kernels.core.divergence import Divergence
 from rlad_kernels.engine.tiles import Tiles
 from rlad_kernels.losses.vocab.kl import JSD, ForwardKL, Jeffreys, ReverseKL, SkewKL, SkewRKL
-from rlad_kernels.losses.vocab.power import AlphaBeta, AlphaDivergence, PowerDivergence
+from rlad_kernels.losses.vocab.power import AlphaBeta, AlphaDivergence, Hellinger, PowerDivergence
 from rlad_kernels.losses.vocab.weighed import AKL, TAID, ToDi
 from tests.conftest import INTERPRET
 from tests.exact_divergences import ALONE
@@ -332,6 +332,21 @@ def test_a_teacher_in_float64_beside_a_student_in_float32() -> None:
     want = kl(t.logits().log_softmax(-1), p.twin().logits().log_softmax(-1))
     assert found.dtype == torch.float32
     assert torch.allclose(found.double(), want.detach(), rtol=1e-5)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float64), (torch.float64, torch.float32)], ids=["bf16-f64", "f64-f32"])
+def test_a_teacher_in_another_dtype_has_probabilities_that_add_up_to_one(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Where a logit of 46 is rounded after its normaliser was made, each p is off by 2e-6, and what is near 1 is off by that."""
+    z = torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
+    z[:, 7] = 500.0
+    student = rk.LMHead(torch.eye(50, dtype=dtypes[0])[:, :8] * 8)
+    head = rk.LMHead(torch.eye(50, dtype=dtypes[1]), softcap=30.0, temperature=torch.linspace(0.6, 0.7, 64))
+    hidden = torch.eye(64, dtype=dtypes[0])[:, :8]
+    value = rk.linear_divergence(hidden, student, z.to(dtypes[1]), head, Hellinger())
+    exact = (30 * torch.tanh(z.double() / 30) / torch.linspace(0.6, 0.7, 64).double().unsqueeze(1)).log_softmax(1)
+    want = 1 - (0.5 * (exact + (hidden.double() @ student.weight.double().T).log_softmax(1))).exp().sum(1)
+    assert (value.double() - want).abs().max() < 8 * 2.0**-24, "some ulps of one"
 
 
 def test_teachers_receive_no_gradient() -> None:

@@ -48,9 +48,15 @@ class Chunk:
     def args(self) -> tuple[Tensor, Tensor | None, Tensor, float, float, Tensor]:
         return self.logits, self.bias, self.inv_temp, self.logit_scale, self.softcap, self.norm
 
-    def to(self, dtype: torch.dtype) -> Chunk:
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return Chunk(self.logits.to(dtype), bias, self.inv_temp.to(dtype), *self.args[3:5], self.norm.to(dtype))
+    def read_by(self, tiles: Tiles) -> Chunk:
+        """For a student in another dtype: log-probs, made in float64. Logits that are rounded again miss their norm by an ulp."""
+        if self.logits.dtype == tiles.acc:
+            return self
+        logp = torch.empty_like(self.logits, dtype=tiles.acc)
+        for b in self.blocks(tiles.total):
+            logp[b] = tiles.shard.log_softmax(self.temper(self.logits[b].double(), b))
+        one, norm = (x.to(tiles.acc) for x in (torch.ones_like(self.inv_temp), torch.zeros_like(self.norm)))
+        return Chunk(logp, None, one, 1.0, 0.0, norm)
 
     def temper(self, raw: Tensor, rows: slice) -> Tensor:
         """Tempered logits of some rows."""
@@ -116,8 +122,7 @@ def run(
         for other, w in zip(others, weights[:, at], strict=True):
             if not w.is_cuda and not bool((w != 0).any()):
                 continue
-            side = other.chunk(at)
-            side = side if other.tiles.acc == tiles.acc else side.to(tiles.acc)
+            side = other.chunk(at).read_by(tiles)
             rows = torch.stack([w, w * pull[0, at]])
             if kind is not None:
                 _apply(kind, values[at], g, chunk, side, rows, first, tiles)
