@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from difflib import unified_diff
@@ -187,6 +188,24 @@ def tests_of(mutant: dict[str, Any], places: dict[str, Any], took: dict[str, flo
     return list(chosen.values())
 
 
+def drawn(count: int, seed: int) -> list[dict[str, Any]]:
+    """The first ``count`` of all mutants in a random order; what Python refuses to compile would be killed by anything."""
+    every = sorted(mutants(), key=lambda m: json.dumps(m, sort_keys=True))
+    random.Random(seed).shuffle(every)
+    found: list[dict[str, Any]] = []
+    while len(found) < count:
+        mutant = every[len(found)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of `is` beside a literal
+            try:
+                compile(changed(mutant)[1], mutant["file"], "exec")
+            except SyntaxError:
+                del every[len(found)]
+                continue
+        found.append(mutant)
+    return found
+
+
 # --- one at a time
 
 
@@ -280,13 +299,16 @@ def main() -> int:
     if args.do == "work":
         work(out, args.number, args.workers, json.loads(sample.read_text()))
         return 0
-    results = out / "results.jsonl"
-    done = list(map(json.loads, results.read_text().splitlines())) if results.exists() else []
-    chosen = random.Random(args.seed).sample(sorted(mutants(), key=lambda m: json.dumps(m, sort_keys=True)), args.sample)
-    known = {(m["file"], m["operator"], m["occurrence"]) for m in done}
-    sample.write_text(json.dumps([m for m in chosen if (m["file"], m["operator"], m["occurrence"]) not in known]))
+    chosen, results = drawn(args.sample, args.seed), out / "results.jsonl"
+
+    def known() -> list[dict[str, Any]]:
+        done = list(map(json.loads, results.read_text().splitlines())) if results.exists() else []
+        return [m for m in done if any(m.items() >= c.items() for c in chosen)]
+
+    done = known()
+    sample.write_text(json.dumps([c for c in chosen if not any(m.items() >= c.items() for m in done)]))
     start(out, args.workers)
-    found = list(map(json.loads, results.read_text().splitlines()))
+    found = known()
     for m in found:
         if m["outcome"] in ("survived", "untested"):
             print(f"{m['outcome']}, {m['tests']} tests: {m['file']}:{m['line']} {m['operator']}", *m["diff"], sep="\n  ")
