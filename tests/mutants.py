@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,9 @@ SECONDS = 60.0  # of tests for one mutant, as long as they took on the code unch
 GRACE = 20.0  # on top of three times that: what takes longer loops for ever and is seen
 WARM = ("torch", "torch._dynamo", "numpy", "hypothesis", "transformers", "trl")
 SEEN, PLACES = "tests.json", "lines.json"
+KEY, KILLED = ("file", "operator", "occurrence"), ("killed", "timed out")
+WIDE = 900.0  # for what survives: every case of the files that run its function, and these
+RANKS = ("tests/test_shards.py", "tests/test_data_parallel.py", "tests/test_context_parallel.py")
 FAR = (  # tests of other rooms, and those that take minutes
     "bench bf16_products compile_gate cpp_gradients cpp_rows cuda_graphs divergence_rows docstrings engine_recipes every_kernel",
     "example_scripts fuzz house hub launches limits long_runs new_kernel notebooks official_losses plan reference resume",
@@ -144,38 +148,32 @@ def changed(mutant: dict[str, Any]) -> tuple[str, str]:
     return source, mutate_code(source, plugins.get_operator(mutant["operator"])(), mutant["occurrence"])
 
 
+def innermost(tree: ast.Module, line: int, kinds: Any) -> Any:
+    """The last to begin of the nodes that a line is in, decorators included."""
+    nodes = [n for n in ast.walk(tree) if isinstance(n, kinds)]
+    inside = [n for n in nodes if min([n.lineno, *(d.lineno for d in getattr(n, "decorator_list", []))]) <= line <= n.end_lineno]
+    return max(inside, key=lambda n: n.lineno, default=None)
+
+
 def statement(tree: ast.Module, line: int) -> range:
     """The lines of the innermost statement, of an ``if`` or ``def`` without what is under it."""
-    inside = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= line <= (n.end_lineno or 0)]
-    inner = max(inside, key=lambda n: n.lineno)
+    inner = innermost(tree, line, ast.stmt)
     body = getattr(inner, "body", None)
-    return range(inner.lineno, body[0].lineno if body else (inner.end_lineno or 0) + 1)
+    return range(min(inner.lineno, line), body[0].lineno if body else inner.end_lineno + 1)
 
 
 def block(tree: ast.Module, line: int) -> range:
     """The lines of the innermost function or class, or all."""
-    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
-    inside = [n for n in blocks if min([n.lineno, *(d.lineno for d in n.decorator_list)]) <= line <= (n.end_lineno or 0)]
-    inner = max(inside, key=lambda n: n.lineno, default=None)
-    return range(inner.lineno, (inner.end_lineno or 0) + 1) if inner else range(1, tree.body[-1].end_lineno or 1)
-
-
-def in_processes() -> set[str]:
-    """Files of tests whose work is done by processes they start: the map has no line of it."""
-    files = [f for f in (ROOT / "tests").glob("test_*.py") if "on_ranks(" in (text := f.read_text()) or "subprocess.run(" in text]
-    return {str(f.relative_to(ROOT)) for f in files}
+    inner = innermost(tree, line, ast.FunctionDef | ast.ClassDef)
+    return range(inner.lineno, inner.end_lineno + 1) if inner else range(1, (tree.body[-1].end_lineno or 0) + 1)
 
 
 def tests_of(mutant: dict[str, Any], places: dict[str, Any], took: dict[str, float]) -> list[list[str]]:
     """Tests that run the line, by file: the cheapest of every file, then the second of every file, and so on."""
     lines, tree = places.get(mutant["file"], {}), ast.parse((ROOT / mutant["file"]).read_text())
-    here = [str(line) for line in statement(tree, mutant["line"]) if str(line) in lines]
-    names = {name for line in here for name in lines[line]}
-    if here and not names:  # run when it was imported
+    names = {name for line in statement(tree, mutant["line"]) for name in lines.get(str(line), [])}
+    if not names and str(mutant["line"]) in lines:  # run when it was imported
         names = {name for line in block(tree, mutant["line"]) for name in lines.get(str(line), [])}
-    if not names:
-        elsewhere = in_processes()
-        names = {name for name in took if name.split("::")[0] in elsewhere}
     files: dict[str, list[str]] = defaultdict(list)
     for name in sorted(names, key=lambda t: took[t]):
         files[name.split("::")[0]].append(name)
@@ -186,6 +184,16 @@ def tests_of(mutant: dict[str, Any], places: dict[str, Any], took: dict[str, flo
             left -= took[name]
             chosen[name.split("::")[0]].append(name)
     return list(chosen.values())
+
+
+def files_of(mutant: dict[str, Any], places: dict[str, Any], took: dict[str, float]) -> list[list[str]]:
+    """Whole files, every case of them, that run the function, most of its tests first; and those of ranks, if it is about ranks."""
+    source = (ROOT / mutant["file"]).read_text()
+    near = block(ast.parse(source), mutant["line"])
+    lines = places.get(mutant["file"], {})
+    count = Counter(name.split("::")[0] for name in {name for line in near for name in lines.get(str(line), [])})
+    ranks = re.search("shard|group|gather", "\n".join(source.split("\n")[near.start - 1 : near.stop - 1]))
+    return [[file] for file in [*(RANKS if ranks else ()), *(file for file, _ in count.most_common())]]
 
 
 def drawn(count: int, seed: int) -> list[dict[str, Any]]:
@@ -221,36 +229,37 @@ def under_tests(files: list[list[str]], log: Path) -> int:
     return 0
 
 
-def run_one(tree: Path, mutant: dict[str, Any], files: list[list[str]], took: dict[str, float], log: Path) -> dict[str, Any]:
-    before, after = changed(mutant)
-    start, file = time.monotonic(), tree / mutant["file"]
-    deadline = start + GRACE + 3 * sum(took[t] for names in files for t in names)
-    file.write_text(after)
-    pid = os.fork()
+def forked(files: list[list[str]], log: Path, seconds: float) -> str:
+    """What becomes of the tests in a process of their own."""
+    deadline, pid = time.monotonic() + seconds, os.fork()
     if not pid:
         code = 1
         try:
             code = under_tests(files, log)
         finally:
             os._exit(code)
-    done, status = 0, 0
-    while not done and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
         time.sleep(0.05)
         done, status = os.waitpid(pid, os.WNOHANG)
-    if not done:
-        os.killpg(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        if done:
+            return "killed" if status else "survived"
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return "timed out"
+
+
+def run_one(tree: Path, mutant: dict[str, Any], files: list[list[str]], seconds: float, log: Path) -> dict[str, Any]:
+    before, after = changed(mutant)
+    begun, file, wide = time.monotonic(), tree / mutant["file"], seconds == WIDE
+    file.write_text(after)
+    outcome = forked(files, log, seconds) if files else "untested"
     file.write_text(before)
-    outcome = "killed" if done and status else "survived" if done else "timed out"
+    failed = re.findall(r"(?m)^(?:FAILED|ERROR) (tests/.*?)(?: - .*)?$", log.read_text()) if wide and outcome == "killed" else []
+    if wide and (outcome == "timed out" or (failed and forked([failed], log, seconds) != "survived")):
+        outcome = "survived"  # too many tests, or one that fails without the mutant too
     diff = [x for x in unified_diff(before.split("\n"), after.split("\n"), lineterm="", n=0) if x[:1] in "+-"][2:]
-    count = sum(map(len, files))
-    return {
-        **mutant,
-        "outcome": outcome if count else "untested",
-        "tests": count,
-        "seconds": time.monotonic() - start,
-        "diff": diff,
-    }
+    found = {"outcome": outcome, "tests": sum(map(len, files)), "wide": wide, "by": failed, "seconds": time.monotonic() - begun}
+    return {**mutant, **found, "diff": diff}
 
 
 def work(out: Path, number: int, workers: int, todo: list[dict[str, Any]]) -> None:
@@ -259,7 +268,10 @@ def work(out: Path, number: int, workers: int, todo: list[dict[str, Any]]) -> No
         importlib.import_module(name)
     places, took = json.loads((out / PLACES).read_text()), json.loads((out / SEEN).read_text())
     for mutant in todo[number::workers]:
-        found = run_one(Path.cwd(), mutant, tests_of(mutant, places, took), took, out / f"log-{number}")
+        wide = mutant.pop("wide", False)
+        files = (files_of if wide else tests_of)(mutant, places, took)
+        seconds = WIDE if wide else GRACE + 3 * sum(took[t] for names in files for t in names)
+        found = run_one(Path.cwd(), mutant, files, seconds, out / f"log-{number}")
         with (out / "results.jsonl").open("a") as f:
             f.write(json.dumps(found) + "\n")
 
@@ -302,18 +314,23 @@ def main() -> int:
     chosen, results = drawn(args.sample, args.seed), out / "results.jsonl"
 
     def known() -> list[dict[str, Any]]:
-        done = list(map(json.loads, results.read_text().splitlines())) if results.exists() else []
-        return [m for m in done if any(m.items() >= c.items() for c in chosen)]
+        """What is known of each that was drawn, its last round."""
+        lines = map(json.loads, results.read_text().splitlines()) if results.exists() else ()
+        last = {tuple(m[k] for k in KEY): m for m in lines}
+        return [m for c in chosen if (m := last.get(tuple(c[k] for k in KEY)))]
 
-    done = known()
-    sample.write_text(json.dumps([c for c in chosen if not any(m.items() >= c.items() for m in done)]))
+    done = {tuple(m[k] for k in KEY) for m in known()}
+    sample.write_text(json.dumps([c for c in chosen if tuple(c[k] for k in KEY) not in done]))
+    start(out, args.workers)
+    again = [m for m in known() if m["outcome"] not in KILLED and not m["wide"]]
+    sample.write_text(json.dumps([{**{k: m[k] for k in (*KEY, "line")}, "wide": True} for m in again]))
     start(out, args.workers)
     found = known()
     for m in found:
-        if m["outcome"] in ("survived", "untested"):
+        if m["outcome"] not in KILLED:
             print(f"{m['outcome']}, {m['tests']} tests: {m['file']}:{m['line']} {m['operator']}", *m["diff"], sep="\n  ")
     count = Counter(m["outcome"] for m in found)
-    killed = count["killed"] + count["timed out"]
+    killed = sum(count[outcome] for outcome in KILLED)
     print(f"{len(found)} mutants: {dict(count)}; {killed / max(1, len(found)):.1%} are seen")
     return 0
 
