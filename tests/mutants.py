@@ -186,14 +186,15 @@ def tests_of(mutant: dict[str, Any], places: dict[str, Any], took: dict[str, flo
     return list(chosen.values())
 
 
-def files_of(mutant: dict[str, Any], places: dict[str, Any], took: dict[str, float]) -> list[list[str]]:
-    """Whole files, every case of them, that run the function, most of its tests first; and those of ranks, if it is about ranks."""
-    source = (ROOT / mutant["file"]).read_text()
+def files_of(mutant: dict[str, Any], places: dict[str, Any]) -> list[list[str]]:
+    """Whole files, every case: of ranks where it is about ranks, those that run the function, those that name the module."""
+    path = ROOT / mutant["file"]
+    source, lines = path.read_text(), places.get(mutant["file"], {})
     near = block(ast.parse(source), mutant["line"])
-    lines = places.get(mutant["file"], {})
+    ranks = RANKS if re.search("shard|group|gather", "\n".join(source.split("\n")[near.start - 1 : near.stop - 1])) else ()
     count = Counter(name.split("::")[0] for name in {name for line in near for name in lines.get(str(line), [])})
-    ranks = re.search("shard|group|gather", "\n".join(source.split("\n")[near.start - 1 : near.stop - 1]))
-    return [[file] for file in [*(RANKS if ranks else ()), *(file for file, _ in count.most_common())]]
+    naming = [str(f.relative_to(ROOT)) for f in (ROOT / "tests").glob("test_*.py") if re.search(rf"\b{path.stem}\b", f.read_text())]
+    return [[file] for file in dict.fromkeys((*ranks, *(file for file, _ in count.most_common()), *sorted(naming)))]
 
 
 def drawn(count: int, seed: int) -> list[dict[str, Any]]:
@@ -269,7 +270,7 @@ def work(out: Path, number: int, workers: int, todo: list[dict[str, Any]]) -> No
     places, took = json.loads((out / PLACES).read_text()), json.loads((out / SEEN).read_text())
     for mutant in todo[number::workers]:
         wide = mutant.pop("wide", False)
-        files = (files_of if wide else tests_of)(mutant, places, took)
+        files = files_of(mutant, places) if wide else tests_of(mutant, places, took)
         seconds = WIDE if wide else GRACE + 3 * sum(took[t] for names in files for t in names)
         found = run_one(Path.cwd(), mutant, files, seconds, out / f"log-{number}")
         with (out / "results.jsonl").open("a") as f:

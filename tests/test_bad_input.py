@@ -200,7 +200,7 @@ OF_THE_CALL: Cases = {
     ),
     "ids_K_0": (GATHERED, lambda w: {"ids": w.ids[..., :0]}, "ids", "K=0"),
     "filter_eps": (TARGETS, lambda w: {"filter_eps": 1.5}, "filter_eps", "[0, 1)", "1.5"),
-    "extras": ("linear_logp", lambda w: {"extras": ("top2",)}, "extras", "mean_logits", "'top2'"),
+    "extras": ("linear_logp", lambda w: {"extras": ("top2", "top3")}, "extras", "mean_logits", "'top2'"),
     "tail_without_ids": ("linear_logp", lambda w: {"tail": True}, "tail", "topk_ids", "None"),
     "hidden_dtype": (SWEEPS, lambda w: {"hidden": w.hidden.bfloat16()}, "hidden", "bfloat16", "weight", "float32"),
     "hidden_integers": (SWEEPS, lambda w: {"hidden": w.hidden.int()}, "hidden", "float32", "int32"),

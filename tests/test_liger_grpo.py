@@ -13,7 +13,7 @@ from torch import Tensor
 import rlad_kernels as rk
 from rlad_kernels.backends.contract import INTERPRET
 from rlad_kernels.integrations.liger import LigerFusedLinearGRPOLoss
-from rlad_kernels.integrations.liger.grpo import LOSSES, grpo
+from rlad_kernels.integrations.liger.grpo import LOSSES, _all_tokens, _divisor, grpo
 from tests.extremes import GAPS, SIGNS, S, exact, hold, tokens
 from tests.sweeps import relative
 
@@ -147,6 +147,19 @@ def test_a_value_without_a_meaning_is_refused(argument: str, bad: float, message
 def test_an_option_without_a_meaning_is_refused_when_made(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{NAME}: {message}"):
         LigerFusedLinearGRPOLoss(**options)
+
+
+@pytest.mark.cpu
+def test_what_each_kind_divides_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's: sequences; the batch's own tokens whatever the accumulated ones are; the longest; all tokens, a process's share."""
+    keep = torch.arange(5) < torch.tensor([[5], [2]])
+    for kind, want in (("grpo", 2.0), ("bnpo", None), ("dr_grpo", 18.0), ("dapo", 31.0), ("cispo", 31.0)):
+        options = LigerFusedLinearGRPOLoss(loss_type=kind, max_completion_length=9).options
+        assert _divisor(options, keep, 31) == want, kind
+        assert _divisor(options, keep, None) == (7.0 if want == 31 else want)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert _all_tokens(keep, 31).item() == 15.5
 
 
 @pytest.mark.parametrize(("kind", "level"), CALLS)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import inspect
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -27,6 +28,17 @@ def test_every_method_has_an_oracle():
 def test_every_method_says_what_its_source_sets(name: str):
     published = METHODS[name].published
     assert published and "\n" not in published and "|" not in published  # a cell of a table
+
+
+@pytest.mark.parametrize("kind", sorted({type(m.loss) for m in METHODS.values()}, key=lambda kind: kind.__name__))
+def test_a_loss_is_a_value_whose_parts_have_names(kind: type):
+    """Options and tensors by name, equal options equal losses, none changed once it is checked."""
+    made = vars(kind)["__dataclass_params__"]
+    assert made.frozen and made.eq
+    if issubclass(kind, rk.TokenLoss):
+        assert {f.name for f in fields(kind) if not f.kw_only} <= {"direction"}  # TopKKL("reverse")
+        _, scores, *tensors = inspect.signature(kind.tokens).parameters.values()
+        assert scores.name == "scores" and all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in tensors)
 
 
 @pytest.mark.parametrize("name", METHODS)

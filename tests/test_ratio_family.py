@@ -188,6 +188,17 @@ def test_a_sequence_level_ratio_needs_the_sequences() -> None:
         rk.linear_loss(p.hidden, p.head, p.target, GSPO(), **near, reduction="token-mean")
 
 
+def test_cispo_counts_the_tokens_it_clips() -> None:
+    """Of those with an advantage: the others send nothing, clipped or not."""
+    logp = torch.tensor([0.5, 0.5, -0.5, -0.5, 0.1, -0.1, 0.1]).log_softmax(0)
+    old, advantages = (
+        logp - torch.tensor([0.5, 0.5, -0.5, -0.5, 0.1, -0.1, 0.5]),
+        torch.tensor([1.0, 0.0, -1.0, 0.0, 1.0, 1.0, -1.0]),
+    )
+    metrics = CISPO(clip=(0.3, 0.4))(logp, old_logp=old, advantages=advantages).metrics
+    assert metrics["clip_frac_high"].item() == pytest.approx(2 / 7) and metrics["clip_frac_low"].item() == pytest.approx(1 / 7)
+
+
 def test_gspo_keeps_or_clips_a_sequence_as_a_whole() -> None:
     old = torch.full((2, 4), -1.0)
     s = torch.tensor([[-1.0, -1.0, -1.0, -0.998], [-0.5, -1.5, -0.9, -1.1]]).requires_grad_()  # mean gaps 5e-4 and 0

@@ -151,6 +151,14 @@ def test_outputs_are_detached_but_for_the_loss() -> None:
         assert torch.equal(trrd(s, o, t, a, ref_logp=b).loss, out.loss)
 
 
+def test_a_teacher_that_does_not_know_a_token_is_no_distance_from_it() -> None:
+    s, o, t, _, a = (x.detach() for x in draw())
+    lost = torch.rand(SHAPE) < 0.3
+    out = trrd(s, o, torch.where(lost, -torch.inf, t), a, TRRD(alpha=0.5))
+    want = torch.where(lost, 0, s.double() - t.double()).mean()
+    assert abs(out.metrics["kl_teacher"].item() - want.item()) <= 16 * torch.finfo(torch.float32).eps
+
+
 def test_metrics_are_means_over_kept_tokens() -> None:
     s, o, t, b, a = draw()
     keep = torch.rand(SHAPE) < 0.6

@@ -129,6 +129,7 @@ def test_what_the_loss_has_no_place_for_is_refused(name: str, tmp_path: Path):
         ({"min_p": 2.0}, r"min_p must be in \[0, 1\], got 2.0"),
         ({"repetition_penalty": 0.0}, r"repetition_penalty must be in \(0, inf\), got 0.0"),
         ({"generation_kwargs": {"temperature": 0.5}}, "generation_kwargs has temperature 0.5, the log-probs are read at"),
+        ({"generation_kwargs": {"temperature": 2.0}}, "generation_kwargs has temperature 2.0, the log-probs are read at"),
         ({"topk": -1}, r"topk must be 0 \(no KL term\) or K > 0, got -1"),
         ({"topk": 2.5}, r"topk must be 0 .*, got 2.5"),
         ({"topk": 5000}, r"topk must have 1 <= K <= 1024, got K=5000"),

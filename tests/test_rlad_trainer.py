@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,6 +58,22 @@ def test_the_gradient_is_rlads(tmp_path: Path):
     assert row["rlad/clip_frac_high"] + row["rlad/clip_frac_low"] > 0 and row["rlad/invalid_teacher"] == 0
     assert {"entropy", "rlad/kl_teacher", "rlad/teacher_mass", "rlad/ratio_max"} < row.keys()
     assert "rlad/student_mass" not in row  # normalize="both" does not read it
+
+
+def test_the_divisor_is_trls():
+    """Of each loss type, with accumulated steps and more than one process; alone in evaluation."""
+    _, trainer = config_and_trainer("RLAD")
+    mask, items = torch.arange(5) < torch.tensor([[5], [2], [4]]), {"num_items_in_batch": torch.tensor(31)}
+    for kind, train_by, eval_by in (("grpo", 6, 3), ("bnpo", 22, 11), ("dr_grpo", 54, 27), ("dapo", 31 / 3 * 2 / 4, 31 / 3)):
+        fake = SimpleNamespace(
+            loss_type=kind, max_completion_length=9, current_gradient_accumulation_steps=2,
+            args=SimpleNamespace(steps_per_generation=4), accelerator=SimpleNamespace(num_processes=3),
+        )  # fmt: skip
+        fake._accumulated = partial(trainer._accumulated, fake)
+        for mode, want in (("train", train_by), ("eval", eval_by)):
+            found = trainer._reduction(fake, mask, items, mode)
+            assert float(found.denominator) == pytest.approx(want), (kind, mode)
+            assert found.kind == ("seq-mean-token-mean" if kind == "grpo" else "token-mean")
 
 
 def test_a_callable_teacher_is_as_good_as_its_model(tmp_path: Path):

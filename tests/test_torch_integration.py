@@ -53,6 +53,10 @@ def cases() -> dict[str, tuple[object, ...]]:
             *plain, p.target, p.ids, mask, *call, *(saved[i] for i in (0, 3, 1, 8, 2, 4, 9)), *saved[11:],
             ones, zero, ones, torch.ones(6, 5), ones, True, True, True,
         ),
+        "linear_logp_bwd hidden": (
+            *plain, p.target, p.ids, mask, *call, *(saved[i] for i in (0, 3, 1, 8, 2, 4, 9)), *saved[11:],
+            ones, zero, ones, torch.ones(6, 5), ones, True, False, False,
+        ),
         "linear_topk": (*plain, p.target, mask, *call, 3, True),
         "linear_gather": (*tensors, p.ids, mask, torch.ones(1), *call[3:], "linear_gather"),
         "linear_gather_bwd": (torch.ones(6, 5), *plain, p.ids, mask, *call[3:], True, True, True),
@@ -83,7 +87,7 @@ def cases() -> dict[str, tuple[object, ...]]:
     }  # fmt: skip
 
 
-VARIANTS = ("linear_logp sparse", "linear_logp kept", "linear_logp frozen", "linear_divergence frozen")
+VARIANTS = ("linear_logp_bwd hidden", "linear_logp sparse", "linear_logp kept", "linear_logp frozen", "linear_divergence frozen")
 HALVES = ("linear_loss float16", "linear_divergence_loss float16")
 ALL = (*SWEEP_OPS, *TOKEN_OPS, "checked", *VARIANTS, *HALVES)
 

@@ -85,6 +85,19 @@ def test_the_gradients_are_the_models_own(name: str, items: torch.Tensor | None)
     assert loss_and_gradients(model, **inputs)[0].logits is not None
 
 
+@pytest.mark.parametrize("ignored", [-100, 0, 7, 300])
+def test_the_label_that_is_left_out_is_the_one_that_is_named(ignored: int):
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    from rlad_kernels.integrations.transformers import causal_lm_loss
+
+    hidden, weight, labels = torch.randn(2, 9, 16), torch.randn(20, 16), torch.randint(0, 20, (2, 9))
+    labels[0, 3:5] = ignored
+    ours = causal_lm_loss(hidden, LMHead(weight), labels, ignore_index=ignored)
+    theirs = ForCausalLMLoss(hidden @ weight.T, labels, 20, ignore_index=ignored)
+    assert abs(ours - theirs) <= 2e-6 * theirs
+
+
 @pytest.mark.parametrize("name", ["Qwen3 MoE", "Mixtral", "Doge"])
 def test_arguments_by_position_count(name: str):
     from rlad_kernels.integrations.transformers import use_rlad_loss
