@@ -17,6 +17,7 @@ from rlad_kernels.losses.methods import METHODS
 from rlad_kernels.losses.ratio.cispo import CISPO
 from rlad_kernels.losses.ratio.gspo import GSPO
 from rlad_kernels.losses.ratio.hdpo import HDPO
+from rlad_kernels.losses.ratio.mopd import MOPD
 from rlad_kernels.losses.ratio.opd import OPD
 from rlad_kernels.losses.ratio.rlsd import RLSD
 from rlad_kernels.losses.ratio.sapo import SAPO
@@ -186,6 +187,13 @@ def test_a_sequence_level_ratio_needs_the_sequences() -> None:
     assert (GSPO().products, GRPO().products) == (4, 3)
     with pytest.raises(ValueError, match=r"^GSPO: the ratio of packed \(N,\) tokens needs Reduction\(seq_ids=…\)"):
         rk.linear_loss(p.hidden, p.head, p.target, GSPO(), **near, reduction="token-mean")
+
+
+def test_mopd_adds_alpha_of_the_outcome() -> None:
+    s = torch.tensor([[-1.0, -2.0, -3.0]]).requires_grad_()
+    teacher, advantages = torch.tensor([[-0.5, -2.5, -3.0]]), torch.tensor([[2.0, 0.0, -1.0]])
+    out = MOPD(advantage_coef=0.25)(s, rollout_logp=s.detach(), teacher_logp=teacher, advantages=advantages, reduction=SUM)
+    assert torch.autograd.grad(out.loss, s)[0].tolist() == [[-1.0, 0.5, 0.25]]  # −((t − s) + Â/4)
 
 
 def test_cispo_counts_the_tokens_it_clips() -> None:

@@ -18,6 +18,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tempered": {"temperature": 0.6, "logit_scale": 1.3},
     "softcap": {"softcap": 4.0, "temperature": 0.8},
+    "softcap below one": {"softcap": 0.8, "temperature": 0.16},
     "padded": {"vocab_size": 211},
 }
 EPS = 2.0**-7
