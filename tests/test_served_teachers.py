@@ -296,3 +296,9 @@ def test_a_served_teacher_trains_as_a_local_one_does() -> None:
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
     whole = rk.linear_loss(hidden, head, target, rlad, teacher=teacher, **given)
     assert whole.loss.isfinite() and whole.metrics["invalid_teacher"].item() == pytest.approx(0.25)
+
+
+def test_two_positions_in_a_tuple_are_no_pair_of_ids_and_log_probs() -> None:
+    for pair in (({3: -0.5}, {4: -1.0}), ({3: -0.5}, []), ([], {3: -0.5}), (None, {3: -0.5})):
+        found, want = (from_logprobs(kind(pair), [3, 4]) for kind in (tuple, list))
+        assert torch.equal(found.ids, want.ids) and torch.equal(found.logp, want.logp)
