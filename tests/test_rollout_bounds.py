@@ -56,3 +56,9 @@ def test_bounds_inside_the_sweep() -> None:
     out = rk.linear_loss(hidden, head, target, GRPO(rollout=Rollout(low=0.5)), **given)
     torch.testing.assert_close(out.token_loss, torch.full((4,), -0.5))
     assert out.metrics["rollout_clip_frac"] == 1
+
+
+def test_the_bounds_that_a_rollout_has_by_itself() -> None:
+    """TIS's: no lower one, and 2."""
+    weights, _ = weights_of(GRPO, Rollout("truncate"))
+    assert weights == pytest.approx([math.exp(-3.0), math.exp(-0.5), 1.0, math.exp(0.5), 2.0, 2.0])

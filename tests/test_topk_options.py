@@ -12,6 +12,7 @@ from torch import Tensor
 
 import rlad_kernels as rk
 from rlad_kernels.losses.methods import METHODS
+from rlad_kernels.losses.support.topk_kl import TopKKL
 from tests.oracles import DTYPES, gradient, hold
 from tests.test_topk_kl_loss import kl, linear_kl
 
@@ -157,6 +158,24 @@ def test_outside_logp_is_the_reverse_kl_to_a_teacher_with_that_log_prob_elsewher
 
     hold(out.token_loss, whole, z.detach(), calls=2)
     hold(torch.autograd.grad(out.loss, z)[0] * N, gradient(whole), z, calls=2)
+
+
+def test_without_the_tail_the_mass_outside_is_what_the_support_leaves():
+    z, head = torch.randn(N, V), rk.LMHead(torch.eye(V))
+    teacher = rk.linear_topk(torch.randn_like(z), head, K)
+    loss = TopKKL(normalize="teacher", outside_logp=-20.0)
+    scores = rk.linear_logp(z, head, teacher.ids[:, 0], topk_ids=teacher.ids, entropy=True, tail=True)
+    found, want = (loss(s, teacher=teacher).token_loss for s in (scores._replace(tail_logp=None), scores))
+    assert (found - want).abs().max() <= 20 * 8 * torch.finfo(torch.float32).eps  # 20 times the rounding of a sum near 1
+
+
+def test_an_infinite_bound_is_none():
+    z, head = torch.randn(N, V), rk.LMHead(torch.eye(V))
+    teacher = rk.linear_topk(torch.randn_like(z), head, K)
+    scores = rk.linear_logp(z, head, teacher.ids[:, 0], topk_ids=teacher.ids, tail=True)
+    bounds = ({}, {"loss_max": math.inf}, {"loss_min": -math.inf})
+    free, above, below = (TopKKL(**b)(scores, teacher=teacher).loss for b in bounds)
+    assert free == above == below
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
