@@ -182,6 +182,20 @@ def test_a_loss_that_the_model_computes_by_itself_is_refused():
         use_rlad_loss(model)
 
 
+def test_a_loss_that_the_model_makes_twice_is_refused():
+    from rlad_kernels.integrations.backbone import without_logits
+
+    model, inputs = tiny.model(), batch()
+
+    def forward(**given: Any) -> Any:
+        out = model(**given)
+        model.loss_function(logits=out.logits, labels=given["labels"], vocab_size=model.config.vocab_size)
+        return out
+
+    with pytest.raises(ValueError, match="^mine: Qwen3ForCausalLM computes its loss from logits by itself"):
+        without_logits("mine", model, forward, inputs, lambda hidden, *args, **kwargs: hidden.sum())
+
+
 def test_lora_with_a_frozen_head():
     peft = pytest.importorskip("peft", reason="peft not installed: pip install -r requirements-dev.txt")
     from rlad_kernels.integrations.transformers import use_rlad_loss

@@ -194,6 +194,21 @@ def test_undo_restores_every_name(monkeypatch: pytest.MonkeyPatch):
     assert after["trl.late", "add_fused_lm_head"] is before["trl.trainer.utils", "add_fused_lm_head"]
 
 
+@pytest.mark.parametrize("times", [1.04, 0.96])
+def test_a_factor_that_the_configuration_does_not_say_is_refused(times: float):
+    from trl.trainer import utils
+
+    from rlad_kernels.integrations.trl import patch as ours
+
+    model = tiny.model("Cohere", logit_scale=0.25)
+    model.logit_scale *= times
+    with (
+        ours.use_rlad_kernels(),
+        pytest.raises(ValueError, match=r"TRL takes the head of CohereForCausalLM for .*'logit_scale': 0.25"),
+    ):
+        utils.add_fused_lm_head(model)
+
+
 def test_wrong_wiring_names_the_fix():
     import trl
     from peft import LoraConfig, get_peft_model
