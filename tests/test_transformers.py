@@ -192,7 +192,7 @@ def test_a_loss_that_the_model_makes_twice_is_refused():
         model.loss_function(logits=out.logits, labels=given["labels"], vocab_size=model.config.vocab_size)
         return out
 
-    with pytest.raises(ValueError, match="^mine: Qwen3ForCausalLM computes its loss from logits by itself"):
+    with pytest.raises(ValueError, match=r"^mine: Qwen3ForCausalLM computes its loss from logits by itself"):
         without_logits("mine", model, forward, inputs, lambda hidden, *args, **kwargs: hidden.sum())
 
 
