@@ -273,6 +273,7 @@ def work(out: Path, number: int, workers: int, todo: list[dict[str, Any]]) -> No
         files = files_of(mutant, places) if wide else tests_of(mutant, places, took)
         seconds = WIDE if wide else GRACE + 3 * sum(took[t] for names in files for t in names)
         found = run_one(Path.cwd(), mutant, files, seconds, out / f"log-{number}")
+        print(f"{found['outcome']:9} {mutant['file']}:{mutant['line']}", file=sys.stderr, flush=True)
         with (out / "results.jsonl").open("a") as f:
             f.write(json.dumps(found) + "\n")
 
