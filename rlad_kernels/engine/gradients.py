@@ -232,7 +232,7 @@ class Gradients:
 
     def add_columns(self, g: Tensor, w: Tensor, columns: Tensor, rows: Tensor, rest: Tensor, unscale: Tensor | None) -> None:
         """Add dlogits ``g`` of ``rows`` and the scattered ``columns``; ``rest`` is the sum of a row's other dlogits."""
-        self.rest[rows] = rest if unscale is None else rest * unscale
+        self.leave(rows, rest, unscale)
         self._add_hidden(g, w, rows, unscale)
         if self._whole is not None:
             part = self._whole.new_empty(len(columns), self._whole.shape[1])
@@ -241,6 +241,10 @@ class Gradients:
         if self.bias is not None:
             total = g.sum(0, dtype=self.bias.dtype)
             self.bias.index_add_(0, columns, total if unscale is None else total * unscale)
+
+    def leave(self, rows: Tensor, rest: Tensor, unscale: Tensor | None) -> None:
+        """Keep the sum of those dlogits of ``rows`` that no column has taken."""
+        self.rest[rows] = rest if unscale is None else rest * unscale
 
     def close(self, cot: Cotangents | None, rows: slice | Tensor, c0: int, c1: int, *, last: bool) -> None:
         """Add to these columns' d_weight what rounding has taken from ``rows``, all of whose dlogits are in; ``last`` casts it."""

@@ -161,10 +161,8 @@ def linear_logp_bwd(
         sent.append(((g_topk != 0) & (topk_ids >= 0)).any(1))
     live = reduce(torch.logical_or, sent) if sent else torch.zeros_like(lse, dtype=torch.bool)
     keep = row_mask("linear_logp", target, mask)
-    counts = sparse.counts(keep_columns, Shard(weight, vocab_size, first, group)) if len(keep_columns) else None
-    filtered = counts is not None and any(
-        c < vocab_size for c in counts.all
-    )  # where each block keeps all columns this is the exact backward
+    counts = sparse.counts(keep_columns, Shard(weight, vocab_size, first, group)) if len(keep_columns) else sparse.Counts([], [])
+    filtered = any(c < vocab_size for c in counts.all)  # where each block keeps all columns this is the exact backward
     kept = Kept(keep if filtered else live if keep is None else live & keep)  # the choice of columns counts the forward's rows
 
     def take(x: Tensor | None) -> Tensor | None:
@@ -180,7 +178,7 @@ def linear_logp_bwd(
     cot = Cotangents.of(slots, *found, *asked, *(None if g is None else kept.take(x) for g, x in made))
     cot.fit(tiles, slice(None))
     out = Gradients(tiles, weight, need_hidden, need_weight, need_bias, scattered=filtered)
-    if counts is not None and filtered:
+    if filtered:
         alive = None if hidden.is_cuda else kept.take(live).nonzero().squeeze(1)  # how many, the host would have to ask
         cot, rows = (cot, slice(None)) if alive is None else (cot.take(alive), alive)
         sparse.backward(tiles, out, cot, alive, keep_columns, counts)

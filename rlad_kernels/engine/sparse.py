@@ -220,7 +220,7 @@ def _through_some(
     factor = inv_temp * tiles.logit_scale
     total = cot.total if cot.total is not None and tiles.shard.leads else torch.zeros_like(inv_temp)  # the ranks' are added
     if not len(columns):
-        grads.rest[rows] = total * factor if cot.unscale is None else total * factor * cot.unscale
+        grads.leave(rows, total * factor, cot.unscale)
         return
     w = tiles.operand(tiles.weight.index_select(0, columns))
     bias = None if tiles.bias is None else tiles.bias.index_select(0, columns)
