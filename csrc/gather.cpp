@@ -1,4 +1,4 @@
-// gather_dot, gather_dhidden, gather_dweight_: products with a few gathered rows of the head, and their gradients.
+// gather_dot, gather_dhidden_, gather_dweight_: products with a few gathered rows of the head, and their gradients.
 #ifndef RLAD_ISA
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -17,7 +17,7 @@ struct GatherArgs {
   const int64_t* order;       // (N·K,) for dweight
   const int32_t* sorted_ids;  // (N·K,) for dweight
   int64_t positions;
-  bool add;  // dweight adds to what is there
+  bool add;  // dhidden and dweight add to what is there
   int64_t col0;  // the id of the first row of d_weight
 };
 
@@ -71,23 +71,21 @@ Mat<T> grad_mat(const Checker& check, const Tensor& grad, int64_t n, int64_t k) 
   return {const_cast<T*>(g.data), g.stride};
 }
 
-Tensor gather_dhidden(const Tensor& grad, const Tensor& weight, const Tensor& ids) {
-  const Checker check("gather_dhidden");
+void gather_dhidden_(const Tensor& out, const Tensor& grad, const Tensor& weight, const Tensor& ids, bool add) {
+  const Checker check("gather_dhidden_");
   check.shape("ids", ids, {kAny, kAny});
   check.shape("weight", weight, {kAny, kAny});
   const int64_t n = ids.size(0), k = ids.size(1), vocab = weight.size(0), d = weight.size(1);
-  Tensor out = torch::stable::new_empty(weight, {n, d});
   by_acc(weight, [&](auto acc) {
     using T = decltype(acc);
     GatherArgs<T> args{};
     args.hidden = check.any_mat("out", out, n, d, true);
     args.weight = check.any_mat("weight", weight, vocab, d, false);
-    args.dim = d, args.vocab = vocab, args.k = k;
+    args.dim = d, args.vocab = vocab, args.k = k, args.add = add;
     args.grad = grad_mat<T>(check, grad, n, k);
     args.ids = check.mat<const int32_t>("ids", ids, ScalarType::Int, n, k);
     for_rows(RLAD_PASS(gather_dhidden<T>), args, n, k * d);
   });
-  return out;
 }
 
 void gather_dweight_(const Tensor& d_weight, const Tensor& grad, const Tensor& hidden, const Tensor& order,
@@ -119,7 +117,7 @@ void gather_dweight_(const Tensor& d_weight, const Tensor& grad, const Tensor& h
 
 STABLE_TORCH_LIBRARY_IMPL(rlad, CPU, m) {
   m.impl("gather_dot", TORCH_BOX(&gather_dot));
-  m.impl("gather_dhidden", TORCH_BOX(&gather_dhidden));
+  m.impl("gather_dhidden_", TORCH_BOX(&gather_dhidden_));
   m.impl("gather_dweight_", TORCH_BOX(&gather_dweight_));
 }
 
@@ -210,7 +208,7 @@ void gather_dhidden(const GatherArgs<T>& a, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int32_t* ids = a.ids.row(i);
       weighted_rows<decltype(w), T>(
-          a.hidden, i, false, a.weight, a.dim, 0, a.k, [&](int64_t k) { return a.grad.row(i)[k]; },
+          a.hidden, i, a.add, a.weight, a.dim, 0, a.k, [&](int64_t k) { return a.grad.row(i)[k]; },
           [&](int64_t k) { return ids[k] < a.vocab ? int64_t(ids[k]) : -1; });
     }
   });

@@ -102,6 +102,7 @@ EPS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2.0**-7, torch
 
 def logp_case(rank: int, world: int, dtype: torch.dtype, **options: Any) -> None:
     hidden, weight, bias, target, ids = problem(dtype)
+    hidden[3] = (hidden[3] * 8).round() / 8  # whose square is the same in every order of its sum
     weight[20], bias[20], target[3] = hidden[3], bias[39], 20  # the largest logit of row 3 twice, here on the lower rank
     weight[36], bias[36] = weight[20], bias[20]
     temperature = torch.rand(len(hidden)) + 0.5
@@ -185,12 +186,17 @@ def gather_case(rank: int, world: int) -> None:
         z = rk.linear_gather(x, heads.head(group), ids, mask=torch.arange(12) != 3)
         found.append((z, heads.gradients(torch.where(z.isinf(), 0, z).square().sum(), x, group)))
     close(*found, EPS[torch.float32])
+    weight, two = weight.bfloat16(), torch.tensor([0, SIZE - 1]).expand(12, 2)  # on different ranks, and nearly cancelling
+    weight[SIZE - 1] = -2 * weight[0]
+    x, head = hidden.bfloat16().requires_grad_(), Heads(rank, world, weight, None, vocab_size=SIZE).head(dist.group.WORLD)
+    (rk.linear_gather(x, head, two) * torch.tensor([1, 0.5 + 2.0**-12])).sum().backward()
+    assert torch.equal(x.grad, -(2.0**-11) * weight[:1].expand(12, -1))
 
 
 def method_case(rank: int, world: int, name: str) -> None:
     """Both roads."""
-    loss, given = LOSSES[name], World()
-    given.weight = (torch.randn(V, given.weight.shape[1]) * 0.4).requires_grad_()
+    loss, given = LOSSES[name], World(dtype=torch.float64)
+    given.weight = (torch.randn(V, given.weight.shape[1]) * 0.4).double().requires_grad_()
     heads = Heads(rank, world, given.weight.detach())
 
     def road(group: Any, sweep: bool) -> tuple[Any, list[Tensor]]:

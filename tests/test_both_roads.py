@@ -18,18 +18,20 @@ LOSSES = {k: m.loss for k, m in rk.METHODS.items() if isinstance(m.loss, rk.Toke
 LOSSES["rlad"] = rk.losses.RLAD(topk=rk.losses.TopKKL(normalize="tail"), topk_coef=0.5, teacher_clamp=2.0)
 LOSSES["opd_discounted"] = rk.losses.OPD(gamma=0.9)
 SWEEP_ONLY = {"rows_skipped"}
+EPS = {torch.float64: 1e-12, torch.float32: 1e-5}  # far above rounding: what differs for another reason shows in float64
+any_dtype = pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.cpu)], ids=str)
 
 
 class World:
     """Hidden states, a head, and a tensor for every name that a method may want."""
 
-    def __init__(self, tokens: int = T) -> None:
-        self.hidden = torch.randn(B, tokens, D, requires_grad=True)
-        self.weight = (torch.randn(V, D) * 0.4).requires_grad_()
+    def __init__(self, tokens: int = T, dtype: torch.dtype = torch.float32) -> None:
+        self.hidden = torch.randn(B, tokens, D).to(dtype).requires_grad_()
+        self.weight = (torch.randn(V, D) * 0.4).to(dtype).requires_grad_()
         self.target = torch.randint(V, (B, tokens))
         self.mask = torch.rand(B, tokens) > 0.3
-        teacher_head = rk.LMHead(torch.randn(V, D) * 0.4)
-        teacher = rk.linear_topk(torch.randn(B, tokens, D), teacher_head, K, target=self.target, entropy=True)
+        teacher_head = rk.LMHead((torch.randn(V, D) * 0.4).to(dtype))
+        teacher = rk.linear_topk(torch.randn(B, tokens, D).to(dtype), teacher_head, K, target=self.target, entropy=True)
         here = rk.linear_logp(self.hidden.detach(), self.head, self.target, topk_ids=teacher.ids)
         noise = torch.randn(4, B, tokens) * 0.3
         self.tensors: dict[str, Any] = {
@@ -69,19 +71,21 @@ def in_the_sweep(loss: rk.TokenLoss, hidden: Tensor, weight: Tensor, target: Ten
 
 def same(got: Any, want: Any, loss: rk.TokenLoss) -> None:
     (out, grads), (exact, exact_grads) = got, want
-    assert (out.loss - exact.loss).abs() <= 2e-6 * (1 + exact.loss.abs())
-    assert torch.allclose(out.token_loss, exact.token_loss, rtol=1e-5, atol=2e-6)
+    eps = EPS[exact.loss.dtype]
+    assert torch.allclose(out.loss, exact.loss, rtol=eps, atol=eps)
+    assert torch.allclose(out.token_loss, exact.token_loss, rtol=eps, atol=eps)
     absent = {"entropy"} if loss.products == 0 else set()  # K rows of the head do not tell it
     assert set(out.metrics) - SWEEP_ONLY - absent == set(exact.metrics) - SWEEP_ONLY - absent
     for k in set(out.metrics) & set(exact.metrics):
-        assert torch.allclose(out.metrics[k], exact.metrics[k], rtol=1e-5, atol=2e-6), k
+        assert torch.allclose(out.metrics[k], exact.metrics[k], rtol=eps, atol=eps), k
     for g, e in zip(grads, exact_grads, strict=True):
-        assert (g - e).abs().max() <= 2e-6 * e.abs().max()
+        assert (g - e).abs().max() <= eps * e.abs().max()
 
 
+@any_dtype
 @pytest.mark.parametrize("name", LOSSES)
-def test_both_roads_agree(name: str) -> None:
-    world, loss = World(), LOSSES[name]
+def test_both_roads_agree(name: str, dtype: torch.dtype) -> None:
+    world, loss = World(dtype=dtype), LOSSES[name]
     same(world.call(in_the_sweep, loss), world.call(on_log_probs, loss), loss)
 
 

@@ -111,9 +111,13 @@ def test_gather_ops(isa, dtype, dim):
     def rounded(got, terms, magnitudes):
         within(got, terms, u * (n * k + 2) * magnitudes + half_ulp(got.dtype) * terms.abs() + 2.0**-25)
 
-    terms, got = torch.where(valid, grad, 0).double()[..., None] * rows, rlad.gather_dhidden(grad, weight, ids)
-    assert got.dtype == dtype
-    rounded(got, terms.sum(1), terms.abs().sum(1))
+    terms = torch.where(valid, grad, 0).double()[..., None] * rows
+    for out_dtype in (dtype, acc):
+        got = torch.zeros(n, dim + 2, dtype=out_dtype)[:, 1:-1]
+        rlad.gather_dhidden_(got, grad, weight, ids, False)
+        rounded(got, terms.sum(1), terms.abs().sum(1))
+        rlad.gather_dhidden_(got.fill_(3), grad, weight, ids, True)
+        rounded(got, terms.sum(1) + 3, terms.abs().sum(1) + 3)
 
     terms = (torch.where(valid, grad, 0).double()[..., None] * hidden.double()[:, None]).view(-1, dim)
     zeros, (sorted_ids, order) = torch.zeros(vocab, dim, dtype=torch.float64), ids.flatten().sort(stable=True)

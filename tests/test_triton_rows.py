@@ -19,7 +19,7 @@ from rlad_kernels.backends.triton.divergence import divergence_
 from rlad_kernels.backends.triton.dlogits import dlogits_
 from rlad_kernels.backends.triton.dropped import dropped_mass
 from rlad_kernels.backends.triton.fold import fold_
-from rlad_kernels.backends.triton.gather import gather_dhidden, gather_dot, gather_dweight_
+from rlad_kernels.backends.triton.gather import gather_dhidden_, gather_dot, gather_dweight_
 from rlad_kernels.backends.triton.outputs import row_outputs
 from rlad_kernels.backends.triton.scale import scale_
 from rlad_kernels.backends.triton.score import score_partials
@@ -287,7 +287,12 @@ def test_gather(dtype, d):
 
     terms = rows * grad.double()[:, :, None]
     want = terms.sum(1)
-    near(gather_dhidden(grad, weight, ids), want, terms.abs().sum(1) * 8 * ULP + rounding(want, dtype))
+    for out_dtype in {dtype, torch.float32}:
+        out = torch.zeros(5, d + 2, dtype=out_dtype)[:, :d]
+        gather_dhidden_(out, grad, weight, ids, False)
+        near(out, want, terms.abs().sum(1) * 8 * ULP + rounding(want, out_dtype))
+        gather_dhidden_(out.fill_(5), grad, weight, ids, True)
+        near(out, want + 5, (terms.abs().sum(1) + 5) * 8 * ULP + rounding(want + 5, out_dtype))
 
     terms = torch.einsum("nkv,nk,nd->nkvd", onehot, grad.double(), hidden.double()).flatten(0, 1)
     want, size = terms.sum(0), terms.abs().sum(0)
@@ -310,7 +315,8 @@ def test_every_kernel_runs_is_counted_and_refuses_float64():
     fold_(*plain(one), ids, fresh_stats(1), one.clone(), True, True)
     fold_topk_(*plain(one), ids, fresh_stats(1), one.clone(), -INF * one, ids - 1, True)
     dlogits_(one.clone(), *plain(one), none.to(I32), none, torch.ones(6, 1), ids, None, True, True)
-    gather_dweight_(one.clone(), gather_dot(one, one, ids), gather_dhidden(one, one, ids), ids[0].long(), ids[0], False)
+    gather_dhidden_(one.clone(), one, one, ids, False)
+    gather_dweight_(one.clone(), gather_dot(one, one, ids), one, ids[0].long(), ids[0], False)
     clipped_ratio(one[0], one[0], None, one[0], None, numbers(1.0, 0.2, 0.2, INF, 0.0, 0.0), "k3")
     topk_kl(one, ids, one, None, None, "reverse", "both")
     score_partials(four, four, None, one[0], 1.0, 0.0, ids, True, True)

@@ -37,7 +37,7 @@ ROW_OPS = {
     "float teacher_softcap, Tensor teacher_norm, Tensor rows, str family, float a, float b, float c, bool accumulate, "
     "Tensor(d!)? sums=None) -> ()",
     "gather_dot": "(Tensor hidden, Tensor weight, Tensor ids) -> Tensor",
-    "gather_dhidden": "(Tensor grad, Tensor weight, Tensor ids) -> Tensor",
+    "gather_dhidden_": "(Tensor(a!) out, Tensor grad, Tensor weight, Tensor ids, bool add) -> ()",
     "gather_dweight_": "(Tensor(a!) d_weight, Tensor grad, Tensor hidden, Tensor order, Tensor sorted_ids, bool add, int col0=0) "
     "-> ()",
     "score_partials": f"({HEAD}, Tensor inv_temp, float logit_scale, float softcap, Tensor slots, bool entropy, bool extras) "
@@ -145,11 +145,6 @@ def _(keep, logits, bias, inv_temp, logit_scale, softcap, lse, block):
 @torch.library.register_fake("rlad::gather_dot")
 def _(hidden, weight, ids):
     return hidden.new_empty(ids.shape, dtype=acc_dtype(hidden.dtype))
-
-
-@torch.library.register_fake("rlad::gather_dhidden")
-def _(grad, weight, ids):
-    return weight.new_empty(ids.shape[0], weight.shape[1])
 
 
 @torch.library.register_fake("rlad::clipped_ratio")

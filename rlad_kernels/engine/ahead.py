@@ -54,7 +54,7 @@ def whole_rows(
         for c0, c1, w in tiles.columns():
             tiles.add_product(made.slope[at], backward_tile(tiles, cot, x[:, c0:c1], c0, tiles.inv_temp[at]), w, cot.unscale)
         if cot.lost is not None:
-            made.slope[at] += torch.ops.rlad.gather_dhidden(cot.lost, tiles.weight, cot.target)
+            torch.ops.rlad.gather_dhidden_(made.slope[at], cot.lost, tiles.weight, cot.target, True)
     if means is not None:
         means.finish()
     return *tiles.shard.merged(chunks.stats, chunks.slot_logits), made
@@ -76,16 +76,17 @@ def from_slope(
     g_lse: Tensor | None,
 ) -> Tensor:
     """d_hidden = a·∂logp/∂h + l·∂lse/∂h, where ∂lse/∂h = ∂z_y/∂h − ∂logp/∂h."""
+    keep, some = row_mask("linear_logp", target, mask), g_lse is not None
     g_logp, g_lse = (torch.zeros_like(lse) if g is None else g for g in (g_logp, g_lse))
-    keep = row_mask("linear_logp", target, mask)
-    ids = target if keep is None else torch.where(keep, target, -1)
-    ids = torch.where((ids < 0) | (ids >= vocab_size), -1, ids).to(torch.int32).unsqueeze(1)
-    factor = inv_temp.expand_as(lse) * logit_scale
-    if softcap:
-        raw = torch.ops.rlad.gather_dot(hidden, weight[:vocab_size], ids).squeeze(1)
-        raw = raw if bias is None else raw + bias.to(raw.dtype)[ids.squeeze(1).clamp_min(0).long()]
-        factor = factor * (1 - torch.tanh(raw * logit_scale / softcap).square())
-    at_target = torch.ops.rlad.gather_dhidden((g_lse * factor).unsqueeze(1).contiguous(), weight[:vocab_size], ids)
-    d_hidden = at_target + (g_logp - g_lse).unsqueeze(1) * slope
+    d_hidden = (g_logp - g_lse).unsqueeze(1) * slope
+    if some:
+        ids = target if keep is None else torch.where(keep, target, -1)
+        ids = torch.where((ids < 0) | (ids >= vocab_size), -1, ids).to(torch.int32).unsqueeze(1)
+        g = g_lse * inv_temp * logit_scale
+        if softcap:
+            raw = torch.ops.rlad.gather_dot(hidden, weight[:vocab_size], ids).squeeze(1)
+            raw = raw if bias is None else raw + bias.to(raw.dtype)[ids.squeeze(1).clamp_min(0).long()]
+            g = g * (1 - torch.tanh(raw * logit_scale / softcap).square())
+        torch.ops.rlad.gather_dhidden_(d_hidden, g.unsqueeze(1), weight[:vocab_size], ids, True)
     live = (g_logp != 0) | (g_lse != 0)  # a row that nothing is sent back to has no gradient, whatever its slope is
     return torch.where((live if keep is None else live & keep).unsqueeze(1), d_hidden, 0).to(hidden.dtype)

@@ -68,7 +68,9 @@ def linear_gather_bwd(
     grad = grad.to(acc_dtype(hidden.dtype)).contiguous()
     d_hidden, d_weight, d_bias = hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     if need_hidden:
-        d_hidden = shard.summed(torch.ops.rlad.gather_dhidden(grad, weight[: shard.columns], ids))
+        d_hidden = hidden.new_empty(hidden.shape, dtype=hidden.dtype if shard.group is None else grad.dtype)
+        torch.ops.rlad.gather_dhidden_(d_hidden, grad, weight[: shard.columns], ids, False)
+        d_hidden = shard.summed(d_hidden).to(hidden.dtype)
     if need_weight or need_bias:
         sorted_ids, order = ids.flatten().sort(stable=True)
     if need_weight:

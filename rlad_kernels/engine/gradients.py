@@ -263,7 +263,10 @@ class Gradients:
         if cot.lost is None:
             return
         if self.hidden is not None:
-            self.hidden[rows] += torch.ops.rlad.gather_dhidden(cot.lost, self.tiles.weight, cot.target)
+            part = self.hidden[rows]
+            torch.ops.rlad.gather_dhidden_(part, cot.lost, self.tiles.weight, cot.target, True)
+            if not isinstance(rows, slice):
+                self.hidden[rows] = part
         if self.bias is not None:
             sorted_ids, order = cot.sorted()
             ones = self.tiles.hidden.new_ones(len(cot.target), 1)

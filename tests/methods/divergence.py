@@ -50,7 +50,8 @@ def jsd(lq: Tensor, lp: Tensor, beta: float = 0.5) -> Tensor:
 
 def abkd(lq: Tensor, lp: Tensor, alpha: float = 0.2, beta: float = 0.7) -> Tensor:
     q, p, s = lq.exp(), lp.exp(), alpha + beta
-    return -(p**alpha * q**beta - alpha / s * p**s - beta / s * q**s).sum(-1) / (alpha * beta)
+    own_p, own_q = p**alpha * p**beta, q**alpha * q**beta  # of the power s, which is not the sum of the others to the last place
+    return -(p**alpha * q**beta - alpha / s * own_p - beta / s * own_q).sum(-1) / (alpha * beta)
 
 
 def power(lq: Tensor, lp: Tensor, lam: float = 2 / 3) -> Tensor:

@@ -48,8 +48,10 @@ def gather_dot_kernel(out, hidden, stride_h, weight, stride_w, ids, V, D, K, BLO
 
 
 @triton.jit(do_not_specialize=["V", "K"])
-def gather_dhidden_kernel(out, grad, weight, stride_w, ids, V, D, K, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
-    """out[i, d] = Σ_k grad[i, k] · weight[ids[i, k], d] over the ids in [0, V)."""
+def gather_dhidden_kernel(
+    out, stride_o, grad, weight, stride_w, ids, V, D, K, ADD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """out[i, d] (+)= Σ_k grad[i, k] · weight[ids[i, k], d] over the ids in [0, V)."""
     i_n = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     b_acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
@@ -61,7 +63,11 @@ def gather_dhidden_kernel(out, grad, weight, stride_w, ids, V, D, K, BLOCK_K: tl
         p_w = weight + b_id.to(tl.int64)[:, None] * stride_w + o_d[None, :]
         b_w = tl.load(p_w, mask=m_id[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
         b_acc += b_g[:, None] * b_w
-    tl.store(out + i_n * D + o_d, cast(tl.sum(b_acc, 0), out.dtype.element_ty), mask=o_d < D)
+    p_out = out + i_n * stride_o + o_d
+    b_sum = tl.sum(b_acc, 0)
+    if ADD:
+        b_sum += tl.load(p_out, mask=o_d < D, other=0.0).to(tl.float32)
+    tl.store(p_out, cast(b_sum, out.dtype.element_ty), mask=o_d < D)
 
 
 @triton.jit(do_not_specialize=["V", "K", "P", "col0"])
@@ -132,20 +138,20 @@ def gather_dot(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) ->
     return out
 
 
-def gather_dhidden(grad: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """(N, D) in the weight's dtype: Σ_k grad[i, k] · weight[ids[i, k]], summed in float32, bad ids skipped."""
-    require_dtype("gather_dhidden", HALVES, weight=weight)
-    require_dtype("gather_dhidden", grad=grad)
+def gather_dhidden_(out: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, add: bool) -> None:
+    """Write (or `add`) into `out (N, D)`, float32 or 16 bits, Σ_k grad[i, k] · weight[ids[i, k]], made in float32; no bad ids."""
+    require_dtype("gather_dhidden_", HALVES, out=out, weight=weight)
+    require_dtype("gather_dhidden_", grad=grad)
     n, k = ids.shape
     d = weight.shape[1]
     row = pick(DHIDDEN_TABLE, d)
-    out = torch.empty((n, d), dtype=weight.dtype, device=weight.device)
     grid = (n, triton.cdiv(d, dict(row.blocks)["BLOCK_D"]))
     launch(
         gather_dhidden_kernel,
         grid,
         row,
         out,
+        out.stride(0),
         grad.contiguous(),
         weight,
         weight.stride(0),
@@ -153,8 +159,8 @@ def gather_dhidden(grad: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) 
         weight.shape[0],
         d,
         k,
+        ADD=add,
     )
-    return out
 
 
 def gather_dweight_(
@@ -203,7 +209,9 @@ def dot_cases() -> Iterator[Case]:
 def dhidden_cases() -> Iterator[Case]:
     for dtype in HALVES:
         for d in sizes(DHIDDEN_TABLE, D):
-            yield Case(f"{dtype} D={d}", gather_dhidden, (meta(R, J), meta(V, d, dtype=dtype), ids(R, J)))
+            for out, add in {(dtype, False), (torch.float32, False), (torch.float32, True)}:
+                args = (meta(R, d, dtype=out), meta(R, J), meta(V, d, dtype=dtype), ids(R, J), add)
+                yield Case(f"{dtype} → {out} D={d} add={add}", gather_dhidden_, args)
 
 
 def dweight_cases() -> Iterator[Case]:
@@ -217,5 +225,5 @@ def dweight_cases() -> Iterator[Case]:
 
 
 add_kernel(gather_dot_kernel, gather_dot, DOT_TABLE, dot_cases, max_registers=80, wide=(WIDE_LOAD,))
-add_kernel(gather_dhidden_kernel, gather_dhidden, DHIDDEN_TABLE, dhidden_cases, max_registers=72)
+add_kernel(gather_dhidden_kernel, gather_dhidden_, DHIDDEN_TABLE, dhidden_cases, max_registers=72)
 add_kernel(gather_dweight_kernel, gather_dweight_, DWEIGHT_TABLE, dweight_cases, max_registers=96)
