@@ -126,7 +126,9 @@ class Roundings(TorchDispatchMode):
         return self.off(beta * c + alpha * self._mm(a, b))
 
 
-def spread(formula: Callable[[], Tensor | Sequence[Tensor]], eps: float = EPS) -> tuple[list[Tensor], list[float]]:
+def spread(
+    formula: Callable[[], Tensor | Sequence[Tensor]], eps: float = EPS, trials: int = TRIALS
+) -> tuple[list[Tensor], list[float]]:
     """The tensors that ``formula`` gives in float64, and how far rounding to ``eps`` may take the worst element of each."""
 
     def run() -> list[Tensor]:
@@ -134,7 +136,7 @@ def spread(formula: Callable[[], Tensor | Sequence[Tensor]], eps: float = EPS) -
         return [x.detach() for x in ([out] if isinstance(out, Tensor) else out)]
 
     exact, worst = run(), None
-    for trial in range(TRIALS):
+    for trial in range(trials):
         with Roundings(trial):
             found = run()
         off = [largest(a - b) for a, b in zip(found, exact, strict=True)]

@@ -191,7 +191,7 @@ def cases(
         hidden, weight.to(dtype), None if bias is None else bias.to(dtype), target, ids, mask, keep, source, kind,
         {"logit_scale": scale, "softcap": pick(draw, None, None, 5.0, 30.0), "temperature": temperature,
          "vocab_size": pick(draw, size, size if padding else None)},
-        (pick(draw, None, 1, 2, 7), pick(draw, None, 1, 7, 16)), pick(draw, True, True, False),
+        (pick(draw, None, 1, 2, 7), pick(draw, None, 1 if size <= 16 else 7, 7, 16)), pick(draw, True, True, False),
         pick(draw, None, True) if INTERPRET or DEVICE != "cpu" else None,
     )  # fmt: skip
     if temperature == "rows":
