@@ -76,17 +76,17 @@ def from_slope(
     g_lse: Tensor | None,
 ) -> Tensor:
     """d_hidden = a·∂logp/∂h + l·∂lse/∂h, where ∂lse/∂h = ∂z_y/∂h − ∂logp/∂h."""
-    keep, some = row_mask("linear_logp", target, mask), g_lse is not None
-    g_logp, g_lse = (torch.zeros_like(lse) if g is None else g for g in (g_logp, g_lse))
-    d_hidden = (g_logp - g_lse).unsqueeze(1) * slope
-    if some:
+    keep = row_mask("linear_logp", target, mask)
+    a, l = (torch.zeros_like(lse) if g is None else g for g in (g_logp, g_lse))
+    d_hidden = (a - l).unsqueeze(1) * slope
+    if g_lse is not None:
         ids = target if keep is None else torch.where(keep, target, -1)
         ids = torch.where((ids < 0) | (ids >= vocab_size), -1, ids).to(torch.int32).unsqueeze(1)
-        g = g_lse * inv_temp * logit_scale
+        g = l * inv_temp * logit_scale
         if softcap:
             raw = torch.ops.rlad.gather_dot(hidden, weight[:vocab_size], ids).squeeze(1)
             raw = raw if bias is None else raw + bias.to(raw.dtype)[ids.squeeze(1).clamp_min(0).long()]
             g = g * (1 - torch.tanh(raw * logit_scale / softcap).square())
         torch.ops.rlad.gather_dhidden_(d_hidden, g.unsqueeze(1), weight[:vocab_size], ids, True)
-    live = (g_logp != 0) | (g_lse != 0)  # a row that nothing is sent back to has no gradient, whatever its slope is
+    live = (a != 0) | (l != 0)  # a row that nothing is sent back to has no gradient, whatever its slope is
     return torch.where((live if keep is None else live & keep).unsqueeze(1), d_hidden, 0).to(hidden.dtype)
