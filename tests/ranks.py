@@ -1,4 +1,4 @@
-"""Functions on several processes of one gloo group, with a watchdog: a rank that waits for another ends the test, not the suite."""
+"""Functions on several processes of one group, with a watchdog: a rank that waits for another ends the test, not the suite."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ SECONDS = 60  # of work; a process that is being started is not counted
 _RUN = f"""
 import datetime, gc, sys
 import torch, torch.distributed as dist
-rank, world, folder, module, name = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+rank, world, folder, module, name, backend = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
 torch.set_num_threads(1)
+if backend == "nccl":
+    torch.cuda.set_device(rank)
+    torch.set_default_device(f"cuda:{{rank}}")  # before the module is imported
 import importlib
 function = getattr(importlib.import_module(module), name)
 store = dist.FileStore(folder + "/store", world)
-dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds={SECONDS}))
+dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds={SECONDS}))
 function(rank, world)
 gc.collect()  # DDP's reducer before its group: see tests/engine_recipes.py
 dist.barrier()
@@ -27,8 +30,8 @@ dist.destroy_process_group()
 """
 
 
-def on_ranks(function: Callable[[int, int], Any], world: int) -> None:
-    """Run ``function(rank, world)``, of a module's top level, on each rank.
+def on_ranks(function: Callable[[int, int], Any], world: int, backend: str = "gloo") -> None:
+    """Run ``function(rank, world)``, of a module's top level, on each rank; under "nccl" each has a GPU of its own.
 
     Raises:
         AssertionError: with what a rank wrote, where one fails or does not end.
@@ -36,7 +39,7 @@ def on_ranks(function: Callable[[int, int], Any], world: int) -> None:
     root = Path(__file__).parents[1]
     env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with tempfile.TemporaryDirectory() as folder:
-        args = [str(world), folder, function.__module__, function.__name__]
+        args = [str(world), folder, function.__module__, function.__name__, backend]
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-c", _RUN, str(rank), *args], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

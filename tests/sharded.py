@@ -24,6 +24,7 @@ from rlad_kernels.losses.vocab.weighed import adaptive_coefficients
 from tests.exact_divergences import ALONE
 from tests.test_both_roads import LOSSES, World, same
 
+HERE = torch.get_default_device().type  # of a rank: see tests/ranks.py
 V, SIZE = 40, 37  # rows of the head, and those that are tokens: the rest is padding
 CUTS = {2: (0, 25, 40), 3: (0, 19, 19, 40), 4: (0, 1, 30, 38, 40)}  # uneven; one of three is empty, one of four all padding
 EXTRAS = ("mean_logits", "is_top1", "log_sum_sq_probs")
@@ -48,7 +49,7 @@ class Heads:
             return [*found]
         parts: list[Any] = [None] * group.size()
         dist.all_gather_object(parts, found[1:], group=group)
-        return [found[0], *(torch.cat(x) for x in zip(*parts, strict=True))]
+        return [found[0], *(torch.cat([y.to(hidden.device) for y in x]) for x in zip(*parts, strict=True))]
 
 
 def close(got: Any, want: Any, eps: float, what: str = "") -> None:
@@ -118,7 +119,7 @@ def logp_case(rank: int, world: int, dtype: torch.dtype, **options: Any) -> None
 
 def filtered_case(rank: int, world: int) -> None:
     """The sparse backward, some blocks of tokens exact: which columns are kept is a matter of whole rows."""
-    block = sparse.BLOCK["cpu"]
+    block = sparse.BLOCK[HERE]
     for dtype, given in (
         (torch.float32, {}),
         (torch.float32, {"softcap": 30.0}),
@@ -195,8 +196,8 @@ def gather_case(rank: int, world: int) -> None:
 
 def method_case(rank: int, world: int, name: str) -> None:
     """Both roads."""
-    loss, given = LOSSES[name], World(dtype=torch.float64)
-    given.weight = (torch.randn(V, given.weight.shape[1]) * 0.4).double().requires_grad_()
+    loss, given = LOSSES[name], World(dtype=torch.float64 if HERE == "cpu" else torch.float32)
+    given.weight = (torch.randn(V, given.weight.shape[1]) * 0.4).to(given.hidden.dtype).requires_grad_()
     heads = Heads(rank, world, given.weight.detach())
 
     def road(group: Any, sweep: bool) -> tuple[Any, list[Tensor]]:
@@ -264,7 +265,7 @@ def adaptive_case(rank: int, world: int) -> None:
 
 def dtensor_case(rank: int, world: int) -> None:
     """A DTensor of sharded rows, its gradient one too; a replicated one; and what is refused."""
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = init_device_mesh(HERE, (world,))
     weight, hidden, target = torch.randn(V, 16), torch.randn(6, 16, requires_grad=True), torch.arange(6)
     whole = weight.clone().requires_grad_()
     want = torch.autograd.grad(rk.linear_logp(hidden, rk.LMHead(whole), target).logp.sum(), (hidden, whole))
@@ -295,7 +296,7 @@ def refused_case(rank: int, world: int) -> None:
         "group must be a torch.distributed.ProcessGroup": lambda: rk.LMHead(weight, group="tp"),  # type: ignore[arg-type]
     }
     for message, call in calls.items():
-        with pytest.raises(ValueError, match=re.escape(message)):
+        with rk.set_checks(True), pytest.raises(ValueError, match=re.escape(message)):
             call()
 
 
@@ -348,7 +349,7 @@ def bytes_case(rank: int, world: int) -> None:
 
 
 def named() -> Iterator[tuple[str, Callable[[int, int], None]]]:
-    for dtype in EPS:
+    for dtype in EPS if HERE == "cpu" else list(EPS)[1:]:  # float64 is the CPU's
         yield f"logp {str(dtype).removeprefix('torch.')}", partial(logp_case, dtype=dtype)
     yield "logp kept", partial(logp_case, dtype=torch.float32, keep=1 << 12)
     for case in (

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 
 import pytest
+import torch
 
+from tests.conftest import DEVICE
 from tests.ranks import SECONDS, on_ranks
 from tests.sharded import CUTS, killed, work
 
@@ -14,6 +16,13 @@ from tests.sharded import CUTS, killed, work
 @pytest.mark.parametrize("world", CUTS)
 def test_ranks_together_are_one(world: int) -> None:
     on_ranks(work, world)
+
+
+@pytest.mark.parametrize("world", CUTS)
+def test_gpus_together_are_one(world: int) -> None:
+    if DEVICE == "cpu" or torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs")
+    on_ranks(work, world, "nccl")
 
 
 @pytest.mark.cpu
