@@ -18,7 +18,7 @@ LOSSES = {k: m.loss for k, m in rk.METHODS.items() if isinstance(m.loss, rk.Toke
 LOSSES["rlad"] = rk.losses.RLAD(topk=rk.losses.TopKKL(normalize="tail"), topk_coef=0.5, teacher_clamp=2.0)
 LOSSES["opd_discounted"] = rk.losses.OPD(gamma=0.9)
 SWEEP_ONLY = {"rows_skipped"}
-EPS = {torch.float64: 1e-12, torch.float32: 1e-5}  # far above rounding: what differs for another reason shows in float64
+EPS = {torch.float64: 2e-13, torch.float32: 2e-6}  # far above rounding in float64: what differs there differs for another reason
 any_dtype = pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.cpu)], ids=str)
 
 
@@ -69,15 +69,15 @@ def in_the_sweep(loss: rk.TokenLoss, hidden: Tensor, weight: Tensor, target: Ten
     )  # fmt: skip
 
 
-def same(got: Any, want: Any, loss: rk.TokenLoss) -> None:
+def same(got: Any, want: Any, loss: rk.TokenLoss, eps: float | None = None) -> None:
     (out, grads), (exact, exact_grads) = got, want
-    eps = EPS[exact.loss.dtype]
+    eps = eps or EPS[exact.loss.dtype]
     assert torch.allclose(out.loss, exact.loss, rtol=eps, atol=eps)
-    assert torch.allclose(out.token_loss, exact.token_loss, rtol=eps, atol=eps)
+    assert torch.allclose(out.token_loss, exact.token_loss, rtol=5 * eps, atol=eps)
     absent = {"entropy"} if loss.products == 0 else set()  # K rows of the head do not tell it
     assert set(out.metrics) - SWEEP_ONLY - absent == set(exact.metrics) - SWEEP_ONLY - absent
     for k in set(out.metrics) & set(exact.metrics):
-        assert torch.allclose(out.metrics[k], exact.metrics[k], rtol=eps, atol=eps), k
+        assert torch.allclose(out.metrics[k], exact.metrics[k], rtol=5 * eps, atol=eps), k
     for g, e in zip(grads, exact_grads, strict=True):
         assert (g - e).abs().max() <= eps * e.abs().max()
 
