@@ -20,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 CASES = [  # sizes at which what is counted is hundreds of megabytes
     ("naive", 2048, 64, 32_768, "float32", 8, 0),
     ("linear_loss", 1024, 64, 262_144, "float32", 8, 0),
+    ("linear_loss", 1024, 640, 131_072, "bfloat16", 8, 0),
+    ("linear_loss", 640, 64, 262_144, "bfloat16", 8, 0),
     ("linear_logp", 64, 640, 131_072, "float32", 8, 0),
     ("linear_logp", 64, 640, 262_144, "bfloat16", 8, 0),
     ("linear_logp", 1024, 64, 131_072, "float32", 8, 400 << 20),

@@ -213,7 +213,7 @@ def _send(grads: Gradients, at: slice, g: Tensor) -> None:
         part = g[:, c0:c1]
         if part.dtype == tiles.grad_dtype:
             return part
-        return tiles.buffer(len(g), c1 - c0, tiles.grad_dtype).copy_(part if scale is None else part * scale)
+        return grads.room(len(g), c0, c1).copy_(part if scale is None else part * scale)
 
     grads.add_chunk(at, at, tile, None if scale is None else 1 / scale, None)
 

@@ -18,6 +18,7 @@ from rlad_kernels.backends.contract import on_cpu
 from rlad_kernels.core.dtypes import held_dtype
 from rlad_kernels.engine.statistics import merge_slots
 from rlad_kernels.engine.tiles import Tiles, empty
+from rlad_kernels.engine.waiting import Waiting
 
 NEAR = -0.5  # a log-prob from which 1 − p is formed as −expm1(log p)
 
@@ -180,7 +181,8 @@ class Gradients:
     """The gradients asked for, accumulated in the accumulation dtype and cast once.
 
     ``whole`` keeps all of d_weight in the accumulation dtype, for loops with tokens outermost, and leaves float16 gradients in
-    it, for a loss scale that is not known yet; otherwise one vocabulary tile's slab at a time is enough. ``scattered`` starts
+    it, for a loss scale that is not known yet; otherwise one vocabulary tile's slab at a time is enough. Where dlogits
+    :class:`Waiting` for all rows take no more memory than the whole, they do that instead. ``scattered`` starts
     it from zero, for :meth:`add_columns` instead of :meth:`add`, which leaves in ``rest (N,)`` the part of each row's dlogits
     that no column has taken.
     """
@@ -204,9 +206,11 @@ class Gradients:
         self.hidden = (zeros if some_rows else new)(tiles.n, weight.shape[1]) if need_hidden else None
         self.bias = zeros(weight.shape[0]) if need_bias else None
         self.rest = zeros(tiles.n) if scattered else new(0)
-        self.weight, self._whole, self._slab = None, None, None
+        self.weight, self._whole, self._slab, self._waiting, self._row = None, None, None, None, None
         if need_weight:
             exact = self.dtype == tiles.acc
+            if whole and not scattered and not exact and Waiting.pays(tiles.n, weight.shape[1], tiles.grad_dtype):
+                self._waiting, whole = Waiting(tiles), False
             self._whole = empty(tiles.inv_temp, *weight.shape) if whole or scattered or exact else None
             self.weight = self._whole if exact else empty(weight, *weight.shape)
             empty_rows = 0 if scattered or tiles.n == 0 else tiles.vocab  # from here on nothing else writes
@@ -218,7 +222,7 @@ class Gradients:
         """Add dlogits ``g`` of ``rows`` and the columns from c0, with weight rows ``w``; ``first`` overwrites d_weight there."""
         c1 = c0 + g.shape[1]
         self._add_hidden(g, w, rows, unscale, first=c0 == 0)
-        if self.weight is not None:
+        if self.weight is not None and self._waiting is None:
             if self._whole is not None:
                 slab = self._whole[c0:c1]
             elif first or self._slab is None:
@@ -248,7 +252,7 @@ class Gradients:
 
     def close(self, cot: Cotangents | None, rows: slice | Tensor, c0: int, c1: int, *, last: bool) -> None:
         """Add to these columns' d_weight what rounding has taken from ``rows``, all of whose dlogits are in; ``last`` casts it."""
-        if self.weight is None or self.tiles.n == 0:
+        if self.weight is None or self.tiles.n == 0 or self._waiting is not None:
             return
         slab = self._slab if self._whole is None else self._whole[c0:c1]
         assert slab is not None
@@ -280,6 +284,7 @@ class Gradients:
             whole[:vocab] += row
             if whole is not self.weight:
                 self.weight[:vocab] = whole[:vocab]
+        self._row = row
         if self.bias is not None:
             self.bias[:vocab] += bias
 
@@ -292,6 +297,14 @@ class Gradients:
             self.close(cot, rows, c0, c1, last=at.stop == self.tiles.n)
         if cot is not None:
             self.close_rows(cot, rows)
+        if self._waiting is not None:
+            self._waiting.close(rows, None if cot is None else cot.target, None if cot is None else cot.lost)
+
+    def room(self, rows: int, c0: int, c1: int) -> Tensor:
+        """Where dlogits of the next ``rows`` and these columns go that do not take their logits' place."""
+        if self._waiting is not None:
+            return self._waiting.tile(rows, c0, c1)
+        return self.tiles.buffer(rows, c1 - c0, self.tiles.grad_dtype)
 
     def _add_hidden(self, g: Tensor, w: Tensor, rows: slice | Tensor, unscale: Tensor | None, *, first: bool = False) -> None:
         if self.hidden is None:
@@ -307,18 +320,26 @@ class Gradients:
         """d_hidden, d_weight, d_bias in the head's dtype, or the one they wait in; empty where not asked for."""
         if self._scattered and self.weight is not None and self._whole is not None and self._whole is not self.weight:
             self.weight.copy_(self._whole)
+        if self._waiting is not None and self.weight is not None:
+            self._waiting.finish(self.weight, self._row)
         hidden = None if self.hidden is None else self.tiles.shard.summed(self.hidden).to(self.dtype)
         bias = None if self.bias is None else self.bias.to(self.dtype)
         absent = self.tiles.weight.new_empty  # an op's outputs may not alias: each absent one is a tensor of its own
         return tuple(absent(0) if x is None else x for x in (hidden, self.weight, bias))  # type: ignore[return-value]
 
 
-def backward_tile(tiles: Tiles, cot: Cotangents, x: Tensor, c0: int, inv_temp: Tensor, *, whole: bool = False) -> Tensor:
+def backward_tile(
+    tiles: Tiles, cot: Cotangents, x: Tensor, c0: int, inv_temp: Tensor, grads: Gradients | None = None, *, whole: bool = False
+) -> Tensor:
     """dlogits of one tile of raw logits ``x``, in place where the dtype allows and ``x`` need not stay ``whole``.
 
-    ``cot`` and ``inv_temp`` are its rows'.
+    ``cot`` and ``inv_temp`` are its rows'; ``grads`` has room for them where they are to be added to it.
     """
-    g = x if tiles.grad_dtype == x.dtype and not whole else tiles.buffer(x.shape[0], x.shape[1], tiles.grad_dtype)
+    n, cols = x.shape
+    if tiles.grad_dtype == x.dtype and not whole:
+        g = x
+    else:
+        g = tiles.buffer(n, cols, tiles.grad_dtype) if grads is None else grads.room(n, c0, c0 + cols)
     head = (tiles.bias_tile(c0, c0 + x.shape[1]), inv_temp, tiles.logit_scale, tiles.softcap)
     torch.ops.rlad.dlogits_(g, x, c0, *head, cot.slots, cot.slot_dz, cot.rows, cot.target, cot.lost, cot.entropy, cot.tail)
     return g

@@ -171,7 +171,7 @@ def _backward(
 
         def tile(c0: int, c1: int) -> Tensor:
             part = x[:, c0:c1] if live is None else x[:, c0:c1].index_select(0, live)
-            return backward_tile(tiles, cot, part, c0, tiles.inv_temp[rows])
+            return backward_tile(tiles, cot, part, c0, tiles.inv_temp[rows], grads)
 
         grads.add_chunk(at, rows, tile, cot.unscale, cot)
         return {"rows_skipped": skipped}

@@ -53,6 +53,11 @@ def tile_sizes(
     return rows, min(round_up(cols, _WHOLE[device]), vocab)
 
 
+def slab_columns(device: str, width: int, itemsize: int) -> int:
+    """Columns whose d_weight is made at once where all rows' dlogits are there: a slab that stays in cache until it is cast."""
+    return round_up(settings.tile_cols or max(_SLAB_BYTES[device] // 8 // (itemsize * width), 1), _WHOLE[device])
+
+
 def round_up(n: int, to: int) -> int:
     return -(-n // to) * to
 

@@ -13,7 +13,8 @@ import torch
 from rlad_kernels.backends.contract import has_bf16_mm
 from rlad_kernels.core.sizes import byte_size
 from rlad_kernels.engine.held import held_rows
-from rlad_kernels.engine.tiles import scratch_size, tile_sizes
+from rlad_kernels.engine.tiles import scratch_size, slab_columns, tile_sizes
+from rlad_kernels.engine.waiting import Waiting
 
 PATHS = ("naive", "linear_logp", "linear_loss", "topk_kl", "linear_topk")
 OPTIMIZERS = {  # bytes a parameter of dtype size b: states, and a copy that torch's update makes of one
@@ -129,8 +130,11 @@ def loss_bytes(path: str, n: int, d: int, v: int, *, dtype: torch.dtype, device:
     if path == "linear_topk":
         return total + n * k * _SLOT[path]
     if size < 4:  # float32 sums beside the gradients, and dlogits as an operand of their own
-        total += 4 * n * d + 4 * d * (v if path == "linear_loss" else cols)
-        total += rows * cols * size if native else 0
+        total += 4 * n * d
+        if path == "linear_loss" and native and Waiting.pays(n, d, dtype):
+            total += size * n * v + 4 * d * min(slab_columns(device, d, 4), v)
+        else:
+            total += 4 * d * (v if path == "linear_loss" else cols) + (rows * cols * size if native else 0)
     if path == "linear_logp" and (held := held_rows(n, v, 4, keep)):
         total += 4 * scratch_size(held, v) + (4 * rows * cols if size == 4 else 0)
     return total + gradients

@@ -1,0 +1,58 @@
+"""d_weight of a sweep with tokens outermost, by one product over all rows: their dlogits wait for it.
+
+Adding up in float32, chunk by chunk, reads and writes all of d_weight for each chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlad_kernels.engine.tiles import Tiles, empty, scratch, scratch_size, slab_columns
+
+
+class Waiting:
+    """The dlogits of the rows that send any, ``(n, V)`` in the products' operand dtype, in the order in which they come."""
+
+    def __init__(self, tiles: Tiles) -> None:
+        self.tiles, self.count = tiles, 0
+        memory = empty(tiles.inv_temp, scratch_size(tiles.n, tiles.vocab), dtype=tiles.grad_dtype)
+        self._dlogits = scratch(memory, tiles.n, tiles.vocab)
+        self._hidden: list[Tensor] = []
+        self._lost: list[Tensor] = []
+        self._target: list[Tensor] = []
+
+    @staticmethod
+    def pays(n: int, width: int, dtype: torch.dtype) -> bool:
+        """Whether n rows' dlogits in this dtype take no more memory than a float32 d_weight of this width."""
+        return dtype == torch.bfloat16 and n * 2 <= width * 4  # float16 has a scale for each chunk
+
+    def tile(self, rows: int, c0: int, c1: int) -> Tensor:
+        """Where the next rows' dlogits of these columns go."""
+        return self._dlogits[self.count : self.count + rows, c0:c1]
+
+    def close(self, rows: slice | Tensor, target: Tensor | None, lost: Tensor | None) -> None:
+        """All dlogits of ``rows`` are in, without what rounding took from their targets' entries, ``lost (R, 1)``."""
+        hidden = self.tiles.hidden[rows]
+        self.count += len(hidden)
+        self._hidden.append(hidden)
+        if target is not None and lost is not None:
+            self._target.append(target)
+            self._lost.append(lost)
+
+    def finish(self, weight: Tensor, row: Tensor | None) -> None:
+        """Write d_weight; ``row`` is to be added to each of its rows."""
+        tiles, hidden = self.tiles, self.tiles.hidden
+        if self.count < tiles.n:
+            hidden = torch.cat(self._hidden) if self._hidden else hidden[:0]
+        dlogits = self._dlogits[: self.count]
+        ids, order = torch.cat(self._target).flatten().sort(stable=True) if self._lost else (None, None)
+        cols = slab_columns(tiles.hidden.device.type, hidden.shape[1], tiles.acc.itemsize)
+        space = empty(tiles.inv_temp, min(cols, tiles.vocab), hidden.shape[1])
+        for c0 in range(0, tiles.vocab, cols):
+            c1 = min(c0 + cols, tiles.vocab)
+            g, slab = dlogits[:, c0:c1], space[: c1 - c0]
+            tiles.add_product(slab, g.t(), hidden, first=True)
+            if self._lost:
+                torch.ops.rlad.gather_dweight_(slab, torch.cat(self._lost), hidden, order, ids, True, c0)
+            weight[c0:c1] = slab if row is None else slab.add_(row)

@@ -1,0 +1,86 @@
+"""bfloat16's d_weight by one product over all rows' dlogits, or added up chunk by chunk: right on both roads."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import rlad_kernels as rk
+from rlad_kernels.engine.waiting import Waiting
+from tests.sweeps import Own, Problem, problem, relative
+
+N, D, V = 23, 24, 97
+LOSSES = ("cross_entropy", "smoothed", "dead_rows", "masked", "no_rows", "jsd", "two_teachers", "own_divergence")
+
+
+class Squares(rk.losses.Divergence):
+    """½·Σ(q − p)², by autograd."""
+
+    def values(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+        return (student_logp.exp() - teacher_logp.exp()).square().sum(-1) / 2
+
+
+def sent(kind: str) -> Tensor:
+    """What each token's −log p is weighed with."""
+    if kind == "dead_rows":  # every second one, and all of the first chunks
+        return torch.linspace(-1, 2, N) * (torch.arange(N) % 2) * (torch.arange(N) >= 16)
+    return (torch.arange(N) % 3 > 0).float() if kind == "masked" else torch.full((N,), float(kind != "no_rows"))
+
+
+def loss_of(kind: str, p: Problem, others: list[Problem]) -> Tensor:
+    if others:
+        states, teachers = [o.hidden.detach() for o in others], [o.head for o in others]
+        divergence = Squares() if kind == "own_divergence" else rk.losses.JSD()
+        given = {"teacher_weights": [0.7] * len(others)}
+        return rk.linear_divergence_loss(p.hidden, p.head, states, teachers, divergence, **given).loss
+    if kind == "dead_rows":
+        return rk.linear_loss(p.hidden, p.head, p.target, Own(lambda scores: -scores.logp), w=sent(kind)).loss
+    loss = rk.losses.CrossEntropy(label_smoothing=0.2 if kind == "smoothed" else 0.0)
+    return rk.linear_loss(p.hidden, p.head, p.target, loss, mask=sent(kind) != 0).loss
+
+
+def formula(kind: str, p: Problem, others: list[Problem]) -> Tensor:
+    """The same in plain PyTorch."""
+    lq = p.logits().log_softmax(-1)
+    if others:
+        teachers = [o.logits().detach().log_softmax(-1) for o in others]
+        if kind == "own_divergence":
+            return 0.7 * torch.stack([Squares().values(lq, lp) for lp in teachers]).sum(0).mean()
+        middles = [torch.logaddexp(lq, lp) - math.log(2) for lp in teachers]
+        sides = [lp.exp() * (lp - m) + lq.exp() * (lq - m) for lp, m in zip(teachers, middles, strict=True)]
+        return 0.35 * torch.stack(sides).sum((0, 2)).mean()
+    w, nll = sent(kind).double(), -lq.gather(1, p.target[:, None])[:, 0]
+    nll = 0.8 * nll - 0.2 * lq.mean(1) if kind == "smoothed" else nll
+    return (w * nll).sum() / (N if kind == "dead_rows" else w.sum().clamp_min(1))
+
+
+@pytest.mark.parametrize("waits", (True, False))
+@pytest.mark.parametrize("kind", LOSSES)
+def test_gradients(kind: str, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weight has a row that is no token's, and tiles do not divide anything."""
+    made: list[Waiting] = []
+    start = Waiting.__init__
+    monkeypatch.setattr(Waiting, "__init__", lambda self, tiles: (made.append(self), start(self, tiles))[1])
+    if not waits:
+        monkeypatch.setattr(Waiting, "pays", staticmethod(lambda *_: False))
+    teachers = {"jsd": 1, "own_divergence": 1, "two_teachers": 2}.get(kind, 0)
+    p, *others = (problem(N, D, V + 1, dtype=torch.bfloat16, sigma=2.0, vocab_size=V) for _ in range(1 + teachers))
+    with rk.set_tile(8, 40):
+        got = torch.autograd.grad(loss_of(kind, p, others), p.leaves)
+    exact = p.twin()
+    want = torch.autograd.grad(formula(kind, exact, [o.twin() for o in others]), exact.leaves)
+    for name, g, e in zip(("d_hidden", "d_weight", "d_bias"), got, want, strict=True):
+        assert g.dtype == torch.bfloat16
+        assert relative(g, e) <= 3e-3, name
+    assert not got[1][V:].any()
+    by_widening = made == [] and waits and not torch.ops.rlad.has_bf16_mm()  # the operands are float32 there
+    assert len(made) == waits or by_widening
+
+
+def test_they_wait_where_that_takes_no_more_memory() -> None:
+    """2 bytes a token and column against 4 bytes a column and hidden dimension."""
+    assert Waiting.pays(2 * D, D, torch.bfloat16) and not Waiting.pays(2 * D + 1, D, torch.bfloat16)
+    assert not Waiting.pays(1, D, torch.float16) and not Waiting.pays(1, D, torch.float32)
