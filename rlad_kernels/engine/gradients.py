@@ -180,11 +180,10 @@ def _slot_dz(
 class Gradients:
     """The gradients asked for, accumulated in the accumulation dtype and cast once.
 
-    ``whole`` keeps all of d_weight in the accumulation dtype, for loops with tokens outermost, and leaves float16 gradients in
-    it, for a loss scale that is not known yet; otherwise one vocabulary tile's slab at a time is enough. Where dlogits
-    :class:`Waiting` for all rows take no more memory than the whole, they do that instead. ``scattered`` starts
-    it from zero, for :meth:`add_columns` instead of :meth:`add`, which leaves in ``rest (N,)`` the part of each row's dlogits
-    that no column has taken.
+    ``whole`` keeps all of d_weight in the accumulation dtype, for loops with tokens outermost, or the dlogits of all rows
+    :class:`Waiting` where they take no more memory, and leaves float16 gradients in it, for a loss scale that is not known yet;
+    otherwise one vocabulary tile's slab at a time is enough. ``scattered`` starts it from zero, for :meth:`add_columns` instead
+    of :meth:`add`, which leaves in ``rest (N,)`` the part of each row's dlogits that no column has taken.
     """
 
     def __init__(

@@ -45,14 +45,14 @@ class Waiting:
         tiles, hidden = self.tiles, self.tiles.hidden
         if self.count < tiles.n:
             hidden = torch.cat(self._hidden) if self._hidden else hidden[:0]
-        dlogits = self._dlogits[: self.count]
-        ids, order = torch.cat(self._target).flatten().sort(stable=True) if self._lost else (None, None)
+        dlogits, lost = self._dlogits[: self.count], torch.cat(self._lost) if self._lost else None
+        ids, order = (None, None) if lost is None else torch.cat(self._target).flatten().sort(stable=True)
         cols = slab_columns(tiles.hidden.device.type, hidden.shape[1], tiles.acc.itemsize)
         space = empty(tiles.inv_temp, min(cols, tiles.vocab), hidden.shape[1])
         for c0 in range(0, tiles.vocab, cols):
             c1 = min(c0 + cols, tiles.vocab)
             g, slab = dlogits[:, c0:c1], space[: c1 - c0]
             tiles.add_product(slab, g.t(), hidden, first=True)
-            if self._lost:
-                torch.ops.rlad.gather_dweight_(slab, torch.cat(self._lost), hidden, order, ids, True, c0)
+            if lost is not None:
+                torch.ops.rlad.gather_dweight_(slab, lost, hidden, order, ids, True, c0)
             weight[c0:c1] = slab if row is None else slab.add_(row)
