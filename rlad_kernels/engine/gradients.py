@@ -319,7 +319,7 @@ class Gradients:
         """d_hidden, d_weight, d_bias in the head's dtype, or the one they wait in; empty where not asked for."""
         if self._scattered and self.weight is not None and self._whole is not None and self._whole is not self.weight:
             self.weight.copy_(self._whole)
-        if self._waiting is not None and self.weight is not None:
+        if self._waiting is not None and self.weight is not None and self.tiles.n > 0:
             self._waiting.finish(self.weight, self._row)
         hidden = None if self.hidden is None else self.tiles.shard.summed(self.hidden).to(self.dtype)
         bias = None if self.bias is None else self.bias.to(self.dtype)

@@ -44,7 +44,7 @@ class Waiting:
         """Write d_weight; ``row`` is to be added to each of its rows."""
         tiles, hidden = self.tiles, self.tiles.hidden
         if self.count < tiles.n:
-            hidden = torch.cat(self._hidden) if self._hidden else hidden[:0]
+            hidden = torch.cat(self._hidden)
         dlogits, lost = self._dlogits[: self.count], torch.cat(self._lost) if self._lost else None
         ids, order = (None, None) if lost is None else torch.cat(self._target).flatten().sort(stable=True)
         cols = slab_columns(tiles.hidden.device.type, hidden.shape[1], tiles.acc.itemsize)
