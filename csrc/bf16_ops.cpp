@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -54,7 +55,8 @@ struct Product {
     const Bf16Operand &longer = tall ? a : b, &shorter = tall ? b : a;
     const int64_t all_steps = ceil_div(a.depth, kBf16Depth), most_steps = std::min(kDepth / kBf16Depth, all_steps);
     const int64_t blocks = ceil_div(shorter.size, kBf16Block);
-    const int64_t share = ceil_div(longer.size, kBf16Block * int64_t(torch::stable::get_num_threads())) * kBf16Block;
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t share = ceil_div(longer.size, kBf16Block * threads) * kBf16Block;
     const int64_t panel = std::min(kPanel, share), panels = ceil_div(longer.size, panel);
     const Buffer shared = packed_buffer(shorter.size, most_steps);
     for (int64_t s0 = 0; s0 < all_steps; s0 += most_steps) {
@@ -63,10 +65,11 @@ struct Product {
       torch::stable::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
         kernel.pack(shorter, tall, begin * kBf16Block, end * kBf16Block, s0 * kBf16Depth, steps, block(begin));
       });
-      torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      std::atomic<int64_t> taken{0};  // threads are not always equally fast
+      torch::stable::parallel_for(0, std::min(panels, threads), 1, [&](int64_t, int64_t) {
         const Buffer own = packed_buffer(panel, steps);
-        for (int64_t v0 = begin * panel; v0 < std::min(end * panel, longer.size); v0 += panel) {
-          const int64_t size = std::min(panel, longer.size - v0);
+        for (int64_t p; (p = taken++) < panels;) {
+          const int64_t v0 = p * panel, size = std::min(panel, longer.size - v0);
           kernel.pack(longer, !tall, v0, v0 + size, s0 * kBf16Depth, steps, own.get());
           for (int64_t i = 0; i < blocks; ++i) {
             const int64_t u = i * kBf16Block, rest = std::min(kBf16Block, shorter.size - u);

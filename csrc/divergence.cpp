@@ -15,7 +15,7 @@ struct DivergenceArgs {
   Mat<const T> norm, teacher_norm;    // (2, R): max z, lse − max
   Mat<const T> rows;                  // (4, R): weight of the value, of the gradient; and what the family wants of each row
   T* value;                           // (R,)
-  Mat<T> out;                         // (R, C), may be the student's logits; data null without a gradient
+  AnyMat out;                         // (R, C), may be the student's logits; data null without a gradient
   Family family;
   double numbers[3];  // what the family wants
   bool accumulate;    // add to value and out
@@ -60,12 +60,13 @@ void run(const Checker& check, const Tensor& value, const std::optional<Tensor>&
                          check.mat<const T>("teacher_norm", teacher_norm, kAcc<T>, 2, n),
                          check.mat<const T>("rows", rows, kAcc<T>, 4, n),
                          static_cast<T*>(value.mutable_data_ptr()),
-                         {nullptr, 0},
+                         {nullptr, 0, Elem::f32},
                          family_of(check, family),
                          {a, b, c},
                          accumulate,
                          {nullptr, 0}};
-  if (out) args.out = check.mat<T>("out", *out, kAcc<T>, n, cols);
+  if (out) args.out = check.any_mat("out", *out, n, cols, true);
+  if (out && accumulate) check.tensor("out", *out, kAcc<T>, {n, cols});  // a sum is rounded once
   if (sums) args.sums = check.mat<T>("sums", *sums, kAcc<T>, 4, n);
   if (args.family == Family::taid_norm && !sums) check.fail("sums", "a tensor (4, R) for taid_norm", "None");
   for_rows(RLAD_PASS(divergence<T>), args, n, cols);
@@ -197,13 +198,15 @@ RLAD_INLINE auto dominant(Vec<T> q) {
 template <class F, class T>
 void divergence_rows(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
   constexpr int64_t L = kLanes<T>;
-  const bool grad = a.out.data, part = a.sums.data && !grad, capped = a.student.softcap > 0, over = grad && !capped && !a.accumulate;
+  const bool grad = a.out.data, part = a.sums.data && !grad, capped = a.student.softcap > 0;
+  const bool direct = grad && size_of(a.out.elem) == sizeof(T), over = direct && !capped && !a.accumulate;
+  const auto out_row = [&](int64_t i) { return reinterpret_cast<T*>(a.out.at(i, 0)); };
   const int64_t padded = round_up(a.student.cols, kBlock<T>);
   alignas(64) T zq[kScratch], zp[kScratch];
   // u and q of a row, kept from the sums for the gradient: q in the place of the gradient, unless more than q is wanted there
   std::vector<T> us(grad ? padded : 0), qs(over ? kStretch : grad ? padded : 0);
   const auto q_at = [&](int64_t i, int64_t j0, int64_t n) {
-    return !over ? qs.data() + j0 : n % kBlock<T> == 0 ? a.out.row(i) + j0 : qs.data();
+    return !over ? qs.data() + j0 : n % kBlock<T> == 0 ? out_row(i) + j0 : qs.data();
   };
   for (int64_t i = begin; i < end; ++i) {
     const T value_weight = a.rows.row(0)[i], grad_weight = a.rows.row(1)[i];
@@ -256,13 +259,13 @@ void divergence_rows(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
     const T total = T(sums.u), most = T(sums.u * sums.other_q - sums.other_u);
     // An infinite divergence without a finite gradient sends none; NaN logits still show.
     if (!std::isfinite(total) && !std::isnan(sums.value)) pull = false;
-    if (grad && !pull && !a.accumulate) std::memset(a.out.row(i), 0, a.student.cols * sizeof(T));
+    if (grad && !pull && !a.accumulate) std::memset(a.out.at(i, 0), 0, a.student.cols * size_of(a.out.elem));
     if (!pull) continue;
     const T slope = Temper<T>(a.student, i).slope;
     for_stretches(a.student.cols, [&](int64_t j0, int64_t n) {
       if (capped) slopes(a.student, i, j0, n, zp);
       const T *const u_row = us.data() + j0, *const q_row = q_at(i, j0, n);
-      T* const out = a.out.row(i) + j0;
+      T* const out = direct ? out_row(i) + j0 : zq;
       const auto d = [&](int64_t k) {
         const Vec<T> q = load(q_row + k);
         Vec<T> dz = load(u_row + k) - q * total;
@@ -272,6 +275,7 @@ void divergence_rows(const DivergenceArgs<T>& a, int64_t begin, int64_t end) {
       int64_t k = 0;
       for (; k + L <= n; k += L) store<T>(out + k, a.accumulate ? d(k) + load(out + k) : d(k));
       if (k < n) store_first<T>(out + k, a.accumulate ? d(k) + load_first(out + k, n - k) : d(k), n - k);
+      if (!direct) narrow(a.out.elem, a.out.at(i, j0), zq, n);
     });
   }
 }

@@ -138,6 +138,30 @@ def test_value_and_gradient(isa: str, name: str, dtype: torch.dtype) -> None:
     assert relative(student.raw, grad) <= tolerance
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("kind", ("plain", "softcap", "parts"))
+@pytest.mark.parametrize("name", ("both" if "both" in ROWS else "reverse", "mix", "taid"))
+def test_a_narrower_gradient_is_the_same_rounded(isa: str, name: str, kind: str, dtype: torch.dtype) -> None:
+    x = torch.randn(3, COLUMNS) * 2
+    student = Side(x, bias=True, temps=True, softcap=9.0 * (kind == "softcap"))
+    weights = torch.tensor([[1.0, 0.3, 2.0], [0.7, -2.0, 0.0]])
+    row, teacher = ROWS[name], Side(x * 1.2 + torch.randn_like(x), scale=0.9)
+    outs = [torch.full((3, COLUMNS + 3), 7.0, dtype=d)[:, :COLUMNS] for d in (torch.float32, dtype)]
+    rows = rows_of(student.args, teacher.args, row, weights)
+    sums = None
+    if kind == "parts":
+        sums = torch.zeros(4, 3)
+        given = (*student.args, *teacher.args, rows, row[0], *row[1], False)
+        torch.ops.rlad.divergence_(torch.zeros(3), None, *given, sums)
+    values = [torch.zeros(3), torch.zeros(3)]
+    for out, value in zip(outs, values, strict=True):
+        raw, *rest = teacher.args
+        torch.ops.rlad.divergence_(value, out, *student.args, raw.clone(), *rest, rows, row[0], *row[1], False, sums)
+    assert outs[0][:2].count_nonzero() > COLUMNS
+    assert torch.equal(outs[1], outs[0].to(dtype))
+    assert torch.equal(*values)
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_columns_in_parts(isa: str, name: str) -> None:
     """The sums of each part, added, and with them each part's gradient; in one row a column has nearly all of q."""
@@ -247,5 +271,8 @@ def test_bad_calls_name_the_argument() -> None:
         apply(Side(x), Side(x), ("other", (0.0, 0.0, 0.0), 0.0, 0.0), torch.ones(2, 2), None, value, False)
     with pytest.raises(RuntimeError, match=r"divergence_: sums must be a tensor \(4, R\) for taid_norm, got None"):
         apply(Side(x), Side(x), ("taid_norm", (0.4, 0.0, 0.0), 0.0, 0.0), torch.ones(2, 2), None, value, False)
+    for wrong, accumulate in ((x.bfloat16(), True), (x.int(), False), (x[:, :5].bfloat16(), False)):
+        with pytest.raises(RuntimeError, match="divergence_: out must be"):
+            apply(Side(x), Side(x), ROWS["reverse"], torch.ones(2, 2), wrong, value, accumulate)
     with pytest.raises(RuntimeError, match=r"divergence_: teacher must be float32 \(2, 9\)"):
         apply(Side(x), Side(x[:, :5]), ROWS["reverse"], torch.ones(2, 2), None, value, False)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import rlad_kernels as rk
+from rlad_kernels.engine import tiles
+from rlad_kernels.engine.chunks import Chunks
 from rlad_kernels.engine.waiting import Waiting
 from tests.conftest import DEVICE, INTERPRET
 from tests.methods.divergence import DIVERGENCES, VALUES
 from tests.sweeps import Own, Problem, problem, relative
 
 N, D, V = 23, 24, 97
+NARROW = INTERPRET or DEVICE != "cpu" or torch.ops.rlad.has_bf16_mm()  # else operands are widened, dlogits float32
 LOSSES = ("cross_entropy", "smoothed", "dead_rows", "masked", "no_rows", "jsd", "two_teachers", "own_divergence")
 
 
@@ -61,7 +66,7 @@ def test_gradients(kind: str, waits: bool, monkeypatch: pytest.MonkeyPatch) -> N
     start = Waiting.__init__
     monkeypatch.setattr(Waiting, "__init__", lambda self, tiles: (made.append(self), start(self, tiles))[1])
     if not waits:
-        monkeypatch.setattr(Waiting, "pays", staticmethod(lambda *_: False))
+        monkeypatch.setattr(tiles, "dlogits_wait", lambda *_: False)
     teachers = {"jsd": 1, "own_divergence": 1, "two_teachers": 2}.get(kind, 0)
     p, *others = (problem(N, D, V + 1, dtype=torch.bfloat16, sigma=2.0, vocab_size=V) for _ in range(1 + teachers))
     with rk.set_tile(8, 40):
@@ -72,11 +77,43 @@ def test_gradients(kind: str, waits: bool, monkeypatch: pytest.MonkeyPatch) -> N
         assert g.dtype == torch.bfloat16
         assert relative(g, e) <= 3e-3, name
     assert not got[1][V:].any()
-    narrow = INTERPRET or DEVICE != "cpu" or torch.ops.rlad.has_bf16_mm()  # else operands are widened, dlogits float32
-    assert len(made) == (waits and narrow)
+    assert len(made) == (waits and NARROW)
+
+
+@pytest.mark.skipif(not NARROW, reason="dlogits are float32")
+@pytest.mark.parametrize(("kind", "width", "lent"), [("cross_entropy", 40, 1), ("jsd", 40, 1), ("jsd", 80, 2), ("two_teachers", 40, 1)])
+def test_d_weights_memory_holds_logits_until_its_product(
+    kind: str, width: int, lent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a chunk of 16 rows and 64 columns, 4 KiB a model."""
+    spaces: list[Tensor] = []
+    start = Chunks.__init__
+
+    def recorded(self: Chunks, *args: Any, **given: Any) -> None:
+        start(self, *args, **given)
+        spaces.append(self.shared)
+
+    monkeypatch.setattr(Chunks, "__init__", recorded)
+    teachers = {"jsd": 1, "two_teachers": 2}.get(kind, 0)
+    p, *others = (problem(N, width, 64, dtype=torch.bfloat16) for _ in range(1 + teachers))
+    with rk.set_tile(16, 64):
+        d_weight = torch.autograd.grad(loss_of(kind, p, others), p.leaves)[1]
+    within = [0 <= x.data_ptr() - d_weight.data_ptr() <= d_weight.nbytes - x.nbytes for x in spaces]
+    assert within == [i < lent for i in range(1 + teachers)]
+
+
+@pytest.mark.parametrize(("device", "keep_logits", "rows"), [("cpu", 1, 511), ("cpu", 2, 512), ("cuda", 1, 1920), ("cuda", 2, 1792)])
+def test_chunks_fit_into_what_is_lent(device: str, keep_logits: int, rows: int) -> None:
+    """A vocabulary that is no multiple of 64 loses a row or, on CUDA, 128; too few rows are not worth it."""
+    lent = {"cpu": 2048, "cuda": 8192}[device] if keep_logits == 1 else 1000
+    found, _ = tiles.tile_sizes(device, 1 << 20, 151_655, keep_logits=keep_logits, lent=lent)
+    assert found == rows
+    if keep_logits == 1:
+        assert tiles.scratch_size(rows, 151_655) * 4 <= lent * 151_655
 
 
 def test_they_wait_where_that_takes_no_more_memory() -> None:
     """2 bytes a token and column against 4 bytes a column and hidden dimension."""
-    assert Waiting.pays(2 * D, D, torch.bfloat16) and not Waiting.pays(2 * D + 1, D, torch.bfloat16)
-    assert not Waiting.pays(1, D, torch.float16) and not Waiting.pays(1, D, torch.float32)
+    wait = tiles.dlogits_wait
+    assert wait(2 * D, D, torch.bfloat16) and not wait(2 * D + 1, D, torch.bfloat16)
+    assert not wait(1, D, torch.float16) and not wait(1, D, torch.float32)

@@ -14,7 +14,7 @@ from rlad_kernels.engine.tiles import Tiles, empty, scratch, scratch_size
 class Chunks:
     """The rows of one model, chunk by chunk: ``for at in chunks: x = chunks.logits(at, …)``.
 
-    ``slots (n, J)`` may be None; ``space`` is another model's, which is used in turn.
+    ``slots (n, J)`` may be None; ``space`` is memory that is used in turn, another model's or a gradient's.
     """
 
     def __init__(self, tiles: Tiles, slots: Tensor | None = None, space: Tensor | None = None) -> None:

@@ -76,12 +76,7 @@ class Chunk:
 class _Model(Chunks):
     """The kept rows of one model, chunk by chunk."""
 
-    def __init__(
-        self, name: str, kept: Kept, call: Call, buffers: int, like: Chunks | None = None, space: Tensor | None = None
-    ) -> None:
-        inv_temp = kept_inv_temp(name, kept, call.inv_temp, call.hidden.shape[0])
-        tiles = Tiles(kept.take(call.hidden), *call[1:3], inv_temp, *call[4:], keep_logits=buffers)
-        tiles.rows = tiles.rows if like is None else like.tiles.rows
+    def __init__(self, name: str, tiles: Tiles, space: Tensor | None) -> None:
         super().__init__(tiles, space=space)
         self.name = name
 
@@ -91,6 +86,11 @@ class _Model(Chunks):
         log_total = rest.log()
         checked_finite(self.name, top + log_total)
         return Chunk(x, tiles.bias, tiles.inv_temp[at], tiles.logit_scale, tiles.softcap, torch.stack([top, log_total]))
+
+
+def _tiles(name: str, kept: Kept, call: Call, buffers: int, *, whole: bool = False) -> Tiles:
+    inv_temp = kept_inv_temp(name, kept, call.inv_temp, call.hidden.shape[0])
+    return Tiles(kept.take(call.hidden), *call[1:3], inv_temp, *call[4:], keep_logits=buffers, whole=whole)
 
 
 @without_autocast
@@ -104,21 +104,28 @@ def run(
     """
     kept, kind = Kept(keep), divergence.kind()
     buffers = 2 + (len(teachers) > 1 and any(need))
-    model = _Model(name, kept, student, buffers)
-    tiles = model.tiles
+    tiles = _tiles(name, kept, student, buffers, whole=need[1])
+    grads = Gradients(tiles, student.weight, *need, whole=True) if any(need) else None
+    lent = grads.lent() if grads else iter(())
+    model = _Model(name, tiles, next(lent, None))
     others: list[_Model] = []
     spaces: dict[torch.dtype, Tensor] = {}
     for teacher in teachers:
-        acc = acc_dtype(teacher.hidden.dtype)
-        others.append(_Model(f"{name} (teacher)", kept, teacher, buffers, model, spaces.get(acc)))
+        acc, its = acc_dtype(teacher.hidden.dtype), _tiles(f"{name} (teacher)", kept, teacher, buffers)
+        its.rows = tiles.rows
+        if (space := spaces.get(acc)) is None and acc == tiles.acc:
+            space = next(lent, None)
+        others.append(_Model(f"{name} (teacher)", its, space))
         spaces[acc] = others[-1].shared
     weights, pull = (kept.take(x.t()).to(tiles.acc).t() for x in (weights, cotangent.expand(1, -1)))
-    grads = Gradients(tiles, student.weight, *need, whole=True) if any(need) else None
-    total = model.space() if buffers > 2 else model.shared  # with several teachers dlogits add up, and q is wanted each time
+    several = buffers > 2  # then dlogits add up, and q is wanted each time
+    total = model.shared if not several else model.space()
     values = weights.new_zeros(tiles.n)
     for at in model:
         chunk, first = model.chunk(at), True
-        g = model.view(total, at) if grads else None
+        g = None if grads is None else model.view(total, at)
+        if grads is not None and tiles.waits and not several:
+            g = grads.room(at.stop - at.start, 0, tiles.vocab)
         for other, w in zip(others, weights[:, at], strict=True):
             if not w.is_cuda and not bool((w != 0).any()):
                 continue

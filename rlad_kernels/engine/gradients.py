@@ -8,7 +8,7 @@ rounding of a logit, recomputed or not, would drown the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from rlad_kernels.backends.contract import on_cpu
 from rlad_kernels.core.dtypes import held_dtype
 from rlad_kernels.engine.statistics import merge_slots
-from rlad_kernels.engine.tiles import Tiles, empty
+from rlad_kernels.engine.tiles import Tiles, empty, scratch_size
 from rlad_kernels.engine.waiting import Waiting
 
 NEAR = -0.5  # a log-prob from which 1 − p is formed as −expm1(log p)
@@ -208,7 +208,7 @@ class Gradients:
         self.weight, self._whole, self._slab, self._waiting, self._row = None, None, None, None, None
         if need_weight:
             exact = self.dtype == tiles.acc
-            if whole and not scattered and not exact and Waiting.pays(tiles.n, weight.shape[1], tiles.grad_dtype):
+            if tiles.waits:
                 self._waiting, whole = Waiting(tiles), False
             self._whole = empty(tiles.inv_temp, *weight.shape) if whole or scattered or exact else None
             self.weight = self._whole if exact else empty(weight, *weight.shape)
@@ -314,6 +314,15 @@ class Gradients:
             part = self.hidden.index_select(0, rows)
             self.tiles.add_product(part, g, w, unscale)
             self.hidden.index_copy_(0, rows, part)
+
+    def lent(self) -> Iterator[Tensor]:
+        """Memories for a chunk's logits: d_weight's, as many as fit, free until :meth:`finish` where dlogits wait for it."""
+        tiles = self.tiles
+        if self._waiting is None or self.weight is None or not tiles.vocab:
+            return
+        free, whole = self.weight[: tiles.vocab].view(-1), tiles.acc.itemsize // self.weight.element_size()
+        free, size = free[: len(free) // whole * whole].view(tiles.acc), scratch_size(tiles.rows, tiles.vocab)
+        yield from (free[end - size : end] for end in range(size, len(free) + 1, size))
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """d_hidden, d_weight, d_bias in the head's dtype, or the one they wait in; empty where not asked for."""

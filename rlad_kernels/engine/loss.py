@@ -91,13 +91,14 @@ def run(
     slots = row_slots(name, kept, target, support, call.vocab_size, "teacher.ids")
     inv_temp = kept_inv_temp(name, kept, call.inv_temp, target.shape[0])
     multiple = sparse.block_of(row_weight) if filter_eps else 1
-    tiles = Tiles(kept.take(call.hidden), *call[1:3], inv_temp, *call[4:], keep_logits=1, multiple=multiple)
+    whole = need[1] and not filter_eps
+    tiles = Tiles(kept.take(call.hidden), *call[1:3], inv_temp, *call[4:], keep_logits=1, multiple=multiple, whole=whole)
     weight = kept.take(row_weight)
     names = _known_metrics(loss, weight, tensors)
     tensors = tree_map_only(Tensor, lambda x: ordinary(kept.take(x)), tensors)
     grads = Gradients(tiles, call.weight, *need, whole=True, scattered=filter_eps > 0) if any(need) else None
     losses, sums = weight.new_zeros(tiles.n), MetricSums((*names, *made_metrics(grads is not None, filter_eps)), weight)
-    chunks = Chunks(tiles, slots)
+    chunks = Chunks(tiles, slots, next(grads.lent(), None) if grads else None)
     mean = MeanLogits(tiles) if reads_mean(loss) else None
     means = sparse.Means(tiles, sparse.blocks_of(weight, tiles.n)) if filter_eps else None
     for at in chunks:

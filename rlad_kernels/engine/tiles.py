@@ -21,6 +21,8 @@ _SLAB_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 # Some paths keep whole rows of logits; each chunk of rows reads and writes all of d_weight, hence the floor.
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2048 << 20}
 _CHUNK_ROWS_MIN = 512
+# Without that cost, where the memory is lent, the floor is lower: for CUDA a chunk's d_hidden still has a tile for each SM.
+_LENT_ROWS_MIN = {"cpu": 256, "cuda": 1024}
 # cuBLAS takes its fast kernels where rows start at multiples of 128 bytes and tiles end with its own: at 18,994 columns of
 # bfloat16 a product took three times as long.
 _ALIGNED = 64  # elements of a scratch row
@@ -35,18 +37,26 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     return x
 
 
+def dlogits_wait(n: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether n rows' dlogits in this dtype take no more memory than a float32 d_weight of this width."""
+    return dtype == torch.bfloat16 and n * 2 <= width * 4  # float16 has a scale for each chunk
+
+
 def tile_sizes(
-    device: str, n: int, vocab: int, *, itemsize: int = 4, keep_logits: int = 0, multiple: int = 1, slab: int = 0
+    device: str, n: int, vocab: int, *, itemsize: int = 4, keep_logits: int = 0, multiple: int = 1, slab: int = 0, lent: int = 0
 ) -> tuple[int, int]:
     """Rows and columns of a tile, of about one area: few rows get wide columns, and a small call is one tile.
 
-    With ``keep_logits`` a chunk's rows, whose logits are all held, in so many buffers. ``slab`` is the width of what is held
-    in the accumulation dtype for a tile's columns: their d_weight, or their weight.
+    With ``keep_logits`` a chunk's rows, whose logits are all held, in so many buffers; ``lent`` is memory for them, so many bytes
+    a column, into which they are made to fit unless it is too little. ``slab`` is the width of what is held in the accumulation
+    dtype for a tile's columns: their d_weight, or their weight.
     """
     rows, cols = _TILE[device]
     area = rows * cols
     if keep_logits:
         rows = max(_CHUNK_BYTES[device] // (itemsize * vocab * keep_logits), _CHUNK_ROWS_MIN)
+        fit = lent * vocab // (itemsize * keep_logits * round_up(vocab, _ALIGNED)) // _WHOLE[device] * _WHOLE[device]
+        rows = min(rows, fit) if fit >= _LENT_ROWS_MIN[device] else rows
     rows = min(round_up(round_up(settings.tile_rows or rows, multiple), _WHOLE[device]), max(n, 1))
     widest = _SLAB_BYTES[device] // (itemsize * slab) if slab else vocab
     cols = settings.tile_cols or max(cols, min(area // rows, widest))
@@ -82,7 +92,8 @@ class Tiles:
     """Hidden rows, head and tile sizes of one call; every product it makes has an accumulation-dtype result.
 
     ``keep_logits`` sizes chunks for callers that hold all logits of their rows, in so many buffers of one budget together, a
-    ``multiple`` of rows at a time; ``slab`` bounds a tile's columns for callers that hold their d_weight.
+    ``multiple`` of rows at a time; ``slab`` bounds a tile's columns for callers that hold their d_weight. ``whole`` is for those
+    that hold all of it: where :func:`dlogits_wait`, :attr:`waits` is true, and chunks fit into its memory.
 
     With a ``group`` the weight is this rank's part of the head, from row ``first``: ``vocab`` counts its columns, ``total`` all.
 
@@ -105,6 +116,7 @@ class Tiles:
         keep_logits: int = 0,
         multiple: int = 1,
         slab: bool = False,
+        whole: bool = False,
     ) -> None:
         self.acc = acc_dtype(hidden.dtype)
         self.bf16_mm = hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu" and has_bf16_mm()
@@ -121,6 +133,8 @@ class Tiles:
         self.n = hidden.shape[0]
         sizes = {"itemsize": self.acc.itemsize, "keep_logits": keep_logits, "multiple": multiple}
         sizes["slab"] = weight.shape[1] if (slab or not self.native) and weight.dtype != self.acc else 0
+        self.waits = whole and dlogits_wait(self.n, weight.shape[1], self.grad_dtype)
+        sizes["lent"] = weight.shape[1] * weight.element_size() if self.waits else 0
         part = -(-vocab_size // self.shard.world)  # chunks must have the same rows on every rank
         self.rows, self.cols = tile_sizes(hidden.device.type, self.n, part, **sizes)
         self.cols = max(min(self.cols, self.vocab), 1)

@@ -22,11 +22,6 @@ class Waiting:
         self._lost: list[Tensor] = []
         self._target: list[Tensor] = []
 
-    @staticmethod
-    def pays(n: int, width: int, dtype: torch.dtype) -> bool:
-        """Whether n rows' dlogits in this dtype take no more memory than a float32 d_weight of this width."""
-        return dtype == torch.bfloat16 and n * 2 <= width * 4  # float16 has a scale for each chunk
-
     def tile(self, rows: int, c0: int, c1: int) -> Tensor:
         """Where the next rows' dlogits of these columns go."""
         return self._dlogits[self.count : self.count + rows, c0:c1]

@@ -13,8 +13,7 @@ import torch
 from rlad_kernels.backends.contract import has_bf16_mm
 from rlad_kernels.core.sizes import byte_size
 from rlad_kernels.engine.held import held_rows
-from rlad_kernels.engine.tiles import scratch_size, slab_columns, tile_sizes
-from rlad_kernels.engine.waiting import Waiting
+from rlad_kernels.engine.tiles import dlogits_wait, scratch_size, slab_columns, tile_sizes
 
 PATHS = ("naive", "linear_logp", "linear_loss", "topk_kl", "linear_topk")
 OPTIMIZERS = {  # bytes a parameter of dtype size b: states, and a copy that torch's update makes of one
@@ -124,19 +123,22 @@ def loss_bytes(path: str, n: int, d: int, v: int, *, dtype: torch.dtype, device:
         return gradients + n * k * _SLOT[path]
     native = device == "cuda" or (dtype == torch.bfloat16 and has_bf16_mm())
     slab = d if size < 4 and (path == "linear_logp" or not native) else 0
-    rows, cols = tile_sizes(device, n, v, keep_logits=int(path == "linear_loss"), slab=slab)
+    waits = path == "linear_loss" and native and dlogits_wait(n, d, dtype)
+    lent = d * size if waits else 0
+    rows, cols = tile_sizes(device, n, v, keep_logits=int(path == "linear_loss"), slab=slab, lent=lent)
     widened = 0 if native or size == 4 else 4 * d * (n + cols)
-    total = widened + n * _ROW + 4 * rows * (v if path == "linear_loss" else cols)
+    held = 4 * scratch_size(rows, v if path == "linear_loss" else cols)
+    total = widened + n * _ROW + (0 if held <= lent * v else held)
     if path == "linear_topk":
         return total + n * k * _SLOT[path]
     if size < 4:  # float32 sums beside the gradients, and dlogits as an operand of their own
         total += 4 * n * d
-        if path == "linear_loss" and native and Waiting.pays(n, d, dtype):
+        if waits:
             total += size * n * v + 4 * d * min(slab_columns(device, d, 4), v)
         else:
             total += 4 * d * (v if path == "linear_loss" else cols) + (rows * cols * size if native else 0)
-    if path == "linear_logp" and (held := held_rows(n, v, 4, keep)):
-        total += 4 * scratch_size(held, v) + (4 * rows * cols if size == 4 else 0)
+    if path == "linear_logp" and (kept := held_rows(n, v, 4, keep)):
+        total += 4 * scratch_size(kept, v) + (4 * rows * cols if size == 4 else 0)
     return total + gradients
 
 

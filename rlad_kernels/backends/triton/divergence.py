@@ -10,9 +10,9 @@ import triton.language as tl
 
 from ._columns import Row, load_columns, load_z
 from ._divergence_terms import FAMILIES, Term, mixed, numbers, part, tilt
-from ._kernel import WIDE_LOAD, WIDE_STORE, Case, R, add_kernel, flag_sets, meta, tempering, tiles
+from ._kernel import HALVES, WIDE_LOAD, WIDE_STORE, Case, R, add_kernel, flag_sets, meta, tempering, tiles
 from ._launch import config, launch, pick, require_dtype
-from ._math import Tempering, exp_ulp
+from ._math import Tempering, cast, exp_ulp
 
 # A column costs 8 bytes read for the value; with a gradient 4 more written, the u that takes the teacher's place, then 8 read and
 # 4 written: 24. Instructions of sm_90 in both passes: 149 in the family "sym", 228 for a mixture, 3 and 5 of them transcendental.
@@ -90,7 +90,7 @@ def _grad_step(p_out, student, p_u, o_c, total, most, weight, MASKED: tl.constex
     b_g = tl.where(weight == 0, 0.0, b_dz * weight * b_slope)
     if ACCUMULATE:
         b_g += load_columns(p_out, o_c, o_c < student.row.cols, MASKED)
-    _store_columns(p_out, b_g, o_c, student.row.cols, MASKED)
+    _store_columns(p_out, cast(b_g, p_out.dtype.element_ty), o_c, student.row.cols, MASKED)
 
 
 @triton.jit
@@ -246,6 +246,8 @@ def divergence_(
 ) -> None:
     """Write (or add) each row's weighted divergence into `value (R,)` and its gradient into `out (R, V)`, which may be `logits`.
 
+    `out` may also be of the products' operand dtype, to which the gradient is rounded; it is then only written, not added to.
+
     `norm (2, R)` = (max z, lse − max); `rows (4, R)`: weight of the value, weight of the gradient, and the coefficients of
     forward and reverse KL in the family "sym", in "taid" log_z and top (0 if its normaliser is 1 + Σ tilt) with
     log Σq^{1−τ}·p^τ = log_z + top. `a, b, c` are the family's numbers. With `out`, `teacher` is overwritten.
@@ -253,7 +255,8 @@ def divergence_(
     written there, and nothing else; with it, it holds those over all columns, and `value` is left alone. The family "taid_norm"
     writes what TAID's normaliser is made of to the first three rows of `sums`, and nothing else.
     """
-    require_dtype("divergence_", value=value, out=out, logits=logits, bias=bias, inv_temp=inv_temp, norm=norm)
+    require_dtype("divergence_", (torch.float32,) if accumulate else HALVES, out=out)
+    require_dtype("divergence_", value=value, logits=logits, bias=bias, inv_temp=inv_temp, norm=norm)
     require_dtype("divergence_", teacher=teacher, teacher_bias=teacher_bias, teacher_norm=teacher_norm, rows=rows, sums=sums)
     if family not in FAMILIES:
         raise ValueError(f"divergence_: family must be one of {FAMILIES}, got {family!r}")
@@ -288,6 +291,10 @@ def cases() -> Iterator[Case]:
                     continue
                 args = (meta(R), tile if "grad" in f else None, *student, *teacher, *rest)
                 yield Case(f"{family} C={cols} {'+'.join(sorted(f))}", divergence_, args, cols > 1 and "grad" in f)
+                if f == {"grad"}:
+                    for dtype in HALVES[1:]:
+                        out = meta(R, tile.stride(0), dtype=dtype)[:, :cols]
+                        yield Case(f"{family} C={cols} {dtype} grad", divergence_, (meta(R), out, *args[2:]), cols > 1)
                 if tile is several[0] and f == {"grad"}:
                     for out in (None, tile):
                         part = (meta(R), out, *args[2:], meta(4, R))
