@@ -20,8 +20,7 @@ from bench.inputs import Inputs
 from bench.providers import PROVIDERS
 from rlad_kernels.backends import triton as kernels
 from rlad_kernels.backends.triton._kernel import Kernel
-from rlad_kernels.backends.triton._launch import Config, architecture, config, record
-from rlad_kernels.core.config import settings
+from rlad_kernels.backends.triton._launch import Config, config, options, record
 
 Shape = tuple[int, int, int]  # N, D, V
 CALLS = ("linear_logp", "topk", "divergence", "rlad", "topk_kl", "sparse")  # providers that together launch every kernel
@@ -99,10 +98,6 @@ def calls(shape: Shape, device: str) -> dict[str, Call]:
     try:
         for name in CALLS:
             PROVIDERS[name].step(inputs(shape, device, PROVIDERS[name].peaked))
-        before, settings.fused_scoring = settings.fused_scoring, True
-        with suppress(Exception):  # unmeasured: it may not run everywhere
-            PROVIDERS["scoring"].step(inputs(shape, device))
-        settings.fused_scoring = before
     finally:
         kernels.LAUNCHERS.update(originals)
     return found
@@ -114,7 +109,7 @@ def inputs(shape: Shape, device: str, peaked: bool = False) -> Inputs:
 
 
 def neighbours(row: Config) -> list[Config]:
-    """The row, and those around it: one block halved or doubled, half or twice the warps, one stage less or more for dots."""
+    """The row, and those around it: one block halved or doubled, half or twice the warps."""
     blocks = dict(row.blocks)
     threads = {"LANES"} if blocks.get("LANES") == 32 * row.num_warps else set()  # it goes with the warps
     shapes = [blocks]
@@ -122,15 +117,13 @@ def neighbours(row: Config) -> list[Config]:
         if name.startswith(SIZES) and size != row.limit and name not in threads:  # one that is the limit holds a whole row
             shapes += [{**blocks, name: other} for other in (size // 2, size * 2) if other]
     warps = [w for w in (row.num_warps, row.num_warps // 2, row.num_warps * 2) if 1 <= w <= 32]
-    stages = [row.num_stages] if row.num_stages == 1 else [row.num_stages, row.num_stages - 1, row.num_stages + 1]
-    return [config(row.limit, w, s, **b | dict.fromkeys(threads, 32 * w)) for b in shapes for w in warps for s in stages]
+    return [config(row.limit, w, **b | dict.fromkeys(threads, 32 * w)) for b in shapes for w in warps]
 
 
 def source(row: Config) -> str:
     """The row as the kernel's file has it."""
     limit = "inf" if math.isinf(row.limit) else f"{row.limit:g}"
-    stages = [] if row.num_stages == 1 else [str(row.num_stages)]
-    return f"config({', '.join([limit, str(row.num_warps), *stages, *(f'{k}={v}' for k, v in row.blocks)])})"
+    return f"config({', '.join([limit, str(row.num_warps), *(f'{k}={v}' for k, v in row.blocks)])})"
 
 
 @contextmanager
@@ -154,17 +147,11 @@ def compile_together(kernel: Kernel, call: Call, rows: Sequence[Config]) -> None
         except (ImportError, AttributeError, TypeError):  # a Triton without it: each is compiled when it is first launched
             return
         for row in rows:
-            with launched_with(kernel, row), record(architecture(call.device)) as launches, suppress(Exception):
+            with launched_with(kernel, row), record() as launches, suppress(Exception):
                 call.run()
             for one in launches:
-                options = {
-                    **one.flags,
-                    **dict(one.config.blocks),
-                    "num_warps": one.config.num_warps,
-                    "num_stages": one.config.num_stages,
-                }
                 with suppress(Exception):
-                    one.kernel.warmup(*one.args, grid=(1,), **options)
+                    one.kernel.warmup(*one.args, grid=(1,), **one.flags, **dict(one.config.blocks), **options(one.config))
 
 
 def difference(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:

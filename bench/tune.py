@@ -10,7 +10,6 @@ import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,7 @@ from bench.providers import PROVIDERS
 from bench.run import Run, budget, header
 from bench.worker import Peak
 from rlad_kernels.backends.triton import KERNELS
-from rlad_kernels.backends.triton._launch import Config, architecture, pick, record
-from rlad_kernels.core.config import settings
+from rlad_kernels.backends.triton._launch import Config, record
 from rlad_kernels.engine import sparse as sparse_engine
 
 SHAPES = ((8192, 4096, 151_936), (1024, 1024, 151_936), (8192, 768, 50_257), (64, 4096, 151_936))  # N, D, V
@@ -36,7 +34,7 @@ FIRST = ("fold_kernel", "dlogits_kernel", "fold_topk_kernel", "divergence_kernel
 TILES = ((4096, 16_384), (8192, 8192), (8192, 16_384), (4096, 8192), (4096, 2048), (2048, 32_768), (1024, 65_536))
 CHUNKS = (512, 1024, 2048, 4096)  # rows whose logits are all held
 EPS = (2.0**-7, 2.0**-9, 2.0**-10, 2.0**-11, 2.0**-12, 2.0**-14)
-BETTER, STAYS = 0.98, 0.97  # of today's time, to be worth another row, or, for score_kernel, to be worth a kernel of its own
+BETTER = 0.98  # of today's time, to be worth another row
 Row = dict[str, Any]
 Option = Callable[[ExitStack], None]  # sets something for the length of a stack of contexts
 
@@ -55,7 +53,7 @@ def tune_kernel(name: str, shape: Shape, device: str) -> list[Row]:
     call = calls(shape, device).get(kernel.launcher.__name__)
     if call is None:
         return []
-    with record(architecture(call.device)) as launches:
+    with record() as launches:
         call.run()
     today = next((one.config for one in launches if one.kernel is kernel.fn), None)
     if today is None:
@@ -130,31 +128,6 @@ def tune_tiles(provider: str, shape: Shape, device: str) -> list[Row]:
     return compared(options, provider, inputs(shape, device), device)
 
 
-def changed(row: Config, **blocks: int) -> Config:
-    return replace(row, blocks=tuple((dict(row.blocks) | blocks).items()))
-
-
-def tune_score(shape: Shape, device: str) -> list[Row]:
-    """The tiles, then score_kernel with its row and variants of it."""
-    kernel, x = KERNELS["score_kernel"], inputs(shape, device)
-    today = pick(kernel.table, architecture(x.hidden.device))
-    rows = [today, replace(today, num_stages=3), changed(today, GROUP=8), changed(today, PARTS=2)]
-    rows += [replace(changed(today, FLATTEN=1), num_stages=n) for n in (3, 4)]
-    rows += [replace(changed(today, BLOCK_V=128, PARTS=n), num_warps=4, num_stages=3) for n in (2, 4)]
-    if device == "cuda" and (call := calls(shape, device).get("score_partials")):
-        compile_together(kernel, call, rows)
-
-    def fused(row: Config | None, stack: ExitStack) -> None:
-        stack.callback(setattr, settings, "fused_scoring", settings.fused_scoring)
-        settings.fused_scoring = row is not None
-        if row:
-            stack.enter_context(launched_with(kernel, row))
-
-    rows = rows if device == "cuda" else rows[:2]
-    options = {"tiles": partial(fused, None)} | {source(row): partial(fused, row) for row in rows}
-    return compared(options, "scoring", x, device)
-
-
 def tune_sparse(shape: Shape, device: str) -> list[Row]:
     """Exact and sparse backward at unions of several sizes: where they meet is the threshold."""
     above, x, rows = sparse_engine.EXACT_ABOVE, inputs(shape, device), []
@@ -184,14 +157,13 @@ def tune_sparse(shape: Shape, device: str) -> list[Row]:
 def work(device: str) -> Iterator[tuple[str, Shape, Callable[[], list[Row]]]]:
     """What to measure, in order of value: (what, shape, how)."""
     shapes = SHAPES if device == "cuda" else (TOY,)
-    names = [n for n in (*FIRST, *sorted(set(KERNELS) - set(FIRST))) if n in KERNELS and n != "score_kernel"]
+    names = [n for n in (*FIRST, *sorted(set(KERNELS) - set(FIRST))) if n in KERNELS]
     for i, shape in enumerate(shapes):
         for name in names:
             yield name, shape, partial(tune_kernel, name, shape, device)
         if i == 0:
             for provider in ("linear_logp", "scoring", "topk", "fused"):
                 yield f"tiles of {provider}", shape, partial(tune_tiles, provider, shape, device)
-            yield "score_kernel", shape, partial(tune_score, shape, device)
             yield "sparse", shape, partial(tune_sparse, shape, device)
 
 
@@ -200,9 +172,8 @@ def best(case: dict[str, Any]) -> tuple[Row, Row] | None:
     rows = [r for r in case["rows"] if "s" in r and r.get("difference", 0) <= 1]
     if not rows or "union" in rows[0]:
         return None
-    least = STAYS if case["what"] == "score_kernel" else BETTER
     fastest = min(rows, key=lambda r: r["s"])
-    return rows[0], fastest if fastest["s"] <= least * rows[0]["s"] else rows[0]
+    return rows[0], fastest if fastest["s"] <= BETTER * rows[0]["s"] else rows[0]
 
 
 def table(cases: Sequence[dict[str, Any]], copy_gb_s: float, file: str) -> str:

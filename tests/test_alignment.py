@@ -58,7 +58,7 @@ def shape(request: pytest.FixtureRequest) -> tuple[int, int]:
 
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[Products]:
-    settings.compaction = settings.fused_scoring = False  # how many rows are kept, nobody knows here
+    settings.compaction = False  # how many rows are kept, nobody knows here
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(tiles, "INTERPRET", True)  # no huge pages

@@ -8,7 +8,6 @@ from torch import Tensor
 
 import rlad_kernels as rk
 from rlad_kernels.backends import reference
-from rlad_kernels.core.config import settings
 from tests.oracles import truncated_kl
 from tests.sweeps import EPS32, Problem, leaf, problem, relative
 
@@ -38,9 +37,7 @@ DEPTHS = [16.0, 60.0, 110.0, 200.0]
 
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("tile", [None, (4, 37)], ids=["one_tile", "tiles"])
-@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.interpreted)], ids=["row_pass", "fused_kernel"])
-def test_linear_logp_and_topk(depth: float, tile: tuple[int, int] | None, fused: bool) -> None:
-    settings.fused_scoring = fused
+def test_linear_logp_and_topk(depth: float, tile: tuple[int, int] | None) -> None:
     p = far(depth)
     t = p.twin()
     want = t.expected()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import rlad_kernels as rk
 from rlad_kernels.backends.contract import ROW_OPS
-from tests.conftest import DEVICE, INTERPRET
+from tests.conftest import DEVICE
 from tests.oracles import EPS, within
 from tests.sweeps import Problem, problem
 
@@ -102,11 +102,6 @@ CALLS: dict[str, tuple[Callable[[], list[Any]], list[tuple[int, ...]]]] = {
     "gather_dweight_": (
         lambda: [torch.zeros(ROWS, D), torch.randn(ROWS, J), torch.randn(ROWS, D), *_gathered(slots() % ROWS), True], [(0,), (2,)],
     ),
-    "score_partials": (
-        lambda: [torch.randn(ROWS, D), torch.randn(COLS, D)[:ROWS], torch.randn(ROWS), torch.rand(ROWS) + 0.5, 1.3, 0.0,
-                 slots() % ROWS, True, True],
-        [(0,), (1,)],
-    ),
     "row_outputs": (
         lambda: [torch.rand(6, ROWS) + 1, torch.randn(ROWS, J), slots(), COLS, True, True, True, True], [(0,)],
     ),
@@ -119,8 +114,6 @@ CONTIGUOUS = {"row_slots", "row_cotangents", "scale_", "clipped_ratio", "topk_kl
 
 @pytest.mark.parametrize("op, places", [(op, p) for op, (_, sets) in CALLS.items() for p in sets], ids=str)
 def test_a_row_op_on_rows_far_apart(op: str, places: tuple[int, ...], far: Far) -> None:
-    if op == "score_partials" and not INTERPRET:
-        pytest.skip("Triton's alone")
     torch.manual_seed(0)
     near = CALLS[op][0]()
     torch.manual_seed(0)

@@ -22,7 +22,6 @@ from rlad_kernels.backends.triton.fold import fold_
 from rlad_kernels.backends.triton.gather import gather_dhidden_, gather_dot, gather_dweight_
 from rlad_kernels.backends.triton.outputs import row_outputs
 from rlad_kernels.backends.triton.scale import scale_
-from rlad_kernels.backends.triton.score import score_partials
 from rlad_kernels.backends.triton.slots import row_slots
 from rlad_kernels.backends.triton.topk import fold_topk_
 from rlad_kernels.backends.triton.topk_kl import topk_kl
@@ -311,7 +310,7 @@ def test_gather(dtype, d):
 
 def test_every_kernel_runs_is_counted_and_refuses_float64():
     LAUNCHES.clear()
-    one, four, ids, none = torch.ones(1, 1), torch.ones(1, 4), torch.zeros(1, 1, dtype=I32), torch.zeros(1, 0)
+    one, ids, none = torch.ones(1, 1), torch.zeros(1, 1, dtype=I32), torch.zeros(1, 0)
     fold_(*plain(one), ids, fresh_stats(1), one.clone(), True, True)
     fold_topk_(*plain(one), ids, fresh_stats(1), one.clone(), -INF * one, ids - 1, True)
     dlogits_(one.clone(), *plain(one), none.to(I32), none, torch.ones(6, 1), ids, None, True, True)
@@ -319,7 +318,6 @@ def test_every_kernel_runs_is_counted_and_refuses_float64():
     gather_dweight_(one.clone(), gather_dot(one, one, ids), one, ids[0].long(), ids[0], False)
     clipped_ratio(one[0], one[0], None, one[0], None, numbers(1.0, 0.2, 0.2, INF, 0.0, 0.0), "k3")
     topk_kl(one, ids, one, None, None, "reverse", "both")
-    score_partials(four, four, None, one[0], 1.0, 0.0, ids, True, True)
     column_stats_(torch.empty(2, 1, 1), one, None, one[0], 1.0, 0.0, one[0], 1)
     side = one, None, one[0], 1.0, 0.0, torch.zeros(2, 1)
     divergence_(one[0].clone(), None, *side, *side, torch.ones(4, 1), "sym", 0.0, 0.0, 0.0, False)

@@ -81,10 +81,8 @@ def test_gradients(kind: str, waits: bool, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.skipif(not NARROW, reason="dlogits are float32")
-@pytest.mark.parametrize(("kind", "width", "lent"), [("cross_entropy", 40, 1), ("jsd", 40, 1), ("jsd", 80, 2), ("two_teachers", 40, 1)])
-def test_d_weights_memory_holds_logits_until_its_product(
-    kind: str, width: int, lent: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("kind, width, lent", [("cross_entropy", 40, 1), ("jsd", 40, 1), ("jsd", 80, 2), ("two_teachers", 40, 1)])
+def test_d_weights_memory_holds_logits_until_its_product(kind: str, width: int, lent: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a chunk of 16 rows and 64 columns, 4 KiB a model."""
     spaces: list[Tensor] = []
     start = Chunks.__init__
@@ -102,7 +100,7 @@ def test_d_weights_memory_holds_logits_until_its_product(
     assert within == [i < lent for i in range(1 + teachers)]
 
 
-@pytest.mark.parametrize(("device", "keep_logits", "rows"), [("cpu", 1, 511), ("cpu", 2, 512), ("cuda", 1, 1920), ("cuda", 2, 1792)])
+@pytest.mark.parametrize("device, keep_logits, rows", [("cpu", 1, 511), ("cpu", 2, 512), ("cuda", 1, 1920), ("cuda", 2, 1792)])
 def test_chunks_fit_into_what_is_lent(device: str, keep_logits: int, rows: int) -> None:
     """A vocabulary that is no multiple of 64 loses a row or, on CUDA, 128; too few rows are not worth it."""
     lent = {"cpu": 2048, "cuda": 8192}[device] if keep_logits == 1 else 1000

@@ -40,8 +40,6 @@ ROW_OPS = {
     "gather_dhidden_": "(Tensor(a!) out, Tensor grad, Tensor weight, Tensor ids, bool add) -> ()",
     "gather_dweight_": "(Tensor(a!) d_weight, Tensor grad, Tensor hidden, Tensor order, Tensor sorted_ids, bool add, int col0=0) "
     "-> ()",
-    "score_partials": f"({HEAD}, Tensor inv_temp, float logit_scale, float softcap, Tensor slots, bool entropy, bool extras) "
-    "-> (Tensor, Tensor)",
 }
 TOKEN_OPS = {  # on a few values a token: plain PyTorch on CPU, which on CUDA would be a launch a line
     "row_slots": "(Tensor? target, Tensor? ids, int vocab_size) -> Tensor",

@@ -1,8 +1,4 @@
-"""The process-wide switches: tile sizes, checks that synchronise, row compaction, memory to keep logits in.
-
-Another has no public name: ``settings.fused_scoring``, for benches and tests. None leaves the choice between the tiles
-and the fully fused kernel to the table ``FUSED_SCORING`` of ``backends.triton.score``; True and False make it for every call.
-"""
+"""The process-wide switches: tile sizes, checks that synchronise, row compaction, memory to keep logits in."""
 
 from __future__ import annotations
 
@@ -18,7 +14,6 @@ class _Settings:
         self.checks = False
         self.compaction = True
         self.keep = 0
-        self.fused_scoring: bool | None = None
 
 
 settings = _Settings()

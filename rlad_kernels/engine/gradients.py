@@ -17,7 +17,7 @@ from torch import Tensor
 from rlad_kernels.backends.contract import on_cpu
 from rlad_kernels.core.dtypes import held_dtype
 from rlad_kernels.engine.statistics import merge_slots
-from rlad_kernels.engine.tiles import Tiles, empty, scratch_size
+from rlad_kernels.engine.tiles import Tiles, empty
 from rlad_kernels.engine.waiting import Waiting
 
 NEAR = -0.5  # a log-prob from which 1 − p is formed as −expm1(log p)
@@ -316,13 +316,8 @@ class Gradients:
             self.hidden.index_copy_(0, rows, part)
 
     def lent(self) -> Iterator[Tensor]:
-        """Memories for a chunk's logits: d_weight's, as many as fit, free until :meth:`finish` where dlogits wait for it."""
-        tiles = self.tiles
-        if self._waiting is None or self.weight is None or not tiles.vocab:
-            return
-        free, whole = self.weight[: tiles.vocab].view(-1), tiles.acc.itemsize // self.weight.element_size()
-        free, size = free[: len(free) // whole * whole].view(tiles.acc), scratch_size(tiles.rows, tiles.vocab)
-        yield from (free[end - size : end] for end in range(size, len(free) + 1, size))
+        """Memories for a chunk's logits, until :meth:`finish`."""
+        return iter(()) if self._waiting is None or self.weight is None else self._waiting.lent(self.weight)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """d_hidden, d_weight, d_bias in the head's dtype, or the one they wait in; empty where not asked for."""

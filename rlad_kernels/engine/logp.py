@@ -16,7 +16,6 @@ from rlad_kernels.engine.held import held_logits, held_places
 from rlad_kernels.engine.op import CALL, NEED, define, given, gradients, no_double_backward, result, wanted
 from rlad_kernels.engine.outputs import outputs, row_slots
 from rlad_kernels.engine.rows import Kept, checked_finite, kept_inv_temp, row_mask
-from rlad_kernels.engine.scoring import fused, statistics
 from rlad_kernels.engine.shards import Shard, columns_here
 from rlad_kernels.engine.tiles import Tiles
 
@@ -99,9 +98,6 @@ def linear_logp(
     own = shard.own(slots)
     if ahead or filter_eps > 0:
         stats, z, made = whole_rows(hidden, head, slots, target.shape[0], entropy, extras, filter_eps)
-    elif not len(logits) and fused(hidden, weight):
-        cut = (weight[: shard.columns], None if bias is None else bias[: shard.columns])
-        stats, z = shard.merged(*statistics(hidden, *cut, inv_temp, logit_scale, softcap, own, entropy, extras))
     else:
         tiles, held = Tiles(hidden, *head), min(len(logits), hidden.shape[0])
         stats, z = tiles.new_stats(slots.shape[1])

@@ -5,6 +5,8 @@ Adding up in float32, chunk by chunk, reads and writes all of d_weight for each 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,14 @@ class Waiting:
         self._hidden: list[Tensor] = []
         self._lost: list[Tensor] = []
         self._target: list[Tensor] = []
+
+    def lent(self, weight: Tensor) -> Iterator[Tensor]:
+        """The memory of d_weight, which nothing is in before :meth:`finish`, as that of a chunk's logits, as often as they fit."""
+        tiles = self.tiles
+        free, size = weight[: tiles.vocab].view(-1), scratch_size(tiles.rows, tiles.vocab)
+        whole = tiles.acc.itemsize // weight.element_size()
+        free = free[: len(free) // whole * whole].view(tiles.acc)
+        return (free[end - size : end] for end in range(size, len(free) + 1, size or 1))
 
     def tile(self, rows: int, c0: int, c1: int) -> Tensor:
         """Where the next rows' dlogits of these columns go."""

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import rlad_kernels as rk
-from rlad_kernels.core.config import settings
 from tests.conftest import DEVICE, INTERPRET
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16) + (() if INTERPRET or DEVICE != "cpu" else (torch.float64,))
@@ -69,13 +68,6 @@ def laid(x: Tensor, layout: str) -> Tensor:
     return x
 
 
-def _for_tma(x: Tensor) -> bool:
-    """Whether its rows are ones that score_partials takes, which nobody but a test asks for by force."""
-    from rlad_kernels.backends.triton.score import aligned
-
-    return x.is_contiguous() and aligned(x.reshape(-1, x.shape[-1]))
-
-
 @dataclass(repr=False)
 class Case:
     """A call: its tensors as given, the rows that count, and its twin in float64 without the rubbish."""
@@ -92,7 +84,6 @@ class Case:
     options: dict[str, Any]
     tile: tuple[int | None, int | None]
     compaction: bool
-    fused: bool | None
     needs: tuple[bool, bool, bool] = field(default=(True, True, True))
 
     def __repr__(self) -> str:
@@ -137,9 +128,6 @@ class Case:
         stack = ExitStack()
         stack.enter_context(rk.set_tile(*self.tile))
         stack.enter_context(rk.set_compaction(self.compaction))
-        before = settings.fused_scoring
-        stack.callback(setattr, settings, "fused_scoring", before)
-        settings.fused_scoring = self.fused and all(map(_for_tma, (self.hidden, self.weight)))
         return stack
 
     def clean(self, x: Tensor, fill: float = 0) -> Tensor:
@@ -192,7 +180,6 @@ def cases(
         {"logit_scale": scale, "softcap": pick(draw, None, None, 5.0, 30.0), "temperature": temperature,
          "vocab_size": pick(draw, size, size if padding else None)},
         (pick(draw, None, 1, 2, 7), pick(draw, None, 1 if size <= 16 else 7, 7, 16)), pick(draw, True, True, False),
-        pick(draw, None, True) if INTERPRET or DEVICE != "cpu" else None,
     )  # fmt: skip
     if temperature == "rows":
         case.options["temperature"] = 0.5 + source.normal(*shape).abs()

@@ -28,9 +28,9 @@ class Case:
     args: tuple[Any, ...]
     wide: bool = True
 
-    def launch(self, arch: int = 90) -> Launch:
-        """The one launch this call makes on a device of `arch`."""
-        with record(arch) as launches:
+    def launch(self) -> Launch:
+        """The one launch this call makes."""
+        with record() as launches:
             self.launcher(*self.args)
         (only,) = launches
         return only
@@ -46,7 +46,6 @@ class Kernel:
     cases: Callable[[], Iterator[Case]]
     max_registers: int  # of a thread
     wide: tuple[str, ...] = ()  # regular expressions of PTX accesses it must contain
-    dots: bool = False  # its products must run on tensor cores in the 16-bit types, and never in float32
     tempers: bool = False  # it makes z of raw logits, whose last product must be rounded before it is used
 
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-INTERPRETED = (90, 3)  # the interpreter runs Hopper's configurations, on fewer programs than there are tiles
+INTERPRETED = 3  # programs of a persistent grid in the interpreter: fewer than there are tiles
 
 LAUNCHES: Counter[str] = Counter()  # kernel name → launches; tests read it to prove that a kernel ran
 _recording: list["Launch"] | None = None
-_recorded_for = 90
 
 
 @dataclass(frozen=True)
@@ -21,14 +20,11 @@ class Config:
 
     limit: float
     num_warps: int
-    num_stages: int
     blocks: tuple[tuple[str, int], ...]
 
 
-def config(limit: float, num_warps: int, num_stages: int = 1, **blocks: int) -> Config:
-    """`num_stages` is 1 for a kernel that feeds no dot: there is nothing for the software pipeliner to overlap, and enough
-    programs per SM are resident to hide the latency instead."""
-    return Config(limit, num_warps, num_stages, tuple(blocks.items()))
+def config(limit: float, num_warps: int, **blocks: int) -> Config:
+    return Config(limit, num_warps, tuple(blocks.items()))
 
 
 def pick(table: tuple[Config, ...], size: int) -> Config:
@@ -50,30 +46,25 @@ class Launch:
 
 
 @contextmanager
-def record(arch: int = 90) -> Iterator[list[Launch]]:
-    """Collect launches as a device of `arch` would get them, instead of running them. Meta tensors suffice."""
-    global _recording, _recorded_for
-    outer = _recording, _recorded_for
-    _recording, _recorded_for = [], arch
+def record() -> Iterator[list[Launch]]:
+    """Collect launches instead of running them. Meta tensors suffice."""
+    global _recording
+    outer, _recording = _recording, []
     try:
         yield _recording
     finally:
-        _recording, _recorded_for = outer
-
-
-def architecture(device: torch.device) -> int:
-    """Compute capability × 10 of the device that a launch is for."""
-    if _recording is not None:
-        return _recorded_for
-    if device.type != "cuda":
-        return INTERPRETED[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+        _recording = outer
 
 
 def multiprocessors(device: torch.device) -> int:
     """How many programs a persistent grid has."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else INTERPRETED[1]
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else INTERPRETED
+
+
+def options(config: Config) -> dict[str, int]:
+    """What the compiler is told. One stage: no kernel feeds a dot, so there is nothing for the software pipeliner to overlap, and
+    enough programs per SM are resident to hide the latency instead."""
+    return {"num_warps": config.num_warps, "num_stages": 1}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any, **flags: Any) -> None:
@@ -87,7 +78,7 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any, **fla
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     # Triton launches on the current device, which need not be the one that holds the tensors
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*args, **flags, **dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages)
+        kernel[grid](*args, **flags, **dict(config.blocks), **options(config))
 
 
 def require_dtype(op: str, allowed: tuple[torch.dtype, ...] = (torch.float32,), **tensors: torch.Tensor | None) -> None:

@@ -32,15 +32,6 @@ def cast(b_x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def dot(b_a, b_b, b_acc):
-    """acc + a·b in float32, without tf32; the interpreter garbles products of bfloat16, which are exact when widened."""
-    if INTERPRET:
-        return tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), b_acc, input_precision="ieee")
-    else:
-        return tl.dot(b_a, b_b, b_acc, input_precision="ieee")
-
-
-@triton.jit
 def tanh_and_slope(b_x):
     """(tanh x, 1 − tanh² x), both to a few ulp of their own size, and finite for x = ±inf."""
     b_e = tl.exp(-2.0 * tl.abs(b_x))

@@ -17,18 +17,14 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rlad_kernels.backends.triton import KERNELS
 from rlad_kernels.backends.triton._kernel import Case, Kernel
-from rlad_kernels.backends.triton._launch import Launch
+from rlad_kernels.backends.triton._launch import Launch, options
 
 ARCHS = (80, 90, 100)
 # bytes a block may have (CUDA programming guide, "maximum amount of shared memory per thread block")
 MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-
-# the instruction of the tensor cores, in the 16-bit types; in float32 they would round the operands to tf32
-TENSOR_CORES = {80: r"mma\.sync\S*16\.f32\b", 90: r"wgmma\.mma_async\S*16\b", 100: r"tcgen05\.mma\S*kind::f16"}
 
 ROUNDED = r"mul\.rn\.f32"  # a product that no later addition may be contracted with; Triton's own carry no rounding mode
 
@@ -66,8 +62,6 @@ def specialize(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict[
         elif isinstance(value, torch.Tensor):
             kind = TYPES[value.dtype]
             aligned = value.storage_offset() * value.element_size() % 16 == 0  # allocations are aligned to 256 bytes
-        elif isinstance(value, TensorDescriptor):
-            kind = f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
         elif isinstance(value, bool):
             kind = "u1"
         elif isinstance(value, int) and (value != 1 or param.do_not_specialize):
@@ -93,21 +87,17 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     return tuple(int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK"))
 
 
-def required(spec: Kernel, case: Case, launch: Launch, arch: int) -> tuple[str, ...]:
+def required(spec: Kernel, case: Case) -> tuple[str, ...]:
     """What the PTX of a case must contain."""
-    tensors = [getattr(a, "base", a) for a in launch.args if isinstance(a, (torch.Tensor, TensorDescriptor))]
-    half = any(x.dtype.itemsize == 2 for x in tensors)
-    dots, tempers = (TENSOR_CORES[arch],) if spec.dots and half else (), (ROUNDED,) if spec.tempers else ()
-    return (spec.wide if case.wide else ()) + dots + tempers
+    return (spec.wide if case.wide else ()) + ((ROUNDED,) if spec.tempers else ())
 
 
 def inspect(launch: Launch, arch: int, max_registers: int, wide: tuple[str, ...] = ()) -> tuple[int, int, tuple[str, ...]]:
     """Compile one launch for one architecture: (registers, bytes of shared memory, faults)."""
     signature, constants, attrs = specialize(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attrs)
-    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options(launch.config))
     except Exception as error:  # a fault like any other: the table names every case that does not compile
         reasons = [str(error)]
         while error := error.__cause__:
@@ -129,8 +119,7 @@ def inspect(launch: Launch, arch: int, max_registers: int, wide: tuple[str, ...]
 def check(kernel: str, index: int, arch: int) -> Report:
     """Compile one case of a kernel for one architecture."""
     spec, case = KERNELS[kernel], CASES[kernel][index]
-    launch = case.launch(arch)
-    return Report(kernel, case.label, arch, *inspect(launch, arch, spec.max_registers, required(spec, case, launch, arch)))
+    return Report(kernel, case.label, arch, *inspect(case.launch(), arch, spec.max_registers, required(spec, case)))
 
 
 def run(archs: tuple[int, ...] = ARCHS, kernels: list[str] | None = None, jobs: int = 2) -> list[Report]:
