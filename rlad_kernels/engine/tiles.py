@@ -121,6 +121,7 @@ class Tiles:
         self.acc = acc_dtype(hidden.dtype)
         self.bf16_mm = hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu" and has_bf16_mm()
         self.native = hidden.is_cuda or self.bf16_mm
+        self.rounds_once = hidden.is_cuda  # cuBLAS sums in float32 what it then rounds to 16 bits
         self.hidden = hidden if self.native else hidden.to(self.acc)
         self.shard = Shard(weight, vocab_size, first, group)
         self.total, self.vocab = vocab_size, self.shard.columns

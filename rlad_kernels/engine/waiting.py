@@ -6,11 +6,23 @@ Adding up in float32, chunk by chunk, reads and writes all of d_weight for each 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from rlad_kernels.engine.tiles import Tiles, empty, scratch, scratch_size, slab_columns
+
+
+@contextmanager
+def summed_in_float32() -> Iterator[None]:
+    """cuBLAS may else sum parts of a product that it splits in the result's 16 bits; process-wide."""
+    settings = torch.backends.cuda.matmul
+    before, settings.allow_bf16_reduced_precision_reduction = settings.allow_bf16_reduced_precision_reduction, False
+    try:
+        yield
+    finally:
+        settings.allow_bf16_reduced_precision_reduction = before
 
 
 class Waiting:
@@ -52,6 +64,13 @@ class Waiting:
             hidden = torch.cat(self._hidden)
         dlogits, lost = self._dlogits[: self.count], torch.cat(self._lost) if self._lost else None
         ids, order = (None, None) if lost is None else torch.cat(self._target).flatten().sort(stable=True)
+        if tiles.rounds_once and row is None:
+            weight = weight[: tiles.vocab]
+            if lost is not None:  # of a rounding's size: rounded itself, it is off by the rounding of a rounding
+                torch.ops.rlad.gather_dweight_(weight.zero_(), lost, hidden, order, ids, True)
+            with summed_in_float32():
+                weight.addmm_(dlogits.t(), hidden, beta=int(lost is not None))
+            return
         cols = slab_columns(tiles.hidden.device.type, hidden.shape[1], tiles.acc.itemsize)
         space = empty(tiles.inv_temp, min(cols, tiles.vocab), hidden.shape[1])
         for c0 in range(0, tiles.vocab, cols):
