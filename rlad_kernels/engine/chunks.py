@@ -14,11 +14,13 @@ from rlad_kernels.engine.tiles import Tiles, empty, scratch, scratch_size
 class Chunks:
     """The rows of one model, chunk by chunk: ``for at in chunks: x = chunks.logits(at, …)``.
 
-    ``slots (n, J)`` may be None; ``space`` is memory that is used in turn, another model's or a gradient's.
+    ``slots (n, J)`` may be None; ``space`` is another model's, which is used in turn; ``lent`` is taken before new memory is.
     """
 
-    def __init__(self, tiles: Tiles, slots: Tensor | None = None, space: Tensor | None = None) -> None:
-        self.tiles = tiles
+    def __init__(
+        self, tiles: Tiles, slots: Tensor | None = None, space: Tensor | None = None, lent: Iterator[Tensor] | None = None
+    ) -> None:
+        self.tiles, self._lent = tiles, lent or iter(())
         self.slots = tiles.hidden.new_empty(tiles.n, 0, dtype=torch.int32) if slots is None else slots
         self.own = tiles.shard.own(self.slots)
         self.stats, self.slot_logits = tiles.new_stats(self.slots.shape[1])
@@ -29,7 +31,8 @@ class Chunks:
 
     def space(self) -> Tensor:
         """Memory for the logits of one more chunk."""
-        return empty(self.tiles.inv_temp, scratch_size(self.tiles.rows, self.tiles.vocab))
+        lent = next(self._lent, None)
+        return empty(self.tiles.inv_temp, scratch_size(self.tiles.rows, self.tiles.vocab)) if lent is None else lent
 
     def view(self, space: Tensor, at: slice) -> Tensor:
         """``space`` as ``(R, V)`` for the rows ``at``."""

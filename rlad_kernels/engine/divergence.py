@@ -76,8 +76,8 @@ class Chunk:
 class _Model(Chunks):
     """The kept rows of one model, chunk by chunk."""
 
-    def __init__(self, name: str, tiles: Tiles, space: Tensor | None) -> None:
-        super().__init__(tiles, space=space)
+    def __init__(self, name: str, tiles: Tiles, lent: Iterator[Tensor] | None, space: Tensor | None = None) -> None:
+        super().__init__(tiles, space=space, lent=lent)
         self.name = name
 
     def chunk(self, at: slice) -> Chunk:
@@ -106,20 +106,18 @@ def run(
     buffers = 2 + (len(teachers) > 1 and any(need))
     tiles = _tiles(name, kept, student, buffers, whole=need[1])
     grads = Gradients(tiles, student.weight, *need, whole=True) if any(need) else None
-    lent = grads.lent() if grads else iter(())
-    model = _Model(name, tiles, next(lent, None))
+    lent = grads.lent() if grads else None
+    model = _Model(name, tiles, lent)
     others: list[_Model] = []
     spaces: dict[torch.dtype, Tensor] = {}
     for teacher in teachers:
         acc, its = acc_dtype(teacher.hidden.dtype), _tiles(f"{name} (teacher)", kept, teacher, buffers)
         its.rows = tiles.rows
-        if (space := spaces.get(acc)) is None and acc == tiles.acc:
-            space = next(lent, None)
-        others.append(_Model(f"{name} (teacher)", its, space))
+        others.append(_Model(f"{name} (teacher)", its, lent if acc == tiles.acc else None, spaces.get(acc)))
         spaces[acc] = others[-1].shared
     weights, pull = (kept.take(x.t()).to(tiles.acc).t() for x in (weights, cotangent.expand(1, -1)))
     several = buffers > 2  # then dlogits add up, and q is wanted each time
-    total = model.shared if not several else model.space()
+    total = model.space() if several else model.shared
     values = weights.new_zeros(tiles.n)
     for at in model:
         chunk, first = model.chunk(at), True

@@ -98,7 +98,7 @@ def run(
     tensors = tree_map_only(Tensor, lambda x: ordinary(kept.take(x)), tensors)
     grads = Gradients(tiles, call.weight, *need, whole=True, scattered=filter_eps > 0) if any(need) else None
     losses, sums = weight.new_zeros(tiles.n), MetricSums((*names, *made_metrics(grads is not None, filter_eps)), weight)
-    chunks = Chunks(tiles, slots, next(grads.lent(), None) if grads else None)
+    chunks = Chunks(tiles, slots, lent=grads.lent() if grads else None)
     mean = MeanLogits(tiles) if reads_mean(loss) else None
     means = sparse.Means(tiles, sparse.blocks_of(weight, tiles.n)) if filter_eps else None
     for at in chunks:
