@@ -11,7 +11,7 @@ from torch import Tensor
 import rlad_kernels as rk
 from rlad_kernels.engine import tiles
 from rlad_kernels.engine.chunks import Chunks
-from rlad_kernels.engine.waiting import Waiting
+from rlad_kernels.engine.waiting import Waiting, summed_in_float32
 from tests.conftest import DEVICE, INTERPRET
 from tests.methods.divergence import DIVERGENCES, VALUES
 from tests.sweeps import Own, Problem, problem, relative
@@ -112,6 +112,22 @@ def test_chunks_fit_into_what_is_lent(device: str, keep_logits: int, rows: int) 
     assert found == rows
     if keep_logits == 1:
         assert tiles.scratch_size(rows, 151_655) * 4 <= lent * 151_655
+
+
+@pytest.mark.parametrize("given", [(True, True), (False, True), (False, False)], ids=str)
+def test_cublas_is_told_to_sum_in_float32_and_then_what_it_was_told_before(given: tuple[bool, bool]) -> None:
+    def told() -> tuple[bool, bool]:
+        return settings.allow_bf16_reduced_precision_reduction, settings.allow_bf16_reduced_precision_reduction_split_k
+
+    settings: Any = torch.backends.cuda.matmul
+    before = told()
+    try:
+        settings.allow_bf16_reduced_precision_reduction = given
+        with summed_in_float32():
+            assert not settings.allow_bf16_reduced_precision_reduction
+        assert told() == given
+    finally:
+        settings.allow_bf16_reduced_precision_reduction = before
 
 
 def test_they_wait_where_that_takes_no_more_memory() -> None:

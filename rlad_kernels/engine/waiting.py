@@ -18,11 +18,14 @@ from rlad_kernels.engine.tiles import Tiles, empty, scratch, scratch_size, slab_
 def summed_in_float32() -> Iterator[None]:
     """cuBLAS may else sum parts of a product that it splits in the result's 16 bits; process-wide."""
     settings = torch.backends.cuda.matmul
-    before, settings.allow_bf16_reduced_precision_reduction = settings.allow_bf16_reduced_precision_reduction, False
+    if not settings.allow_bf16_reduced_precision_reduction:
+        yield
+        return
+    settings.allow_bf16_reduced_precision_reduction = False
     try:
         yield
     finally:
-        settings.allow_bf16_reduced_precision_reduction = before
+        settings.allow_bf16_reduced_precision_reduction = True
 
 
 class Waiting:
