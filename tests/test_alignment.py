@@ -31,6 +31,7 @@ SHAPES = [
     (1, 50_257, None),
     (8191, 50_257, (1000, 18_994)),
     (2 * D - 1, 50_257, (128, None)),  # whose dlogits wait for one product
+    (300, 50_304, (128, None)),  # and d_weight's memory holds a chunk's logits
     (4321, 32_003, (3000, 5000)),
 ]
 
