@@ -113,8 +113,7 @@ struct Hits {
 template <bool CAP, bool BIAS, bool ENTROPY, bool TAIL, class T>
 void dlogits_rows(const DlogitsArgs<T>& a, int64_t begin, int64_t end) {
   constexpr int64_t L = kLanes<T>;
-  constexpr bool kWide = sizeof(T) == 8;
-  const bool direct = a.out.elem == (kWide ? Elem::f64 : Elem::f32);
+  const bool direct = size_of(a.out.elem) == sizeof(T);
   alignas(64) T scratch[kStretch];
   Hits<T> hits(a.tile.num_slots);
   Vec<T> slope;

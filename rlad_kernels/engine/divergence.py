@@ -121,9 +121,9 @@ def run(
     values = weights.new_zeros(tiles.n)
     for at in model:
         chunk, first = model.chunk(at), True
-        g = None if grads is None else model.view(total, at)
-        if grads is not None and tiles.waits and not several:
-            g = grads.room(at.stop - at.start, 0, tiles.vocab)
+        g = None
+        if grads is not None:
+            g = grads.room(at.stop - at.start, 0, tiles.vocab) if tiles.waits and not several else model.view(total, at)
         for other, w in zip(others, weights[:, at], strict=True):
             if not w.is_cuda and not bool((w != 0).any()):
                 continue
